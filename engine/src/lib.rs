@@ -1,0 +1,12 @@
+//! LLM inference with kernels made to measure, at build time, for one model.
+
+// NOTE: generated code names this crate `bespoke`, inside it as outside.
+extern crate self as bespoke;
+
+pub mod backend;
+pub mod batch;
+pub mod error;
+pub mod kernels;
+pub mod model;
+
+pub use error::Error;

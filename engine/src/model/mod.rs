@@ -1,0 +1,3 @@
+//! Decoder-only models: weights and the forward pass.
+
+pub mod linear;

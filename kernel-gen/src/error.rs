@@ -1,0 +1,35 @@
+//! What can be wrong with a model or a plan, in words for whoever can mend it.
+
+use std::fmt;
+
+#[derive(Debug)]
+pub enum Error {
+    /// `config.json` cannot be read as a model: which field, which value, what was expected.
+    Config { field: String, message: String },
+    /// A group size that does not divide the input size of a linear.
+    GroupSize { group: usize, k: usize },
+    /// A kernel that no configuration can serve.
+    Infeasible { symbol: String, reason: String },
+    /// A file that cannot be read or written.
+    Io { path: String, source: std::io::Error },
+    /// A template or rendered source that does not parse: `file:line:col: message`.
+    Source { position: String, message: String },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Config { field, message } => write!(f, "config.json: {field}: {message}"),
+            Error::GroupSize { group, k } => write!(
+                f,
+                "group size {group} does not divide the input size {k}; use a group size that \
+                 divides {k}, or 'channel'"
+            ),
+            Error::Infeasible { symbol, reason } => write!(f, "{symbol}: {reason}"),
+            Error::Io { path, source } => write!(f, "{path}: {source}"),
+            Error::Source { position, message } => write!(f, "{position}: {message}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}

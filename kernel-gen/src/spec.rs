@@ -1,0 +1,304 @@
+//! What a model needs computed: `ModelShape` and the `KernelSpec`s that follow from it.
+
+use std::fmt;
+
+use crate::error::Error;
+
+/// Number of KV token slots in a page of the default build.
+pub const PAGE_SIZE: usize = 32;
+
+/// Element type of dense weights and of the embedding table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum DType {
+    F32,
+    F16,
+    BF16,
+    /// Signed bytes with one scale per output channel.
+    I8,
+}
+
+/// Element type of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KvDType {
+    F32,
+    F16,
+    /// Unsigned bytes with a scale and a zero per token and head.
+    I8,
+}
+
+/// Number of consecutive input weights that share a scale and a zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum GroupSize {
+    /// `Of(g)`: every `g` input weights of an output.
+    Of(usize),
+    /// The whole input of an output (`group_size: -1` in checkpoints).
+    Channel,
+}
+
+/// How the weights of one linear are stored in the checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum WeightFormat {
+    Dense(DType),
+    /// AWQ "gemm": 4 bits, a float16 scale and a 4-bit zero per group.
+    Awq(GroupSize),
+}
+
+/// What a quantized matmul multiplies its weights with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ActivationType {
+    /// float32 rows as they are.
+    Float,
+    /// Rows rounded to signed bytes, one scale per row and group (absmax / 127).
+    Int8,
+}
+
+/// The form in which an op hands its rows to the next linear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RowFormat {
+    F32,
+    /// int8 with one float32 scale and one int32 sum per row and group of `group` elements.
+    I8 {
+        group: usize,
+    },
+}
+
+/// One linear of the decoder, by its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LinearRole {
+    /// q, k and v as one matmul; outputs in this order.
+    Qkv,
+    /// The attention output projection.
+    O,
+    /// gate and up as one matmul; all gate outputs first.
+    GateUp,
+    Down,
+    /// The language-model head.
+    Head,
+}
+
+/// Sizes and format of one linear: `[rows, k] × [n, k]ᵀ → [rows, n]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LinearShape {
+    pub n: usize,
+    pub k: usize,
+    pub format: WeightFormat,
+    pub bias: bool,
+}
+
+/// All sizes of a model that its kernels depend on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelShape {
+    pub name: String,
+    pub num_layers: usize,
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    /// Leading dimensions of a head that rotate; the rest pass through.
+    pub rotary_dim: usize,
+    pub qk_norm: bool,
+    /// Attention looks back over this many tokens, itself included.
+    pub sliding_window: Option<usize>,
+    /// Type of embedding, norms and dense linears.
+    pub dtype: DType,
+    pub qkv: LinearShape,
+    pub o: LinearShape,
+    pub gate_up: LinearShape,
+    pub down: LinearShape,
+    pub head: LinearShape,
+    pub page_size: usize,
+}
+
+/// An op at fixed sizes. The sizes become constants of the generated kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KernelSpec {
+    Embed {
+        hidden: usize,
+        dtype: DType,
+    },
+    /// `residual += delta; out = rms_norm(residual) · weight`
+    RmsNorm {
+        hidden: usize,
+        out: RowFormat,
+    },
+    /// Dense matmul over float rows, or over int8 rows for `DType::I8` weights.
+    Gemm {
+        n: usize,
+        k: usize,
+        weight: DType,
+    },
+    /// Fused AWQ-dequant matmul.
+    AwqGemm {
+        n: usize,
+        k: usize,
+        group: GroupSize,
+        activation: ActivationType,
+    },
+    /// QK-norm where the model has it, rotary embedding, and the append of K and V to their pages.
+    Rope {
+        num_heads: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        rotary_dim: usize,
+        qk_norm: bool,
+        kv: KvDType,
+        page_size: usize,
+    },
+    PagedAttention {
+        num_heads: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        /// 0 for full attention.
+        window: usize,
+        kv: KvDType,
+        page_size: usize,
+    },
+    SiluAndMul {
+        intermediate: usize,
+        out: RowFormat,
+    },
+    /// Float rows to int8 rows, where no other op can do it on its way.
+    Quantize {
+        k: usize,
+        group: usize,
+    },
+    /// Maximum, its index and log-sum-exp of a row of logits.
+    Sample {
+        vocab: usize,
+    },
+}
+
+/// Row counts a kernel variant is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RowRegime {
+    /// Any row count: ops whose rows are independent and small.
+    Any,
+    /// Exactly one row (attention: one query row per sequence).
+    One,
+    /// 2 to [`RowRegime::FEW_MAX`] rows.
+    Few,
+    /// More rows than `Few` (attention: several query rows per sequence).
+    Many,
+}
+
+impl RowRegime {
+    /// Largest row count of [`RowRegime::Few`].
+    pub const FEW_MAX: usize = 8;
+
+    pub fn name(self) -> &'static str {
+        match self {
+            RowRegime::Any => "any",
+            RowRegime::One => "one",
+            RowRegime::Few => "few",
+            RowRegime::Many => "many",
+        }
+    }
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::BF16 => 2,
+            DType::I8 => 1,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+            DType::I8 => "i8",
+        }
+    }
+}
+
+impl KvDType {
+    pub fn name(self) -> &'static str {
+        match self {
+            KvDType::F32 => "f32",
+            KvDType::F16 => "f16",
+            KvDType::I8 => "int8",
+        }
+    }
+}
+
+impl GroupSize {
+    /// Weights in a group of a linear with `k` inputs.
+    pub fn of(self, k: usize) -> usize {
+        match self {
+            GroupSize::Of(g) => g,
+            GroupSize::Channel => k,
+        }
+    }
+}
+
+impl fmt::Display for GroupSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            GroupSize::Of(g) => write!(f, "{g}"),
+            GroupSize::Channel => f.write_str("channel"),
+        }
+    }
+}
+
+/// Elements that share an int8 activation scale on a linear with `k` inputs and weight group
+/// `group`: the weight group itself up to 128, else the largest of 128, 64, 32, 16, 8 dividing `k`.
+pub fn activation_group(k: usize, group: GroupSize) -> Option<usize> {
+    match group {
+        GroupSize::Of(g) if g <= 128 => Some(g),
+        _ => [128, 64, 32, 16, 8].into_iter().find(|g| k.is_multiple_of(*g)),
+    }
+}
+
+impl ModelShape {
+    pub fn linear(&self, role: LinearRole) -> LinearShape {
+        match role {
+            LinearRole::Qkv => self.qkv,
+            LinearRole::O => self.o,
+            LinearRole::GateUp => self.gate_up,
+            LinearRole::Down => self.down,
+            LinearRole::Head => self.head,
+        }
+    }
+
+    /// Whether any linear of the layers is quantized.
+    pub fn is_quantized(&self) -> bool {
+        [self.qkv, self.o, self.gate_up, self.down]
+            .iter()
+            .any(|linear| matches!(linear.format, WeightFormat::Awq(_)))
+    }
+}
+
+impl LinearShape {
+    /// The matmul that serves this linear in a layer, or the reason there is none.
+    pub fn kernel(&self, activation: ActivationType) -> Result<KernelSpec, Error> {
+        match self.format {
+            WeightFormat::Dense(weight) => Ok(KernelSpec::Gemm { n: self.n, k: self.k, weight }),
+            WeightFormat::Awq(group) => {
+                let size = group.of(self.k);
+                if size == 0 || !self.k.is_multiple_of(size) {
+                    return Err(Error::GroupSize { group: size, k: self.k });
+                }
+                Ok(KernelSpec::AwqGemm { n: self.n, k: self.k, group, activation })
+            }
+        }
+    }
+
+    /// The row form that [`LinearShape::kernel`] reads.
+    pub fn row_format(&self, activation: ActivationType) -> RowFormat {
+        let int8 = |group| match activation_group(self.k, group) {
+            Some(group) => RowFormat::I8 { group },
+            None => RowFormat::F32,
+        };
+        match (self.format, activation) {
+            (WeightFormat::Awq(group), ActivationType::Int8) => int8(group),
+            (WeightFormat::Dense(DType::I8), _) => int8(GroupSize::Channel),
+            _ => RowFormat::F32,
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! What kernels are made for: CPU instruction sets (CUDA architectures join them later).
+
+/// A CPU instruction set level, from the most general to the most special.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Target {
+    /// Plain Rust, any machine.
+    Portable,
+    /// AVX2, FMA and F16C.
+    X86_64V3,
+    /// AVX-512 F, BW, CD, DQ, VL with VNNI and BF16.
+    Avx512,
+}
+
+impl Target {
+    pub const ALL: [Target; 3] = [Target::Portable, Target::X86_64V3, Target::Avx512];
+
+    /// Name in symbols, plans and JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Target::Portable => "portable",
+            Target::X86_64V3 => "x86_64_v3",
+            Target::Avx512 => "avx512",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Target> {
+        Target::ALL.into_iter().find(|target| target.name() == name)
+    }
+
+    /// float32 lanes of a vector register: also the columns of a packed weight tile.
+    pub fn lanes(self) -> usize {
+        match self {
+            Target::Portable | Target::X86_64V3 => 8,
+            Target::Avx512 => 16,
+        }
+    }
+
+    /// The value of `#[target_feature(enable = …)]`, empty for the baseline.
+    pub fn features(self) -> &'static str {
+        match self {
+            Target::Portable => "",
+            Target::X86_64V3 => "avx,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt",
+            Target::Avx512 => {
+                "avx,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt,\
+                 avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni,avx512bf16"
+            }
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Binds generated kernels with their shapes checked by the compiler.
