@@ -20,7 +20,7 @@ use super::abi::{AwqGemmArgs, Share, int8_stride};
 use super::gemm::{
     K_BLOCK, TileRun, add_bias, float_block, for_row_blocks, for_tile_runs, split_many, store_block,
 };
-use super::simd::{F16, Element, Simd};
+use super::simd::{Element, F16, Simd};
 
 /// One int8 row.
 ///
@@ -413,11 +413,7 @@ unsafe fn int8_block<
 
 /// Byte `BYTE` of a nibble line as dequantized float32 weights of one input.
 #[inline(always)]
-unsafe fn weight<S: Simd, const BYTE: u32>(
-    nibbles: S::I32,
-    zero: S::F32,
-    scale: S::F32,
-) -> S::F32 {
+unsafe fn weight<S: Simd, const BYTE: u32>(nibbles: S::I32, zero: S::F32, scale: S::F32) -> S::F32 {
     // SAFETY: the caller has the instruction set.
     unsafe { S::mul(S::sub(S::to_f32(S::byte::<BYTE>(nibbles)), zero), scale) }
 }

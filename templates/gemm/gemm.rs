@@ -329,7 +329,8 @@ unsafe fn load_block<S: Simd, const N: usize, const R: usize, const C: usize>(
             // SAFETY: row + r and col exist; a tile that crosses N is read up to N.
             unsafe {
                 let at = out.add((row + r) * N + col);
-                acc[r][c] = if col + S::LANES <= N { S::load(at) } else { S::load_first(at, N - col) };
+                acc[r][c] =
+                    if col + S::LANES <= N { S::load(at) } else { S::load_first(at, N - col) };
             }
             r += 1;
         }

@@ -137,7 +137,12 @@ impl CpuKvCache {
         page_bytes: usize,
     ) -> Result<CpuKvCache, Error> {
         let len = checked_product(checked_product(num_layers, num_pages)?, page_bytes)?;
-        Ok(CpuKvCache { data: Memory::new(len, "the KV cache")?, page_bytes, num_pages, num_layers })
+        Ok(CpuKvCache {
+            data: Memory::new(len, "the KV cache")?,
+            page_bytes,
+            num_pages,
+            num_layers,
+        })
     }
 
     /// Where a layer's pages start.

@@ -2,7 +2,7 @@
 
 mod buffers;
 mod kernels;
-mod memory;
+pub mod memory;
 mod ops;
 pub mod pack;
 pub mod team;
@@ -11,8 +11,8 @@ use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::{ActivationType, DType, KvDType, LinearRole, ModelShape, RowFormat};
 use bespoke_kernel_gen::target::Target;
 
-pub use buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows};
 use buffers::Packed;
+pub use buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows};
 use kernels::Kernels;
 use memory::Memory;
 use pack::Panels;
@@ -108,8 +108,9 @@ impl CpuBackend {
         if !(1..=1024).contains(&num_threads) {
             return Err(Error::Request(format!("{num_threads} threads; choose 1 to 1024")));
         }
-        let team = Team::new(num_threads)
-            .map_err(|error| Error::Resources(format!("cannot start {num_threads} threads: {error}")))?;
+        let team = Team::new(num_threads).map_err(|error| {
+            Error::Resources(format!("cannot start {num_threads} threads: {error}"))
+        })?;
         let scratch = (0..num_threads)
             .map(|_| Memory::new(kernels.scratch_bytes, "kernel scratch"))
             .collect::<Result<_, _>>()?;
@@ -131,8 +132,12 @@ impl CpuBackend {
     fn pack(&mut self, role: LinearRole, source: &LinearSource<'_>) -> Result<Packed, Error> {
         let linear = self.kernels.linear(role);
         let shape = self.shape.linear(role);
-        let panels =
-            Panels { n: shape.n, k: shape.k, lanes: self.kernels.target.lanes(), cols: linear.cols };
+        let panels = Panels {
+            n: shape.n,
+            k: shape.k,
+            lanes: self.kernels.target.lanes(),
+            cols: linear.cols,
+        };
         let num_threads = self.team.len();
         match linear.weights {
             kernels::Weights::Dense(DType::I8) => {
@@ -148,7 +153,11 @@ impl CpuBackend {
         }
     }
 
-    fn load_linear(&mut self, role: LinearRole, source: &LinearSource<'_>) -> Result<CpuLinear, Error> {
+    fn load_linear(
+        &mut self,
+        role: LinearRole,
+        source: &LinearSource<'_>,
+    ) -> Result<CpuLinear, Error> {
         let shape = self.shape.linear(role);
         assert_eq!((source.n(), source.k()), (shape.n, shape.k), "{role:?} has other sizes");
         let packed = self.pack(role, source)?;

@@ -166,7 +166,10 @@ impl Backend for CpuBackend {
     fn embed(&mut self, table: &Memory, tokens: &[u32], out: &mut CpuRows) {
         assert!(tokens.len() <= out.rows_max);
         let vocab = self.shape.vocab_size;
-        assert!(tokens.iter().all(|token| (*token as usize) < vocab), "tokens are in the vocabulary");
+        assert!(
+            tokens.iter().all(|token| (*token as usize) < vocab),
+            "tokens are in the vocabulary"
+        );
         let args = EmbedArgs {
             rows: tokens.len(),
             tokens: tokens.as_ptr(),
@@ -307,7 +310,8 @@ impl Backend for CpuBackend {
     fn silu_and_mul(&mut self, num_rows: usize, gate_up: &CpuRows, out: &mut CpuInput) {
         assert!(num_rows <= gate_up.rows_max && num_rows <= out.rows_max);
         assert!(gate_up.width == 2 * out.k);
-        let args = SiluAndMulArgs { rows: num_rows, gate_up: gate_up.data.ptr(), out: out.rows_out() };
+        let args =
+            SiluAndMulArgs { rows: num_rows, gate_up: gate_up.data.ptr(), out: out.rows_out() };
         let run = self.kernels.silu_and_mul;
         // SAFETY: both buffers hold the rows.
         unsafe { self.run_rows(num_rows, run, &args) }

@@ -83,7 +83,8 @@ impl Team {
         // SAFETY: no worker runs between regions, so nobody else touches `job` and `caller`. The
         // lifetime is erased because this function does not return before the last use.
         unsafe {
-            *shared.job.get() = Some(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(job));
+            *shared.job.get() =
+                Some(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(job));
             *shared.caller.get() = Some(thread::current());
         }
         shared.num_running.store(self.workers.len(), Ordering::Relaxed);
