@@ -1,4 +1,8 @@
 //! One integration test binary; each module carries one area.
 
+#![allow(clippy::print_stdout, reason = "tests say what they skip")]
+
+/// Kernel templates against naive loops, instantiated for every instruction set of this machine.
+mod ops;
 /// Style, names and directions of dependency.
 mod tidy;
