@@ -1,6 +1,7 @@
 //! How an engine is set up.
 
 use bespoke_kernel_gen::spec::{ActivationType, KvDType};
+use bespoke_kernel_gen::target::Target;
 
 use crate::kernels::KernelTable;
 
@@ -24,6 +25,8 @@ pub struct EngineOptions {
     pub kv_dtype: KvDType,
     /// What quantized weights are multiplied with; float models ignore it.
     pub activation: ActivationType,
+    /// Instruction set of the kernels; `None`: the best that this machine and this build have.
+    pub target: Option<Target>,
     /// Threads of one op; `None`: all cores.
     pub num_threads: Option<usize>,
     /// The kernels of this build.
@@ -49,6 +52,7 @@ impl EngineOptions {
             backend: BackendChoice::Auto,
             kv_dtype: KvDType::F16,
             activation: ActivationType::Int8,
+            target: None,
             num_threads: None,
             kernels,
             max_batch_tokens: 512,

@@ -7,6 +7,7 @@ use bespoke_kernel_gen::model::{ModelConfig, RopeScaling};
 use bespoke_kernel_gen::spec::ModelShape;
 
 use crate::backend::Backend;
+use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::backend::reference::ReferenceBackend;
 use crate::batch::Batch;
 use crate::config::{BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, Progress};
@@ -53,6 +54,7 @@ pub struct Memory {
 /// A decoder on one of the backends.
 enum Model {
     Reference(Decoder<ReferenceBackend>),
+    Cpu(Decoder<CpuBackend>),
 }
 
 /// Runs an expression on the decoder, whatever its backend.
@@ -60,6 +62,7 @@ macro_rules! on_decoder {
     ($model:expr, $decoder:ident => $value:expr) => {
         match $model {
             Model::Reference($decoder) => $value,
+            Model::Cpu($decoder) => $value,
         }
     };
 }
@@ -79,12 +82,23 @@ impl Engine {
         let loader = Loader { config: &config, shape: &shape, weights: &weights, options };
         let (model, max_context) = match options.backend {
             BackendChoice::Reference => {
-                let backend = ReferenceBackend::new(&config, &shape);
+                let backend = match options.num_threads {
+                    None => ReferenceBackend::new(&config, &shape),
+                    Some(num) => ReferenceBackend::with_threads(&config, &shape, num),
+                };
                 let (decoder, max_context) = loader.load(backend, progress)?;
                 (Model::Reference(decoder), max_context)
             }
             BackendChoice::Auto | BackendChoice::Cpu => {
-                return Err(Error::Unsupported("this build has no kernels".to_owned()));
+                let cpu_options = CpuOptions {
+                    kv_dtype: options.kv_dtype,
+                    activation: options.activation,
+                    num_threads: options.num_threads,
+                    target: options.target,
+                };
+                let backend = CpuBackend::new(&options.kernels, &config, &shape, &cpu_options)?;
+                let (decoder, max_context) = loader.load(backend, progress)?;
+                (Model::Cpu(decoder), max_context)
             }
         };
         let limits = on_decoder!(&model, decoder => decoder.limits());
@@ -275,6 +289,7 @@ impl Engine {
     pub fn backend_name(&self) -> &'static str {
         match &self.model {
             Model::Reference(_) => "reference",
+            Model::Cpu(_) => "cpu",
         }
     }
 
