@@ -5,8 +5,15 @@ extern crate self as bespoke;
 
 pub mod backend;
 pub mod batch;
+pub mod config;
+pub mod engine;
 pub mod error;
 pub mod kernels;
+pub mod kv_cache;
 pub mod model;
+pub mod request;
+pub mod sampling;
+pub mod scheduler;
+pub mod sequence;
 
 pub use error::Error;

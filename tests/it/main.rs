@@ -1,8 +1,5 @@
-//! One integration test binary; each module carries one area.
+//! One integration test binary: a module an area.
 
-#![allow(clippy::print_stdout, reason = "tests say what they skip")]
-
-/// Kernel templates against naive loops, instantiated for every instruction set of this machine.
+mod golden;
 mod ops;
-/// Style, names and directions of dependency.
 mod tidy;
