@@ -6,7 +6,11 @@ extern crate self as bespoke;
 pub mod backend;
 pub mod batch;
 pub mod error;
+pub mod files;
+pub mod import;
 pub mod kernels;
 pub mod model;
+pub mod progress;
+pub mod safetensors_writer;
 
 pub use error::Error;

@@ -1,0 +1,3 @@
+//! Models from elsewhere: GGUF files, the Hub, the model cache.
+
+pub mod gguf;
