@@ -11,6 +11,7 @@ pub mod import;
 pub mod kernels;
 pub mod model;
 pub mod progress;
+pub mod quantize;
 pub mod safetensors_writer;
 
 pub use error::Error;
