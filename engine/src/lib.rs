@@ -21,4 +21,6 @@ pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
 
+/// The generator, whose specs, targets and model shapes the engine shares.
+pub use bespoke_kernel_gen as kernel_gen;
 pub use error::Error;

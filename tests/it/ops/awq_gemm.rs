@@ -72,7 +72,7 @@ struct Case {
     /// Inputs that share packed scales.
     kernel_group: usize,
     lanes: usize,
-    regimes: Regimes<AwqGemmArgs>>,
+    regimes: Regimes<AwqGemmArgs>,
     int8: bool,
     bias: bool,
 }
@@ -158,13 +158,18 @@ impl Case {
 macro_rules! check_shape {
     ($n:literal, $k:literal, $group:literal, $kernel_group:literal, $bias:literal) => {
         let float = regimes!(
-            AwqGemmArgs, awq_gemm, [float_one, float_few, float_many], $n, $k, $kernel_group
+            AwqGemmArgs,
+            awq_gemm,
+            [float_one, float_few, float_many],
+            $n,
+            $k,
+            $kernel_group
         );
-        let int8 = regimes!(
-            AwqGemmArgs, awq_gemm, [int8_one, int8_few, int8_many], $n, $k, $kernel_group
-        );
+        let int8 =
+            regimes!(AwqGemmArgs, awq_gemm, [int8_one, int8_few, int8_many], $n, $k, $kernel_group);
         let float = float.map(|(lanes, regimes)| (lanes, regimes, false));
-        for (lanes, regimes, int8) in float.chain(int8.map(|(lanes, regimes)| (lanes, regimes, true)))
+        for (lanes, regimes, int8) in
+            float.chain(int8.map(|(lanes, regimes)| (lanes, regimes, true)))
         {
             for seed in 0..3 {
                 let weights = Weights::random(&mut Random(seed + 77), $n, $k, $group);

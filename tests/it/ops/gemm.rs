@@ -124,9 +124,7 @@ fn round_to_int8(row: &mut [f32], scale: f32) {
 
 macro_rules! check_float {
     ($element:ident, $dtype:expr, $n:literal, $k:literal, $bias:literal) => {
-        for (lanes, regimes) in
-            regimes!(GemmArgs, gemm, [one, few, many], simd::$element, $n, $k)
-        {
+        for (lanes, regimes) in regimes!(GemmArgs, gemm, [one, few, many], simd::$element, $n, $k) {
             for seed in 0..3 {
                 let (n, k, dtype, group) = ($n, $k, $dtype, None);
                 Case { n, k, dtype, lanes, regimes, group, bias: $bias }.check(seed);

@@ -27,12 +27,7 @@ macro_rules! regimes {
 pub(super) use regimes;
 
 /// Runs the kernel of the regime of `rows` in `count` shares.
-pub(super) fn run_shares<A>(
-    regimes: &Regimes<A>,
-    rows: usize,
-    args: &A,
-    count: usize,
-) {
+pub(super) fn run_shares<A>(regimes: &Regimes<A>, rows: usize, args: &A, count: usize) {
     let kernel = match rows {
         1 => regimes[0],
         2..=8 => regimes[1],
