@@ -52,7 +52,7 @@ impl Case {
             KernelFn::Quantize(run) => quantize(&mut setup, kernel, run, rows)?,
             KernelFn::Sample(run) => sample(&mut setup, kernel, run, rows)?,
         };
-        let op = op_name(&kernel.spec);
+        let op = kernel.spec.op();
         Ok(Case { op, symbol: kernel.symbol, rows, work, call })
     }
 
@@ -75,20 +75,6 @@ pub const OPS: [&str; 9] = [
     "quantize",
     "sample",
 ];
-
-pub fn op_name(spec: &KernelSpec) -> &'static str {
-    match spec {
-        KernelSpec::AwqGemm { .. } => "awq_gemm",
-        KernelSpec::Gemm { .. } => "gemm",
-        KernelSpec::PagedAttention { .. } => "paged_attention",
-        KernelSpec::Embed { .. } => "embed",
-        KernelSpec::RmsNorm { .. } => "rms_norm",
-        KernelSpec::Rope { .. } => "rope",
-        KernelSpec::SiluAndMul { .. } => "silu_and_mul",
-        KernelSpec::Quantize { .. } => "quantize",
-        KernelSpec::Sample { .. } => "sample",
-    }
-}
 
 /// Row counts that a kernel of `regime` is measured at.
 pub fn row_counts(regime: RowRegime) -> &'static [usize] {

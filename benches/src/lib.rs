@@ -1,6 +1,15 @@
 //! What the benches share: `limits` measures what the machine can do, `Case` sets a kernel up on
 //! data that it must fetch from memory, and `Report` relates the two.
 
+#![allow(clippy::print_stdout, reason = "a bench reports to its terminal")]
+
+use std::path::{Path, PathBuf};
+
+use bespoke::Error;
+use bespoke::backend::cpu::team::Team;
+
+use report::{Entry, Samples};
+
 pub mod case;
 pub mod limits;
 pub mod report;
@@ -61,6 +70,51 @@ impl Work {
             (self.fma_ops as f64 / limits.fma_gop_per_s, Bound::Fma),
         ];
         times.into_iter().fold((0.0, Bound::Memory), |a, b| if b.0 > a.0 { b } else { a })
+    }
+}
+
+/// A team, what the machine can do with it, and what was measured so far.
+pub struct Bench {
+    pub team: Team,
+    pub report: Report,
+}
+
+impl Bench {
+    /// A team on all cores, and the limits it reaches.
+    pub fn new() -> Result<Bench, Error> {
+        let num_threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let mut team = Team::new(num_threads).map_err(|error| {
+            Error::Resources(format!("cannot start {num_threads} threads: {error}"))
+        })?;
+        let limits = Limits::measure(&mut team)?;
+        println!("{}", limits.line());
+        Ok(Bench { team, report: Report::new(limits) })
+    }
+
+    /// Keeps and prints a measurement; one without samples was only tested, not measured.
+    pub fn record(&mut self, group: &str, name: &str, rows: usize, work: Work, samples: Samples) {
+        let Some(median) = samples.median() else { return };
+        let entry = Entry { group: group.to_owned(), name: name.to_owned(), rows, work, median };
+        println!("{:>24}{}\n", "", entry.rates(&self.report.limits));
+        self.report.entries.push(entry);
+    }
+
+    /// Measures the limits once more, prints the table against the higher ones, and writes it to
+    /// the folder that `BESPOKE_BENCH_OUT` names, if it does.
+    pub fn finish(mut self, file: &str) -> Result<(), Error> {
+        if self.report.entries.is_empty() {
+            return Ok(());
+        }
+        let again = Limits::measure(&mut self.team)?;
+        self.report.limits = self.report.limits.or_higher(again);
+        println!("{}", self.report.text());
+        let Some(folder) = std::env::var_os("BESPOKE_BENCH_OUT") else { return Ok(()) };
+        // Cargo starts benches in their package, people think from the repository's root.
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
+        let folder = root.join(PathBuf::from(folder));
+        let path = self.report.write(&folder, file).map_err(|error| Error::io(&folder, error))?;
+        println!("written: {}", path.display());
+        Ok(())
     }
 }
 

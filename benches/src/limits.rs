@@ -88,6 +88,20 @@ impl Limits {
         })
     }
 
+    /// All limits in one line.
+    pub fn line(&self) -> String {
+        format!(
+            "{} threads, {} limits: memory {:.1} GB/s, cache {:.1} GB/s, int8 dot {:.0} GOP/s, \
+             f32 fma {:.0} GOP/s",
+            self.num_threads,
+            self.target.name(),
+            self.memory_gb_per_s,
+            self.cache_gb_per_s,
+            self.dot_gop_per_s,
+            self.fma_gop_per_s
+        )
+    }
+
     /// The higher of both, limit by limit: noise only ever slows a machine down.
     pub fn or_higher(self, other: Limits) -> Limits {
         Limits {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::{Limits, Work};
 
@@ -24,10 +24,27 @@ pub struct Report {
     pub entries: Vec<Entry>,
 }
 
-/// The middle of `samples`; `None` without any.
-pub fn median(samples: &mut [Duration]) -> Option<Duration> {
-    samples.sort();
-    samples.get(samples.len() / 2).copied()
+/// Times of single calls, one a sample, beside criterion's own statistics.
+#[derive(Clone, Debug, Default)]
+pub struct Samples(Vec<Duration>);
+
+impl Samples {
+    /// Runs `call` `num_calls` times and remembers the mean; returns the sum, as criterion asks.
+    pub fn time(&mut self, num_calls: u64, mut call: impl FnMut()) -> Duration {
+        let start = Instant::now();
+        for _ in 0..num_calls {
+            call();
+        }
+        let total = start.elapsed();
+        self.0.push(total.div_f64(num_calls.max(1) as f64));
+        total
+    }
+
+    /// The middle of the samples; `None` without any.
+    pub fn median(mut self) -> Option<Duration> {
+        self.0.sort();
+        self.0.get(self.0.len() / 2).copied()
+    }
 }
 
 impl Entry {
@@ -53,26 +70,20 @@ impl Report {
 
     /// Markdown: the machine, its limits, a line per measurement.
     pub fn text(&self) -> String {
-        let limits = &self.limits;
         let mut text = String::new();
         // Writing to a string cannot fail.
         let _ = write!(
             text,
-            "{} threads, {} limits measured in this run:\n\
-             memory {:.1} GB/s, cache {:.1} GB/s, int8 dot {:.0} GOP/s, f32 fma {:.0} GOP/s.\n\
-             The share is the time that the binding limit allows over the median time of a call.\n\n\
+            "{}.\n\
+             The limits were measured in this run; the share is the time that the binding one allows \
+             over the median time of a call.\n\n\
              | group | kernel | rows | µs | GB/s | GOP/s | share | bound |\n\
              |---|---|---|---|---|---|---|---|\n",
-            limits.num_threads,
-            limits.target.name(),
-            limits.memory_gb_per_s,
-            limits.cache_gb_per_s,
-            limits.dot_gop_per_s,
-            limits.fma_gop_per_s,
+            self.limits.line()
         );
         for entry in &self.entries {
             let nanoseconds = entry.median.as_secs_f64() * 1e9;
-            let (bound_time, bound) = entry.work.bound(limits);
+            let (bound_time, bound) = entry.work.bound(&self.limits);
             let _ = writeln!(
                 text,
                 "| {} | {} | {} | {:.1} | {:.1} | {:.1} | {:.1} % | {} |",
@@ -149,10 +160,9 @@ mod tests {
 
     #[test]
     fn the_median_is_the_middle() {
-        let seconds = |values: &[u64]| values.iter().map(|s| Duration::from_secs(*s)).collect();
-        let mut samples: Vec<Duration> = seconds(&[9, 1, 4]);
-        assert_eq!(median(&mut samples), Some(Duration::from_secs(4)));
-        assert_eq!(median(&mut []), None);
+        let samples = Samples([9, 1, 4].map(Duration::from_secs).to_vec());
+        assert_eq!(samples.median(), Some(Duration::from_secs(4)));
+        assert_eq!(Samples::default().median(), None);
     }
 
     #[test]
