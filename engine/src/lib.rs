@@ -8,5 +8,6 @@ pub mod batch;
 pub mod error;
 pub mod kernels;
 pub mod model;
+pub mod tokenizer;
 
 pub use error::Error;
