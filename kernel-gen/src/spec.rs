@@ -266,6 +266,56 @@ impl ModelShape {
         }
     }
 
+    /// The matmul that serves the linear `role`. The head of a quantized model runs in int8 when
+    /// activations do.
+    pub fn linear_kernel(
+        &self,
+        role: LinearRole,
+        activation: ActivationType,
+    ) -> Result<KernelSpec, Error> {
+        self.served_linear(role, activation).kernel(activation)
+    }
+
+    /// The form of the rows that [`ModelShape::linear_kernel`] reads.
+    pub fn linear_rows(&self, role: LinearRole, activation: ActivationType) -> RowFormat {
+        self.served_linear(role, activation).row_format(activation)
+    }
+
+    fn served_linear(&self, role: LinearRole, activation: ActivationType) -> LinearShape {
+        let linear = self.linear(role);
+        let int8 = role == LinearRole::Head
+            && activation == ActivationType::Int8
+            && self.is_quantized()
+            && activation_group(linear.k, GroupSize::Channel).is_some();
+        match int8 {
+            true => LinearShape { format: WeightFormat::Dense(DType::I8), ..linear },
+            false => linear,
+        }
+    }
+
+    pub fn rope_kernel(&self, kv: KvDType) -> KernelSpec {
+        KernelSpec::Rope {
+            num_heads: self.num_heads,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            rotary_dim: self.rotary_dim,
+            qk_norm: self.qk_norm,
+            kv,
+            page_size: self.page_size,
+        }
+    }
+
+    pub fn paged_attention_kernel(&self, kv: KvDType) -> KernelSpec {
+        KernelSpec::PagedAttention {
+            num_heads: self.num_heads,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            window: self.sliding_window.unwrap_or(0),
+            kv,
+            page_size: self.page_size,
+        }
+    }
+
     /// Whether any linear of the layers is quantized.
     pub fn is_quantized(&self) -> bool {
         [self.qkv, self.o, self.gate_up, self.down]

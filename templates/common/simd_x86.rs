@@ -194,7 +194,8 @@ impl Simd for V3 {
     unsafe fn store_i8(p: *mut i8, x: __m256) -> __m256i {
         unsafe {
             let q = _mm256_cvtps_epi32(x);
-            let words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256::<1>(q));
+            let words =
+                _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256::<1>(q));
             _mm_storel_epi64(p.cast(), _mm_packs_epi16(words, words));
             q
         }

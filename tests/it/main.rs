@@ -1,2 +1,4 @@
 //! One integration test binary.
+mod ops;
 mod tokenizer;
+

@@ -78,9 +78,14 @@ pub struct KernelTable {
 
 impl KernelTable {
     /// The kernel for `spec` at `regime` on exactly `target`.
-    pub fn find(&self, spec: &KernelSpec, regime: RowRegime, target: Target) -> Option<&'static Kernel> {
-        self.kernels
-            .iter()
-            .find(|kernel| kernel.spec == *spec && kernel.regime == regime && kernel.target == target)
+    pub fn find(
+        &self,
+        spec: &KernelSpec,
+        regime: RowRegime,
+        target: Target,
+    ) -> Option<&'static Kernel> {
+        self.kernels.iter().find(|kernel| {
+            kernel.spec == *spec && kernel.regime == regime && kernel.target == target
+        })
     }
 }
