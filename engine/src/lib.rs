@@ -5,9 +5,16 @@ extern crate self as bespoke;
 
 pub mod backend;
 pub mod batch;
+pub mod config;
+pub mod engine;
 pub mod error;
 pub mod kernels;
+pub mod kv_cache;
 pub mod model;
+pub mod request;
+pub mod sampling;
+pub mod scheduler;
+pub mod sequence;
 pub mod tokenizer;
 
 pub use error::Error;

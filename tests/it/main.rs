@@ -1,4 +1,6 @@
 //! One integration test binary.
+
+mod golden;
 mod ops;
 mod tokenizer;
 
