@@ -1,0 +1,3 @@
+//! Weights → 4-bit AWQ "gemm" checkpoints.
+
+pub mod checkpoint;
