@@ -1,6 +1,6 @@
 //! One integration test binary.
 
+mod cli;
 mod golden;
 mod ops;
 mod tokenizer;
-
