@@ -25,4 +25,6 @@ pub mod scheduler;
 pub mod sequence;
 pub mod tokenizer;
 
+/// The generator, whose specs, targets and model shapes the engine shares.
+pub use bespoke_kernel_gen as kernel_gen;
 pub use error::Error;

@@ -32,7 +32,8 @@ pub struct TileRun {
     pub tile: usize,
 }
 
-/// Calls a block function over the tiles `first..last`, at most 4, 2 or 1 of a panel at a time.
+/// Calls a block function over the tiles `first..last`, 4, 2 or 1 of a panel at a time, as many as
+/// the registers of `S` hold.
 macro_rules! for_tile_runs {
     ($first:expr, $last:expr, $tiles:expr, $cols:expr, |$run:ident, $c:ident| $body:expr) => {{
         let mut tile = $first;
@@ -44,11 +45,11 @@ macro_rules! for_tile_runs {
                 if $last - tile < panel_left { $last - tile } else { panel_left }
             };
             let $run = TileRun { panel_tile, panel_width, tile: tile - panel_tile };
-            if left >= 4 {
+            if left >= 4 && S::BLOCK_TILES >= 4 {
                 const $c: usize = 4;
                 $body;
                 tile += 4;
-            } else if left >= 2 {
+            } else if left >= 2 && S::BLOCK_TILES >= 2 {
                 const $c: usize = 2;
                 $body;
                 tile += 2;
@@ -62,16 +63,17 @@ macro_rules! for_tile_runs {
 }
 pub(crate) use for_tile_runs;
 
-/// Calls a block function over the rows `first..last`, `$most`, 4, 2 or 1 at a time.
+/// Calls a block function over the rows `first..last`, `$most`, 4, 2 or 1 at a time, as many as the
+/// registers of `S` hold.
 macro_rules! for_row_blocks {
     ($first:expr, $last:expr, $most:expr, |$row:ident, $r:ident| $body:expr) => {{
         let mut $row = $first;
         while $row < $last {
-            if $last - $row >= $most {
+            if $last - $row >= $most && S::BLOCK_ROWS >= $most {
                 const $r: usize = $most;
                 $body;
                 $row += $most;
-            } else if $last - $row >= 4 {
+            } else if $last - $row >= 4 && S::BLOCK_ROWS >= 4 {
                 const $r: usize = 4;
                 $body;
                 $row += 4;
