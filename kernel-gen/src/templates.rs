@@ -1,6 +1,6 @@
 //! The text of the CPU templates, from which kernels take their bodies and their hashes.
 
-use crate::spec::{KernelSpec, RowFormat};
+use crate::spec::KernelSpec;
 use crate::target::Target;
 
 /// A template file.
@@ -49,18 +49,71 @@ pub fn body(spec: &KernelSpec) -> Template {
     }
 }
 
-/// All files a kernel's code comes from, the body first.
+/// Every template, by the name of its module.
+pub const ALL: [(&str, Template); 13] = [
+    ("awq_gemm", AWQ_GEMM),
+    ("embed", EMBED),
+    ("gemm", GEMM),
+    ("pages", PAGES),
+    ("paged_attention", PAGED_ATTENTION),
+    ("quantize", QUANTIZE),
+    ("rms_norm", RMS_NORM),
+    ("rope", ROPE),
+    ("sample", SAMPLE),
+    ("silu_and_mul", SILU_AND_MUL),
+    ("simd", SIMD),
+    ("simd_portable", SIMD_PORTABLE),
+    ("simd_x86", SIMD_X86),
+];
+
+/// All files a kernel's code comes from: the body, the target's vectors, and what they use.
 pub fn used(spec: &KernelSpec, target: Target) -> Vec<Template> {
-    let mut files = vec![body(spec), SIMD];
-    files.push(match target {
+    let vectors = match target {
         Target::Portable => SIMD_PORTABLE,
         Target::X86_64V3 | Target::Avx512 => SIMD_X86,
-    });
-    match spec {
-        KernelSpec::Rope { .. } | KernelSpec::PagedAttention { .. } => files.push(PAGES),
-        KernelSpec::RmsNorm { out: RowFormat::I8 { .. }, .. }
-        | KernelSpec::SiluAndMul { out: RowFormat::I8 { .. }, .. } => files.push(QUANTIZE),
-        _ => {}
+    };
+    let mut files = vec![body(spec), vectors];
+    let mut next = 0;
+    while next < files.len() {
+        let text = files[next].text;
+        for (module, template) in ALL {
+            let uses = |separator| text.contains(&format!("super::{module}{separator}"));
+            if !files.contains(&template) && (uses("::") || uses(";")) {
+                files.push(template);
+            }
+        }
+        next += 1;
     }
     files
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn paths(spec: &KernelSpec, target: Target) -> Vec<&'static str> {
+        used(spec, target).into_iter().map(|template| template.path).collect()
+    }
+
+    #[test]
+    fn used_files_follow_the_imports() {
+        let spec = KernelSpec::Sample { vocab: 512 };
+        let portable = ["sample/sample.rs", "common/simd_portable.rs", "common/simd.rs"];
+        assert_eq!(
+            paths(&spec, Target::Portable),
+            portable.map(|path| format!("templates/{path}"))
+        );
+        let quantize = KernelSpec::Quantize { k: 512, group: 64 };
+        let x86 = ["quantize/quantize.rs", "common/simd_x86.rs", "common/simd.rs"];
+        assert_eq!(paths(&quantize, Target::Avx512), x86.map(|path| format!("templates/{path}")));
+    }
+
+    /// `used` reads single imports; a braced one from `super` itself would escape it.
+    #[test]
+    fn imports_are_written_one_by_one() {
+        for (_, template) in ALL {
+            assert!(!template.text.contains("super::{"), "{}", template.path);
+            assert!(!template.text.contains("super::*"), "{}", template.path);
+        }
+    }
 }

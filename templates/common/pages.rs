@@ -10,11 +10,16 @@
 //!
 //! int8 is unsigned per token and head: value = (q − zero) · scale, zero being a float.
 
+use super::simd::Simd;
+
 /// Element type of the KV cache.
+#[allow(clippy::missing_safety_doc)]
 pub trait KvElement: Copy + 'static {
     const SIZE: usize;
     /// Whether scales and zeros follow the data of a head.
     const QUANTIZED: bool;
+    /// `S::LANES` elements at `p` as float32, without scale and zero.
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F32;
 }
 
 /// Markers, one for each element type.
@@ -28,16 +33,31 @@ pub struct KvI8;
 impl KvElement for KvF32 {
     const SIZE: usize = 4;
     const QUANTIZED: bool = false;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F32 {
+        // SAFETY: as the caller promises.
+        unsafe { S::load(p.cast()) }
+    }
 }
 
 impl KvElement for KvF16 {
     const SIZE: usize = 2;
     const QUANTIZED: bool = false;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F32 {
+        // SAFETY: as the caller promises.
+        unsafe { S::load_f16(p.cast()) }
+    }
 }
 
 impl KvElement for KvI8 {
     const SIZE: usize = 1;
     const QUANTIZED: bool = true;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F32 {
+        // SAFETY: as the caller promises.
+        unsafe { S::load_u8(p.cast()) }
+    }
 }
 
 /// Bytes of one head in a page.

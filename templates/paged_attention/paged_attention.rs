@@ -1,1 +1,783 @@
-//! `paged_attention`
+//! Causal attention over KV pages with an online softmax, page by page.
+//!
+//! A unit of work is a run of query rows of one sequence that share a KV head: row `r` is query head
+//! `r % GROUP` of token `r / GROUP`, so the query heads of a KV head read its pages once for all.
+//!
+//! Reduction order: a row visits its pages in ascending order from the first it sees; scores add
+//! over dimensions, outputs over tokens, one after the other in separate lanes. A token that a row
+//! does not see gets probability 0, which changes no bit. So decode and prefill, any chunking and
+//! any split over threads give a row the same bits.
+//!
+//! Bound: decode reads every page once (memory bandwidth); prefill does `4 · head_dim` operations
+//! per row and visible token (peak of f32 multiply-add).
+
+use std::marker::PhantomData;
+
+use super::abi::{PagedAttentionArgs, SequenceSpan, Share};
+use super::pages::{KvElement, KvF32, head_bytes, page_bytes, params_offset, v_offset};
+use super::simd::Simd;
+
+/// Score of a token that a row does not see: its probability underflows to 0.
+const MASKED: f32 = -3.0e38;
+/// Running maximum before the first page: above `MASKED`, below any score.
+const NO_MAX: f32 = -1.0e30;
+/// Scratch memory that `Share` brings.
+const DECODE_SCRATCH_BYTES: usize = 64 * 1024;
+const PREFILL_SCRATCH_BYTES: usize = 256 * 1024;
+
+/// Attention of spans of one row each. `WINDOW` 0 is full attention.
+///
+/// # Safety
+/// `args` as documented on its fields, 64 KiB of scratch; the instruction set of `S`.
+#[inline(always)]
+pub unsafe fn decode<
+    S: Simd,
+    KV: KvElement,
+    const HEADS: usize,
+    const KV_HEADS: usize,
+    const HEAD_DIM: usize,
+    const WINDOW: usize,
+    const PAGE: usize,
+>(
+    args: &PagedAttentionArgs,
+    share: Share,
+) {
+    // SAFETY: as the caller promises.
+    unsafe { Attention::<S, KV, HEADS, KV_HEADS, HEAD_DIM, WINDOW, PAGE>::run::<false>(args, share) }
+}
+
+/// Attention of spans of any number of rows.
+///
+/// # Safety
+/// As [`decode`], with 256 KiB of scratch.
+#[inline(always)]
+pub unsafe fn prefill<
+    S: Simd,
+    KV: KvElement,
+    const HEADS: usize,
+    const KV_HEADS: usize,
+    const HEAD_DIM: usize,
+    const WINDOW: usize,
+    const PAGE: usize,
+>(
+    args: &PagedAttentionArgs,
+    share: Share,
+) {
+    // SAFETY: as the caller promises.
+    unsafe { Attention::<S, KV, HEADS, KV_HEADS, HEAD_DIM, WINDOW, PAGE>::run::<true>(args, share) }
+}
+
+/// The constants of one instance.
+struct Attention<
+    S,
+    KV,
+    const HEADS: usize,
+    const KV_HEADS: usize,
+    const HEAD_DIM: usize,
+    const WINDOW: usize,
+    const PAGE: usize,
+>(PhantomData<(S, KV)>);
+
+/// Query rows `first..first + num` of one sequence and KV head.
+#[derive(Clone, Copy)]
+struct Rows {
+    span: SequenceSpan,
+    kv_head: usize,
+    first: usize,
+    num: usize,
+}
+
+/// What a unit of work keeps between pages, in scratch memory.
+#[derive(Clone, Copy)]
+struct State {
+    /// `[rows, HEAD_DIM]`, scaled.
+    q: *mut f32,
+    /// `[rows, VECS · LANES]`: sums of probability · value.
+    o: *mut f32,
+    /// `[rows, PAGE]`: the page's scores, then its probabilities.
+    p: *mut f32,
+    /// `[rows, LANES]`: sums of probabilities.
+    sum: *mut f32,
+    /// `[rows]`: maximum of the scores so far.
+    max: *mut f32,
+    /// `[rows]`: the page's maximum, then the factor to older sums.
+    factor: *mut f32,
+    /// `[2 · PAGE · HEAD_DIM]`: K and V of the page in float32.
+    kv: *mut f32,
+}
+
+/// The order of all rows of a step, cut into `count` parts of equal cost.
+struct Split {
+    idx: u64,
+    count: u64,
+    total: u64,
+    done: u64,
+}
+
+impl Split {
+    /// Which of the next `num` rows, each of cost `cost`, this thread computes.
+    #[inline(always)]
+    fn next(&mut self, num: usize, cost: u64) -> (usize, usize) {
+        let (low, high) = (2 * self.total * self.idx, 2 * self.total * (self.idx + 1));
+        let (mut first, mut end) = (0, 0);
+        let mut row = 0;
+        while row < num {
+            // NOTE: a row belongs to the part in which the middle of its cost lies.
+            let middle = (2 * self.done + cost) * self.count;
+            self.done += cost;
+            row += 1;
+            if middle < low {
+                first = row;
+            }
+            if middle < high {
+                end = row;
+            }
+        }
+        (first, end)
+    }
+}
+
+impl<
+    S: Simd,
+    KV: KvElement,
+    const HEADS: usize,
+    const KV_HEADS: usize,
+    const HEAD_DIM: usize,
+    const WINDOW: usize,
+    const PAGE: usize,
+> Attention<S, KV, HEADS, KV_HEADS, HEAD_DIM, WINDOW, PAGE>
+{
+    /// Query heads of a KV head.
+    const GROUP: usize = HEADS / KV_HEADS;
+    /// Vectors of a head.
+    const VECS: usize = HEAD_DIM.div_ceil(S::LANES);
+    /// Rows that a register tile of prefill takes: scores, then outputs.
+    const SCORE_ROWS: usize = if S::LANES == 16 { 12 } else { 6 };
+    const OUT_ROWS: usize = 6;
+
+    /// Most rows of a unit.
+    const fn rows_max(many: bool) -> usize {
+        if many { 48 } else { 16 }
+    }
+
+    /// Whether pages are first converted to float32: for the many rows of prefill, and for heads
+    /// shorter than a vector, whose last rows cannot be loaded in place.
+    const fn copies(many: bool) -> bool {
+        (many && KV::SIZE != KvF32::SIZE) || HEAD_DIM < S::LANES
+    }
+
+    #[inline(always)]
+    unsafe fn run<const MANY: bool>(args: &PagedAttentionArgs, share: Share) {
+        const {
+            assert!(HEADS.is_multiple_of(KV_HEADS) && HEAD_DIM.is_multiple_of(8));
+            assert!(PAGE.is_multiple_of(16) && PAGE > 0 && HEAD_DIM > 0);
+            assert!(Self::state_floats(false) * 4 <= DECODE_SCRATCH_BYTES);
+            assert!(Self::state_floats(true) * 4 <= PREFILL_SCRATCH_BYTES);
+        };
+        // SAFETY: as the caller promises; the parts of a split are disjoint rows.
+        unsafe {
+            let (idx, count) = (share.idx as u64, share.count as u64);
+            let mut split = Split { idx, count, total: 0, done: 0 };
+            let mut span_idx = 0;
+            while span_idx < args.num_spans {
+                split.total += Self::span_cost::<MANY>(*args.spans.add(span_idx));
+                span_idx += 1;
+            }
+            span_idx = 0;
+            while span_idx < args.num_spans {
+                let span = *args.spans.add(span_idx);
+                let mut kv_head = 0;
+                while kv_head < KV_HEADS {
+                    Self::run_head::<MANY>(args, share, &mut split, span, kv_head);
+                    kv_head += 1;
+                }
+                span_idx += 1;
+            }
+        }
+    }
+
+    /// Sum of the costs of a span's rows.
+    #[inline(always)]
+    fn span_cost<const MANY: bool>(span: SequenceSpan) -> u64 {
+        let mut rows = Rows { span, kv_head: 0, first: 0, num: 0 };
+        let mut cost = 0;
+        while Self::next_unit::<MANY>(&mut rows) {
+            cost += rows.num as u64 * Self::row_cost(&rows);
+        }
+        cost * KV_HEADS as u64
+    }
+
+    /// Moves on to the next unit of a span and KV head.
+    #[inline(always)]
+    fn next_unit<const MANY: bool>(rows: &mut Rows) -> bool {
+        let end = rows.span.num_rows as usize * Self::GROUP;
+        rows.first += rows.num;
+        rows.num = (end - rows.first).min(Self::rows_max(MANY));
+        rows.num > 0
+    }
+
+    /// Pages that the last row of a unit visits.
+    #[inline(always)]
+    fn row_cost(rows: &Rows) -> u64 {
+        let (first, end) = Self::visible(rows, rows.num - 1);
+        (end.div_ceil(PAGE) - first / PAGE) as u64
+    }
+
+    /// The tokens that row `row` of a unit sees.
+    #[inline(always)]
+    fn visible(rows: &Rows, row: usize) -> (usize, usize) {
+        let token = (rows.first + row) / Self::GROUP;
+        let end = (rows.span.context_len - rows.span.num_rows) as usize + token + 1;
+        (if WINDOW > 0 { end.saturating_sub(WINDOW) } else { 0 }, end)
+    }
+
+    #[inline(always)]
+    unsafe fn run_head<const MANY: bool>(
+        args: &PagedAttentionArgs,
+        share: Share,
+        split: &mut Split,
+        span: SequenceSpan,
+        kv_head: usize,
+    ) {
+        let mut unit = Rows { span, kv_head, first: 0, num: 0 };
+        while Self::next_unit::<MANY>(&mut unit) {
+            let (first, end) = split.next(unit.num, Self::row_cost(&unit));
+            if first < end {
+                let rows = Rows { first: unit.first + first, num: end - first, ..unit };
+                // SAFETY: as the caller promises; few rows do not pay for a converted page.
+                unsafe {
+                    if MANY && rows.num > 4 {
+                        Self::attend::<true>(args, &rows, share.scratch);
+                    } else {
+                        Self::attend::<false>(args, &rows, share.scratch);
+                    }
+                }
+            }
+        }
+    }
+
+    const fn state_floats(many: bool) -> usize {
+        let rows = Self::rows_max(many);
+        let row = HEAD_DIM + Self::VECS * S::LANES + PAGE + S::LANES + 2;
+        rows * row + if Self::copies(many) { 2 * PAGE * HEAD_DIM + S::LANES } else { 0 }
+    }
+
+    #[inline(always)]
+    unsafe fn state<const MANY: bool>(scratch: *mut u8) -> State {
+        let rows = Self::rows_max(MANY);
+        // SAFETY: `state_floats` adds up these sizes.
+        unsafe {
+            let kv: *mut f32 = scratch.cast();
+            let q = kv.add(if Self::copies(MANY) { 2 * PAGE * HEAD_DIM + S::LANES } else { 0 });
+            let o = q.add(rows * HEAD_DIM);
+            let p = o.add(rows * Self::VECS * S::LANES);
+            let sum = p.add(rows * PAGE);
+            let max = sum.add(rows * S::LANES);
+            State { q, o, p, sum, max, factor: max.add(rows), kv }
+        }
+    }
+
+    /// Computes the rows of one unit.
+    #[inline(always)]
+    unsafe fn attend<const MANY: bool>(args: &PagedAttentionArgs, rows: &Rows, scratch: *mut u8) {
+        // SAFETY: the page table holds the pages of all visible tokens.
+        unsafe {
+            let state = Self::state::<MANY>(scratch);
+            Self::start::<MANY>(args, rows, &state);
+            let table = args.page_table.add(rows.span.first_page as usize);
+            let (first, _) = Self::visible(rows, 0);
+            let (_, end) = Self::visible(rows, rows.num - 1);
+            let mut page_idx = first / PAGE;
+            while page_idx * PAGE < end {
+                let head = Self::head(args, rows, *table.add(page_idx));
+                Self::page::<MANY>(rows, &state, page_idx * PAGE, head);
+                page_idx += 1;
+            }
+            Self::finish(args, rows, &state);
+        }
+    }
+
+    /// The block of the unit's KV head in a page.
+    #[inline(always)]
+    unsafe fn head(args: &PagedAttentionArgs, rows: &Rows, page: u32) -> *const u8 {
+        let page_bytes = page_bytes(KV::SIZE, KV::QUANTIZED, KV_HEADS, HEAD_DIM, PAGE);
+        let head_bytes = head_bytes(KV::SIZE, KV::QUANTIZED, HEAD_DIM, PAGE);
+        // SAFETY: page ids of the table lie in the cache.
+        unsafe { args.kv.add(page as usize * page_bytes + rows.kv_head * head_bytes) }
+    }
+
+    /// Where vector `vec` of a head lies: the last one reaches back to end with the head.
+    #[inline(always)]
+    const fn vec_offset(vec: usize) -> usize {
+        if HEAD_DIM < S::LANES || (vec + 1) * S::LANES <= HEAD_DIM {
+            vec * S::LANES
+        } else {
+            HEAD_DIM - S::LANES
+        }
+    }
+
+    /// Offset of a row's query head among all heads of its tokens' rows, `row_heads` heads each.
+    #[inline(always)]
+    fn head_offset(rows: &Rows, row: usize, row_heads: usize) -> usize {
+        let row = rows.first + row;
+        let token = rows.span.first_row as usize + row / Self::GROUP;
+        (token * row_heads + rows.kv_head * Self::GROUP + row % Self::GROUP) * HEAD_DIM
+    }
+
+    /// Scales the queries and clears the sums.
+    #[inline(always)]
+    unsafe fn start<const MANY: bool>(args: &PagedAttentionArgs, rows: &Rows, state: &State) {
+        // SAFETY: rows of the unit in qkv, rows below rows_max in scratch.
+        unsafe {
+            let scale = S::splat(args.softmax_scale);
+            let mut row = 0;
+            while row < Self::rows_max(MANY) {
+                let mut vec = 0;
+                while vec < Self::VECS {
+                    let mut x = S::zero();
+                    if row < rows.num {
+                        let offset = Self::head_offset(rows, row, HEADS + 2 * KV_HEADS);
+                        let q = args.qkv.add(offset + Self::vec_offset(vec));
+                        x = S::mul(Self::load_vec(q), scale);
+                    }
+                    Self::store_vec(state.q.add(row * HEAD_DIM + Self::vec_offset(vec)), x);
+                    S::store(state.o.add((row * Self::VECS + vec) * S::LANES), S::zero());
+                    vec += 1;
+                }
+                S::store(state.sum.add(row * S::LANES), S::zero());
+                *state.max.add(row) = NO_MAX;
+                *state.factor.add(row) = NO_MAX;
+                row += 1;
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_vec(p: *const f32) -> S::F32 {
+        // SAFETY: a head has HEAD_DIM elements.
+        unsafe { if HEAD_DIM < S::LANES { S::load_first(p, HEAD_DIM) } else { S::load(p) } }
+    }
+
+    #[inline(always)]
+    unsafe fn store_vec(p: *mut f32, x: S::F32) {
+        // SAFETY: a head has HEAD_DIM elements.
+        unsafe { if HEAD_DIM < S::LANES { S::store_first(p, x, HEAD_DIM) } else { S::store(p, x) } }
+    }
+
+    /// Adds one page, whose first token is `begin`, to the rows of a unit.
+    #[inline(always)]
+    unsafe fn page<const MANY: bool>(rows: &Rows, state: &State, begin: usize, head: *const u8) {
+        // SAFETY: `head` is a head's block in a page.
+        unsafe {
+            let v = head.add(v_offset(KV::SIZE, HEAD_DIM, PAGE));
+            let params: *const f32 = head.add(params_offset(KV::SIZE, HEAD_DIM, PAGE)).cast();
+            if Self::copies(MANY) {
+                Self::convert(head, params, state.kv);
+                Self::scores::<MANY, KvF32>(rows, state, state.kv.cast(), params);
+                Self::probabilities(rows, state, begin, params);
+                let v = state.kv.add(PAGE * HEAD_DIM).cast();
+                Self::outputs::<MANY, KvF32>(rows, state, begin, v, params);
+            } else {
+                Self::scores::<MANY, KV>(rows, state, head, params);
+                Self::probabilities(rows, state, begin, params);
+                Self::outputs::<MANY, KV>(rows, state, begin, v, params);
+            }
+        }
+    }
+
+    /// K and V of a head's block as float32, zeros subtracted.
+    #[inline(always)]
+    unsafe fn convert(head: *const u8, params: *const f32, out: *mut f32) {
+        // SAFETY: K and V lie side by side, PAGE · HEAD_DIM elements each, a multiple of LANES.
+        unsafe {
+            let mut i = 0;
+            while i < PAGE * HEAD_DIM {
+                let mut k = KV::load::<S>(head.add(i * KV::SIZE));
+                if KV::QUANTIZED {
+                    k = S::sub(k, S::load(params.add(PAGE + i % PAGE)));
+                }
+                S::store(out.add(i), k);
+                i += S::LANES;
+            }
+            while i < 2 * PAGE * HEAD_DIM {
+                S::store(out.add(i), KV::load::<S>(head.add(i * KV::SIZE)));
+                i += S::LANES;
+            }
+            if KV::QUANTIZED {
+                Self::subtract_v_zeros(params, out.add(PAGE * HEAD_DIM));
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn subtract_v_zeros(params: *const f32, v: *mut f32) {
+        // SAFETY: v holds PAGE rows of HEAD_DIM.
+        unsafe {
+            let mut token = 0;
+            while token < PAGE {
+                let zero = *params.add(3 * PAGE + token);
+                let mut i = 0;
+                while i < HEAD_DIM {
+                    *v.add(token * HEAD_DIM + i) -= zero;
+                    i += 1;
+                }
+                token += 1;
+            }
+        }
+    }
+
+    /// Scores of all rows against the page's keys.
+    #[inline(always)]
+    unsafe fn scores<const MANY: bool, L: KvElement>(
+        rows: &Rows,
+        state: &State,
+        k: *const u8,
+        params: *const f32,
+    ) {
+        // SAFETY: rows below rows_max.
+        unsafe {
+            let mut row = 0;
+            while MANY && row < rows.num {
+                if S::LANES == 16 {
+                    Self::score_tile::<L, 12>(state, row, k, params);
+                } else {
+                    Self::score_tile::<L, 6>(state, row, k, params);
+                }
+                row += Self::SCORE_ROWS;
+            }
+            while row + 4 <= rows.num {
+                Self::score_tile::<L, 4>(state, row, k, params);
+                row += 4;
+            }
+            if row + 3 == rows.num {
+                Self::score_tile::<L, 3>(state, row, k, params);
+            } else if row + 2 == rows.num {
+                Self::score_tile::<L, 2>(state, row, k, params);
+            } else if row + 1 == rows.num {
+                Self::score_tile::<L, 1>(state, row, k, params);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn score_tile<L: KvElement, const R: usize>(
+        state: &State,
+        row: usize,
+        k: *const u8,
+        params: *const f32,
+    ) {
+        // SAFETY: offsets stay inside the page and the rows of scratch.
+        unsafe {
+            let (q, p) = (state.q.add(row * HEAD_DIM), state.p.add(row * PAGE));
+            let mut token = 0;
+            while token + 2 * S::LANES <= PAGE {
+                Self::score_vecs::<L, R, 2>(q, k, params, p, token);
+                token += 2 * S::LANES;
+            }
+            if token < PAGE {
+                Self::score_vecs::<L, R, 1>(q, k, params, p, token);
+            }
+        }
+    }
+
+    /// Scores of `R` rows with `C` vectors of tokens.
+    #[inline(always)]
+    unsafe fn score_vecs<L: KvElement, const R: usize, const C: usize>(
+        q: *const f32,
+        k: *const u8,
+        params: *const f32,
+        p: *mut f32,
+        token: usize,
+    ) {
+        // SAFETY: k is [HEAD_DIM, PAGE], q [R, HEAD_DIM], p [R, PAGE].
+        unsafe {
+            let mut sums = [[S::zero(); C]; R];
+            let mut dim = 0;
+            while dim < HEAD_DIM {
+                let mut keys = [S::zero(); C];
+                let mut c = 0;
+                while c < C {
+                    let place = token + c * S::LANES;
+                    keys[c] = L::load::<S>(k.add((dim * PAGE + place) * L::SIZE));
+                    if L::QUANTIZED {
+                        keys[c] = S::sub(keys[c], S::load(params.add(PAGE + place)));
+                    }
+                    c += 1;
+                }
+                let mut r = 0;
+                while r < R {
+                    let query = S::splat(*q.add(r * HEAD_DIM + dim));
+                    let mut c = 0;
+                    while c < C {
+                        sums[r][c] = S::fma(query, keys[c], sums[r][c]);
+                        c += 1;
+                    }
+                    r += 1;
+                }
+                dim += 1;
+            }
+            let mut r = 0;
+            while r < R {
+                let mut c = 0;
+                while c < C {
+                    S::store(p.add(r * PAGE + token + c * S::LANES), sums[r][c]);
+                    c += 1;
+                }
+                r += 1;
+            }
+        }
+    }
+
+    /// Scores to probabilities relative to the running maximum; updates maximum and sum.
+    #[inline(always)]
+    unsafe fn probabilities(rows: &Rows, state: &State, begin: usize, params: *const f32) {
+        // SAFETY: rows below rows_max, tokens below PAGE.
+        unsafe {
+            let (_, first_end) = Self::visible(rows, 0);
+            let (last_first, _) = Self::visible(rows, rows.num - 1);
+            let partial = begin + PAGE > first_end || begin < last_first;
+            let mut row = 0;
+            while row < rows.num {
+                let p = state.p.add(row * PAGE);
+                if KV::QUANTIZED {
+                    Self::multiply(p, params);
+                }
+                if partial {
+                    Self::mask(rows, row, begin, p);
+                }
+                let mut max = S::load(p);
+                let mut token = S::LANES;
+                while token < PAGE {
+                    max = S::max(S::load(p.add(token)), max);
+                    token += S::LANES;
+                }
+                *state.factor.add(row) = S::reduce_max(max);
+                row += 1;
+            }
+            row = 0;
+            while row < rows.num {
+                let old = S::load(state.max.add(row));
+                let new = S::max(S::load(state.factor.add(row)), old);
+                S::store(state.max.add(row), new);
+                S::store(state.factor.add(row), S::exp(S::sub(old, new)));
+                row += S::LANES;
+            }
+            row = 0;
+            while row < rows.num {
+                Self::exponentials(state, row);
+                if KV::QUANTIZED {
+                    Self::multiply(state.p.add(row * PAGE), params.add(2 * PAGE));
+                }
+                row += 1;
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn exponentials(state: &State, row: usize) {
+        // SAFETY: rows below rows_max, tokens below PAGE.
+        unsafe {
+            let p = state.p.add(row * PAGE);
+            let max = S::splat(*state.max.add(row));
+            let sum_at = state.sum.add(row * S::LANES);
+            let mut sum = S::mul(S::load(sum_at), S::splat(*state.factor.add(row)));
+            let mut token = 0;
+            while token < PAGE {
+                let x = S::exp(S::sub(S::load(p.add(token)), max));
+                sum = S::add(sum, x);
+                S::store(p.add(token), x);
+                token += S::LANES;
+            }
+            S::store(sum_at, sum);
+        }
+    }
+
+    /// Multiplies a row's tokens by their scales.
+    #[inline(always)]
+    unsafe fn multiply(p: *mut f32, scales: *const f32) {
+        // SAFETY: both hold PAGE values.
+        unsafe {
+            let mut token = 0;
+            while token < PAGE {
+                let scaled = S::mul(S::load(p.add(token)), S::load(scales.add(token)));
+                S::store(p.add(token), scaled);
+                token += S::LANES;
+            }
+        }
+    }
+
+    /// The part of the page from `begin` that a row sees, as places in the page.
+    #[inline(always)]
+    fn places(rows: &Rows, row: usize, begin: usize) -> (usize, usize) {
+        let (first, end) = Self::visible(rows, row);
+        (first.saturating_sub(begin).min(PAGE), end.saturating_sub(begin).min(PAGE))
+    }
+
+    #[inline(always)]
+    unsafe fn mask(rows: &Rows, row: usize, begin: usize, p: *mut f32) {
+        let (first, end) = Self::places(rows, row, begin);
+        let mut token = 0;
+        // SAFETY: tokens below PAGE.
+        unsafe {
+            while token < first {
+                *p.add(token) = MASKED;
+                token += 1;
+            }
+            token = end;
+            while token < PAGE {
+                *p.add(token) = MASKED;
+                token += 1;
+            }
+        }
+    }
+
+    /// Adds probability · value of the page to the outputs of all rows.
+    #[inline(always)]
+    unsafe fn outputs<const MANY: bool, L: KvElement>(
+        rows: &Rows,
+        state: &State,
+        begin: usize,
+        v: *const u8,
+        params: *const f32,
+    ) {
+        // SAFETY: rows below rows_max; tokens that some row of the tile sees are written.
+        unsafe {
+            let zeros = params.add(3 * PAGE);
+            let mut row = 0;
+            while MANY && row < rows.num {
+                let tokens = Self::tile_places(rows, row, Self::OUT_ROWS, begin);
+                Self::out_tile::<L, 6>(state, row, v, zeros, tokens);
+                row += Self::OUT_ROWS;
+            }
+            while row + 4 <= rows.num {
+                let tokens = Self::tile_places(rows, row, 4, begin);
+                Self::out_tile::<L, 4>(state, row, v, zeros, tokens);
+                row += 4;
+            }
+            if row < rows.num {
+                let tokens = Self::tile_places(rows, row, 4, begin);
+                match rows.num - row {
+                    3 => Self::out_tile::<L, 3>(state, row, v, zeros, tokens),
+                    2 => Self::out_tile::<L, 2>(state, row, v, zeros, tokens),
+                    _ => Self::out_tile::<L, 1>(state, row, v, zeros, tokens),
+                }
+            }
+        }
+    }
+
+    /// The places of a page that any of `num` rows sees.
+    #[inline(always)]
+    fn tile_places(rows: &Rows, row: usize, num: usize, begin: usize) -> (usize, usize) {
+        let (first, _) = Self::places(rows, row, begin);
+        let (_, end) = Self::places(rows, (row + num).min(rows.num) - 1, begin);
+        (first, end)
+    }
+
+    #[inline(always)]
+    unsafe fn out_tile<L: KvElement, const R: usize>(
+        state: &State,
+        row: usize,
+        v: *const u8,
+        zeros: *const f32,
+        tokens: (usize, usize),
+    ) {
+        // SAFETY: vectors below VECS.
+        unsafe {
+            let mut vec = 0;
+            while S::LANES == 16 && vec + 4 <= Self::VECS {
+                Self::out_vecs::<L, R, 4>(state, row, v, zeros, tokens, vec);
+                vec += 4;
+            }
+            while vec + 2 <= Self::VECS {
+                Self::out_vecs::<L, R, 2>(state, row, v, zeros, tokens, vec);
+                vec += 2;
+            }
+            if vec < Self::VECS {
+                Self::out_vecs::<L, R, 1>(state, row, v, zeros, tokens, vec);
+            }
+        }
+    }
+
+    /// Outputs of `R` rows, `C` vectors of each from `vec` on.
+    #[inline(always)]
+    unsafe fn out_vecs<L: KvElement, const R: usize, const C: usize>(
+        state: &State,
+        row: usize,
+        v: *const u8,
+        zeros: *const f32,
+        tokens: (usize, usize),
+        vec: usize,
+    ) {
+        // SAFETY: v is [PAGE, HEAD_DIM], p [rows, PAGE], o [rows, VECS · LANES].
+        unsafe {
+            let p = state.p.add(row * PAGE);
+            let o = state.o.add((row * Self::VECS + vec) * S::LANES);
+            let mut sums = [[S::zero(); C]; R];
+            let mut r = 0;
+            while r < R {
+                let factor = S::splat(*state.factor.add(row + r));
+                let mut c = 0;
+                while c < C {
+                    let old = S::load(o.add((r * Self::VECS + c) * S::LANES));
+                    sums[r][c] = S::mul(old, factor);
+                    c += 1;
+                }
+                r += 1;
+            }
+            let mut token = tokens.0;
+            while token < tokens.1 {
+                let mut values = [S::zero(); C];
+                let mut c = 0;
+                while c < C {
+                    let offset = token * HEAD_DIM + Self::vec_offset(vec + c);
+                    values[c] = L::load::<S>(v.add(offset * L::SIZE));
+                    if L::QUANTIZED {
+                        values[c] = S::sub(values[c], S::splat(*zeros.add(token)));
+                    }
+                    c += 1;
+                }
+                let mut r = 0;
+                while r < R {
+                    let probability = S::splat(*p.add(r * PAGE + token));
+                    let mut c = 0;
+                    while c < C {
+                        sums[r][c] = S::fma(probability, values[c], sums[r][c]);
+                        c += 1;
+                    }
+                    r += 1;
+                }
+                token += 1;
+            }
+            let mut r = 0;
+            while r < R {
+                let mut c = 0;
+                while c < C {
+                    S::store(o.add((r * Self::VECS + c) * S::LANES), sums[r][c]);
+                    c += 1;
+                }
+                r += 1;
+            }
+        }
+    }
+
+    /// Divides by the sums of probabilities and writes the rows.
+    #[inline(always)]
+    unsafe fn finish(args: &PagedAttentionArgs, rows: &Rows, state: &State) {
+        // SAFETY: rows of the unit.
+        unsafe {
+            let mut row = 0;
+            while row < rows.num {
+                let out = args.out.add(Self::head_offset(rows, row, HEADS));
+                let sum = S::reduce_add(S::load(state.sum.add(row * S::LANES)));
+                let inverse = S::splat(1.0 / sum);
+                let mut vec = 0;
+                while vec < Self::VECS {
+                    let o = S::load(state.o.add((row * Self::VECS + vec) * S::LANES));
+                    Self::store_vec(out.add(Self::vec_offset(vec)), S::mul(o, inverse));
+                    vec += 1;
+                }
+                row += 1;
+            }
+        }
+    }
+}

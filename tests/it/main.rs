@@ -1,3 +1,10 @@
-//! One integration test binary.
+//! One integration test binary; each module carries one area.
 
+#![allow(clippy::print_stdout, reason = "tests say what they skip")]
+
+/// Tiny models and SmolLM2 against reference results computed elsewhere.
+mod golden;
+/// Kernel templates against naive loops, instantiated for every instruction set of this machine.
 mod ops;
+/// Style, names and directions of dependency.
+mod tidy;

@@ -1,9 +1,8 @@
 //! `awq_gemm` against a naive loop in f64, on every instruction set of this machine, and bit for bit
 //! against itself over row regimes and thread counts.
 
-use super::matmul::{
-    ROWS, Rng, Run, Scratch, assert_same_rows, kernels, quantize_rows, run_shares,
-};
+use super::Random;
+use super::matmul::{ROWS, Regimes, assert_same_rows, quantize_rows, regimes, run_shares};
 use bespoke::backend::cpu::pack::{self, Panels};
 use bespoke::kernels::abi::{AwqGemmArgs, RowsIn, int8_stride};
 use bespoke::kernels::awq_gemm;
@@ -27,7 +26,7 @@ struct Weights {
 }
 
 impl Weights {
-    fn random(rng: &mut Rng, n: usize, k: usize, group: usize) -> Weights {
+    fn random(rng: &mut Random, n: usize, k: usize, group: usize) -> Weights {
         let q: Vec<u8> = (0..n * k).map(|_| (rng.next() % 16) as u8).collect();
         let zeros: Vec<u8> = (0..k / group * n).map(|_| (rng.next() % 16) as u8).collect();
         let scales: Vec<f16> =
@@ -73,7 +72,7 @@ struct Case {
     /// Inputs that share packed scales.
     kernel_group: usize,
     lanes: usize,
-    runs: [Run<AwqGemmArgs>; 3],
+    regimes: Regimes<AwqGemmArgs>,
     int8: bool,
     bias: bool,
 }
@@ -81,7 +80,7 @@ struct Case {
 impl Case {
     fn check(&self, seed: u64) {
         let Weights { n, k, .. } = self.weights;
-        let mut rng = Rng(seed);
+        let mut rng = Random(seed);
         let bias: Vec<f32> = (0..n).map(|_| rng.float()).collect();
         let source = LinearSource {
             parts: vec![LinearPart::Awq(self.weights.view())],
@@ -120,7 +119,7 @@ impl Case {
                     bias: if self.bias { bias.as_ptr() } else { std::ptr::null() },
                     out: out.as_mut_ptr(),
                 };
-                run_shares(&self.runs, rows, &args, count, &mut Scratch::new());
+                run_shares(&self.regimes, rows, &args, count);
                 self.compare(rows, &out, &x, (&q, &scales), &bias);
                 assert_same_rows(&mut alone, &out, rows, n);
             }
@@ -158,31 +157,24 @@ impl Case {
 
 macro_rules! check_shape {
     ($n:literal, $k:literal, $group:literal, $kernel_group:literal, $bias:literal) => {
-        for (lanes, simd) in super::matmul::machine() {
-            let float = kernels!(
-                simd,
-                AwqGemmArgs,
-                awq_gemm,
-                [float_one, float_few, float_many],
-                $n,
-                $k,
-                $kernel_group
-            );
-            let int8 = kernels!(
-                simd,
-                AwqGemmArgs,
-                awq_gemm,
-                [int8_one, int8_few, int8_many],
-                $n,
-                $k,
-                $kernel_group
-            );
-            for (int8, runs) in [(false, float), (true, int8)] {
-                for seed in 0..3 {
-                    let weights = Weights::random(&mut Rng(seed + 77), $n, $k, $group);
-                    let kernel_group = $kernel_group;
-                    Case { weights, kernel_group, lanes, runs, int8, bias: $bias }.check(seed);
-                }
+        let float = regimes!(
+            AwqGemmArgs,
+            awq_gemm,
+            [float_one, float_few, float_many],
+            $n,
+            $k,
+            $kernel_group
+        );
+        let int8 =
+            regimes!(AwqGemmArgs, awq_gemm, [int8_one, int8_few, int8_many], $n, $k, $kernel_group);
+        let float = float.map(|(lanes, regimes)| (lanes, regimes, false));
+        for (lanes, regimes, int8) in
+            float.chain(int8.map(|(lanes, regimes)| (lanes, regimes, true)))
+        {
+            for seed in 0..3 {
+                let weights = Weights::random(&mut Random(seed + 77), $n, $k, $group);
+                let kernel_group = $kernel_group;
+                Case { weights, kernel_group, lanes, regimes, int8, bias: $bias }.check(seed);
             }
         }
     };

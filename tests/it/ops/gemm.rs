@@ -1,9 +1,8 @@
 //! `gemm` against a naive loop in f64, on every instruction set of this machine, and bit for bit
 //! against itself over row regimes and thread counts.
 
-use super::matmul::{
-    ROWS, Rng, Run, Scratch, assert_same_rows, kernels, quantize_rows, run_shares,
-};
+use super::Random;
+use super::matmul::{ROWS, Regimes, assert_same_rows, quantize_rows, regimes, run_shares};
 use bespoke::backend::cpu::pack::{self, Panels};
 use bespoke::kernels::abi::{GemmArgs, RowsIn, int8_stride};
 use bespoke::kernels::{gemm, simd};
@@ -15,7 +14,7 @@ fn tolerance(k: usize) -> f64 {
     8.0 * (k as f64).sqrt() * f64::from(f32::EPSILON)
 }
 
-fn weight_bytes(rng: &mut Rng, len: usize, dtype: DType) -> Vec<u8> {
+fn weight_bytes(rng: &mut Random, len: usize, dtype: DType) -> Vec<u8> {
     let values = (0..len).map(|_| rng.float());
     match dtype {
         DType::F32 => values.flat_map(|w| w.to_le_bytes()).collect(),
@@ -30,7 +29,7 @@ struct Case {
     k: usize,
     dtype: DType,
     lanes: usize,
-    runs: [Run<GemmArgs>; 3],
+    regimes: Regimes<GemmArgs>,
     /// int8 rows and weights.
     group: Option<usize>,
     bias: bool,
@@ -39,7 +38,7 @@ struct Case {
 impl Case {
     fn check(&self, seed: u64) {
         let (n, k) = (self.n, self.k);
-        let mut rng = Rng(seed);
+        let mut rng = Random(seed);
         let bytes = weight_bytes(&mut rng, n * k, self.dtype);
         let view = DenseView { n, k, dtype: self.dtype, bytes: &bytes };
         let bias: Vec<f32> = (0..n).map(|_| rng.float()).collect();
@@ -90,7 +89,7 @@ impl Case {
                     bias: if self.bias { bias.as_ptr() } else { std::ptr::null() },
                     out: out.as_mut_ptr(),
                 };
-                run_shares(&self.runs, rows, &args, count, &mut Scratch::new());
+                run_shares(&self.regimes, rows, &args, count);
                 self.compare(rows, &out, &x, &weights, &bias);
                 assert_same_rows(&mut alone, &out, rows, n);
             }
@@ -125,11 +124,10 @@ fn round_to_int8(row: &mut [f32], scale: f32) {
 
 macro_rules! check_float {
     ($element:ident, $dtype:expr, $n:literal, $k:literal, $bias:literal) => {
-        for (lanes, set) in super::matmul::machine() {
-            let runs = kernels!(set, GemmArgs, gemm, [one, few, many], simd::$element, $n, $k);
+        for (lanes, regimes) in regimes!(GemmArgs, gemm, [one, few, many], simd::$element, $n, $k) {
             for seed in 0..3 {
                 let (n, k, dtype, group) = ($n, $k, $dtype, None);
-                Case { n, k, dtype, lanes, runs, group, bias: $bias }.check(seed);
+                Case { n, k, dtype, lanes, regimes, group, bias: $bias }.check(seed);
             }
         }
     };
@@ -147,12 +145,12 @@ fn float_weights() {
 
 macro_rules! check_int8 {
     ($n:literal, $k:literal, $group:literal, $bias:literal) => {
-        for (lanes, set) in super::matmul::machine() {
-            let runs =
-                kernels!(set, GemmArgs, gemm, [int8_one, int8_few, int8_many], $n, $k, $group);
+        for (lanes, regimes) in
+            regimes!(GemmArgs, gemm, [int8_one, int8_few, int8_many], $n, $k, $group)
+        {
             for seed in 0..3 {
                 let (n, k, dtype, group) = ($n, $k, DType::F16, Some($group));
-                Case { n, k, dtype, lanes, runs, group, bias: $bias }.check(seed);
+                Case { n, k, dtype, lanes, regimes, group, bias: $bias }.check(seed);
             }
         }
     };

@@ -1,5 +1,206 @@
-//! Every op against a naive loop, on every instruction set of this machine.
+//! Kernel bodies against naive loops, on every vector type that the machine has.
 
 mod awq_gemm;
+mod embed;
 mod gemm;
 mod matmul;
+mod paged_attention;
+mod quantize;
+mod rms_norm;
+mod rope;
+mod sample;
+mod silu_and_mul;
+
+use bespoke::kernels::abi::{RowsOut, Share, int8_stride};
+
+/// A kernel with its vector type's name.
+pub(crate) type Instance<A> = (&'static str, unsafe fn(&A, Share));
+
+/// Whether the machine runs kernels of a vector type; says so if not.
+pub(crate) fn has(vectors: &str) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    let found = match vectors {
+        "v3" => has_v3(),
+        _ => has_v3() && has_avx512(),
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let found = false;
+    if !found {
+        eprintln!("skipped: no {vectors}");
+    }
+    found
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_v3() -> bool {
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
+}
+
+/// The instances of a kernel body, in which `S` stands for the vector type.
+macro_rules! instances {
+    ($args:ty, $body:expr) => {{
+        #[allow(unused_mut)]
+        let mut instances: Vec<$crate::ops::Instance<$args>> = Vec::new();
+        {
+            unsafe fn portable(args: &$args, share: bespoke::kernels::abi::Share) {
+                type S = bespoke::kernels::simd_portable::Portable;
+                // SAFETY: as the caller promises.
+                unsafe { $body(args, share) }
+            }
+            instances.push(("portable", portable));
+        }
+        #[cfg(target_arch = "x86_64")]
+        if $crate::ops::has("v3") {
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn v3(args: &$args, share: bespoke::kernels::abi::Share) {
+                type S = bespoke::kernels::simd_x86::V3;
+                // SAFETY: as the caller promises.
+                unsafe { $body(args, share) }
+            }
+            instances.push(("v3", v3));
+        }
+        #[cfg(target_arch = "x86_64")]
+        if $crate::ops::has("avx512") {
+            #[target_feature(
+                enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
+            )]
+            unsafe fn avx512(args: &$args, share: bespoke::kernels::abi::Share) {
+                type S = bespoke::kernels::simd_x86::Avx512;
+                // SAFETY: as the caller promises.
+                unsafe { $body(args, share) }
+            }
+            instances.push(("avx512", avx512));
+        }
+        instances
+    }};
+}
+pub(crate) use instances;
+
+/// Runs all shares of a call, each with its own scratch memory full of NaN.
+pub(crate) fn run<A>(kernel: unsafe fn(&A, Share), args: &A, count: usize, scratch_bytes: usize) {
+    for idx in 0..count {
+        let mut scratch = vec![[u8::MAX; 64]; scratch_bytes / 64 + 1];
+        let share = Share { idx, count, scratch: scratch.as_mut_ptr().cast() };
+        // SAFETY: the caller's arguments, and `instances` holds kernels of this machine only.
+        unsafe { kernel(args, share) };
+    }
+}
+
+/// Random numbers by SplitMix64.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// Below `end`.
+    pub(crate) fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+
+    /// In −1..1.
+    pub(crate) fn float(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    pub(crate) fn floats(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| self.float()).collect()
+    }
+}
+
+/// Output rows in the int8 form, prefilled with zeros as the engine does.
+pub(crate) struct Int8Rows {
+    pub(crate) k: usize,
+    pub(crate) group: usize,
+    pub(crate) q: Vec<i8>,
+    pub(crate) scales: Vec<f32>,
+    pub(crate) sums: Vec<i32>,
+}
+
+impl Int8Rows {
+    pub(crate) fn new(rows: usize, k: usize, group: usize) -> Int8Rows {
+        Int8Rows {
+            k,
+            group,
+            q: vec![0; rows * int8_stride(k)],
+            scales: vec![f32::NAN; rows * (k / group)],
+            sums: vec![-1; rows * (k / group)],
+        }
+    }
+
+    pub(crate) fn out(&mut self) -> RowsOut {
+        RowsOut {
+            f32: std::ptr::null_mut(),
+            q: self.q.as_mut_ptr(),
+            scales: self.scales.as_mut_ptr(),
+            sums: self.sums.as_mut_ptr(),
+        }
+    }
+
+    /// Panics unless the rows are `expected`, `[rows, k]`, rounded to the nearest level, where
+    /// `expected` itself may be off by `tolerance`.
+    pub(crate) fn check(&self, expected: &[f32], tolerance: f32, what: &str) {
+        for (row, expected) in expected.chunks(self.k).enumerate() {
+            let q = &self.q[row * int8_stride(self.k)..][..int8_stride(self.k)];
+            assert!(q[self.k..].iter().all(|q| *q == 0), "{what}: row {row} has no zero padding");
+            for (group, expected) in expected.chunks(self.group).enumerate() {
+                let q = &q[group * self.group..][..self.group];
+                let at = row * (self.k / self.group) + group;
+                let absmax = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+                let scale = self.scales[at];
+                assert!(
+                    (scale - absmax / 127.0).abs() <= tolerance + absmax * 1e-6,
+                    "{what}: row {row} group {group}: scale {scale} for absmax {absmax}"
+                );
+                assert_eq!(self.sums[at], q.iter().map(|q| i32::from(*q)).sum::<i32>(), "{what}");
+                for (q, x) in q.iter().zip(expected) {
+                    let error = (f32::from(*q) * scale - x).abs();
+                    assert!(
+                        error <= scale * 0.5001 + tolerance,
+                        "{what}: row {row} group {group}: {q} · {scale} for {x}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Output rows in the float form.
+pub(crate) fn float_out(out: &mut [f32]) -> RowsOut {
+    use std::ptr::null_mut;
+    RowsOut { f32: out.as_mut_ptr(), q: null_mut(), scales: null_mut(), sums: null_mut() }
+}
+
+/// Panics unless every value lies within `tolerance` of the expected one.
+pub(crate) fn assert_close(got: &[f32], expected: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let error = (f64::from(*got) - expected).abs();
+        assert!(error <= tolerance, "{what}: element {i}: {got}, expected {expected}");
+    }
+}
+
+/// Panics unless both have the same bits.
+pub(crate) fn assert_same_bits(got: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let same = got.to_bits() == expected.to_bits();
+        assert!(same, "{what}: element {i}: {got:?} is not {expected:?}");
+    }
+}
