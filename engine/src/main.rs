@@ -5,7 +5,7 @@ use std::panic;
 use std::process::ExitCode;
 
 use bespoke::cli::{self, Console};
-use bespoke::kernels::KernelTable;
+use bespoke::kernels::generated;
 use bespoke::tokenizer;
 
 fn main() -> ExitCode {
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
         out: &mut io::stdout(),
         err: &mut io::stderr(),
         is_terminal: io::stderr().is_terminal(),
-        kernels: KernelTable { kernels: &[] },
+        kernels: generated::table(),
         home: None,
     };
     cli::run(std::env::args_os(), &mut console).into()

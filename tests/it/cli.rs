@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use bespoke::cli::{self, Console, Exit};
-use bespoke::kernels::KernelTable;
+use bespoke::kernels::generated;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -25,7 +25,7 @@ fn run_in(home: &Path, args: &[&str]) -> Run {
         out: &mut out,
         err: &mut err,
         is_terminal: false,
-        kernels: KernelTable { kernels: &[] },
+        kernels: generated::table(),
         home: Some(home.to_owned()),
     };
     let exit = cli::run([&["bespoke"], args].concat(), &mut console);
@@ -334,6 +334,35 @@ fn quantizes() {
 }
 
 #[test]
+fn lists_kernels() {
+    let report = json(&["kernels", "--json"]);
+    let rows = report.as_array().unwrap();
+    assert_eq!(rows.len(), generated::table().kernels.len());
+    let row = rows.iter().find(|row| row["symbol"] == "awq_gemm_n960_k576_g64_int8_one__avx512");
+    let row = row.expect("the default build holds the kernels of SmolLM2-135M");
+    assert_eq!(
+        keys(row),
+        [
+            "symbol", "op", "sizes", "dtype", "group_size", "target", "config", "reduction_class",
+            "provenance", "bytes",
+        ]
+    );
+    assert_eq!(row["op"], "awq_gemm");
+    assert_eq!(row["sizes"], serde_json::json!({"n": 960, "k": 576}));
+    assert_eq!(row["group_size"], 64);
+    assert_eq!(row["target"], "avx512");
+    assert_eq!(row["config"]["regime"], "one");
+    // The code's size is in the symbol table of this executable.
+    if cfg!(target_os = "linux") {
+        let is_sized = |row: &Value| row["bytes"].as_u64().is_some_and(|bytes| bytes > 0);
+        assert!(rows.iter().all(is_sized), "{row}");
+    }
+    let text = run(&["kernels"]).out;
+    assert_eq!(text.lines().count(), rows.len() + 2);
+    assert!(text.ends_with(&format!("\n{} kernels\n", rows.len())));
+}
+
+#[test]
 fn names_missing_kernels() {
     let model = tiny("llama-gqa2");
     let args = ["generate", "--model", model.to_str().unwrap(), "--prompt-ids", "1"];
@@ -374,7 +403,7 @@ fn survives_broken_output() {
             out: &mut out,
             err: &mut err,
             is_terminal: false,
-            kernels: KernelTable { kernels: &[] },
+            kernels: generated::table(),
             home: None,
         };
         let exit = cli::run(["bespoke", "kernels"], &mut console);

@@ -1,12 +1,14 @@
 //! One integration test binary; each module carries one area.
 
-mod cli;
-mod golden;
-mod ops;
-mod tidy;
-mod tokenizer;
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
 
+/// The command line, run inside the test's process.
+mod cli;
 /// Tiny models and SmolLM2 against reference results computed elsewhere.
+mod golden;
 /// Kernel templates against naive loops, instantiated for every instruction set of this machine.
+mod ops;
 /// Style, names and directions of dependency.
+mod tidy;
+/// Tokenizer, incremental text and chat templates.
+mod tokenizer;
