@@ -4,7 +4,11 @@
 
 /// Tiny models and SmolLM2 against reference results computed elsewhere.
 mod golden;
+/// GGUF files, the Hub, packages and the model cache.
+mod import;
 /// Kernel templates against naive loops, instantiated for every instruction set of this machine.
 mod ops;
+/// Round-to-nearest checkpoints.
+mod quantize;
 /// Style, names and directions of dependency.
 mod tidy;
