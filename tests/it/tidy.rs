@@ -32,8 +32,13 @@ struct Rule {
 }
 
 const CRATES: &[&str] = &["engine/src", "kernel-gen/src", "macros/src"];
-const SPEAKERS: &[&str] =
-    &["engine/src/cli", "engine/src/main.rs", "kernel-gen/src/cargo.rs", "kernel-gen/src/main.rs"];
+const SPEAKERS: &[&str] = &[
+    "engine/src/cli",
+    "engine/src/import/environment.rs",
+    "engine/src/main.rs",
+    "kernel-gen/src/cargo.rs",
+    "kernel-gen/src/main.rs",
+];
 
 const RULES: &[Rule] = &[
     Rule {
