@@ -2,6 +2,8 @@
 
 #![allow(clippy::print_stdout, reason = "tests say what they skip")]
 
+/// The command line, run inside the test's process.
+mod cli;
 /// Requests, scheduling and sampling.
 mod engine;
 /// Tiny models and SmolLM2 against reference results computed elsewhere.
@@ -12,3 +14,5 @@ mod model;
 mod ops;
 /// Style, names and directions of dependency.
 mod tidy;
+/// Tokenizer, incremental text and chat templates.
+mod tokenizer;
