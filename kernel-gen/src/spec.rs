@@ -392,14 +392,9 @@ impl ModelShape {
     }
 
     fn served_linear(&self, role: LinearRole, activation: ActivationType) -> LinearShape {
-        let linear = self.linear(role);
-        let int8 = role == LinearRole::Head
-            && activation == ActivationType::Int8
-            && self.is_quantized()
-            && activation_group(linear.k, GroupSize::Channel).is_some();
-        match int8 {
-            true => LinearShape { format: WeightFormat::Dense(DType::I8), ..linear },
-            false => linear,
+        match role {
+            LinearRole::Head => self.head_for(activation),
+            _ => self.linear(role),
         }
     }
 
@@ -455,27 +450,9 @@ impl ModelShape {
     }
 
     fn add_attention(&self, specs: &mut BTreeSet<KernelSpec>) {
-        let ModelShape { num_heads, num_kv_heads, head_dim, rotary_dim, .. } = *self;
-        let (qk_norm, page_size) = (self.qk_norm, self.page_size);
-        let window = self.sliding_window.unwrap_or(0);
         for kv in [KvDType::F32, KvDType::F16, KvDType::I8] {
-            specs.insert(KernelSpec::Rope {
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                rotary_dim,
-                qk_norm,
-                kv,
-                page_size,
-            });
-            specs.insert(KernelSpec::PagedAttention {
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                window,
-                kv,
-                page_size,
-            });
+            specs.insert(self.rope_kernel(kv));
+            specs.insert(self.paged_attention_kernel(kv));
         }
     }
 

@@ -18,7 +18,7 @@
 
 use super::abi::{AwqGemmArgs, Share, int8_stride};
 use super::gemm::{
-    K_BLOCK, TileRun, add_bias, float_block, for_row_blocks, for_tile_runs, split_many, store_block,
+    K_BLOCK, TileRun, add_bias, float_block, for_row_blocks, for_tile_runs, split_many, store_block, tile_range, tile_unit,
 };
 use super::simd::{Element, F16, Simd};
 
@@ -39,7 +39,7 @@ pub unsafe fn int8_one<
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (first, last) = share.range(tiles);
+    let (first, last) = tile_range::<S, N>(share);
     // SAFETY: the runs lie within the panels, the row is the only one.
     unsafe {
         for_tile_runs!(first, last, tiles, COLS, |run, C| {
@@ -65,7 +65,7 @@ pub unsafe fn int8_few<
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (first, last) = share.range(tiles);
+    let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_one`; row + R never exceeds the rows.
     unsafe {
         for_tile_runs!(first, last, tiles, COLS, |run, C| {
@@ -122,7 +122,7 @@ pub unsafe fn float_one<
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (first, last) = share.range(tiles);
+    let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_one`.
     unsafe {
         for_tile_runs!(first, last, tiles, COLS, |run, C| {
@@ -148,7 +148,7 @@ pub unsafe fn float_few<
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (first, last) = share.range(tiles);
+    let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_few`.
     unsafe {
         for_tile_runs!(first, last, tiles, COLS, |run, C| {

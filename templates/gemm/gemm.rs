@@ -32,7 +32,8 @@ pub struct TileRun {
     pub tile: usize,
 }
 
-/// Calls a block function over the tiles `first..last`, at most 4, 2 or 1 of a panel at a time.
+/// Calls a block function over the tiles `first..last`, 4, 2 or 1 of a panel at a time, as many as
+/// the registers of `S` hold.
 macro_rules! for_tile_runs {
     ($first:expr, $last:expr, $tiles:expr, $cols:expr, |$run:ident, $c:ident| $body:expr) => {{
         let mut tile = $first;
@@ -44,37 +45,37 @@ macro_rules! for_tile_runs {
                 if $last - tile < panel_left { $last - tile } else { panel_left }
             };
             let $run = TileRun { panel_tile, panel_width, tile: tile - panel_tile };
-            if left >= 4 {
+            if const { S::BLOCK_TILES >= 4 } && left >= 4 {
                 const $c: usize = 4;
                 $body;
                 tile += 4;
-            } else if left >= 2 {
+            } else if const { S::BLOCK_TILES >= 2 } && left >= 2 {
                 const $c: usize = 2;
                 $body;
                 tile += 2;
-            } else {
+            } else if const { S::BLOCK_TILES == 1 || tile_unit::<S, N>() == 1 } {
                 const $c: usize = 1;
                 $body;
                 tile += 1;
+            } else {
+                // Tiles come in pairs, so none is left alone.
+                break;
             }
         }
     }};
 }
 pub(crate) use for_tile_runs;
 
-/// Calls a block function over the rows `first..last`, `$most`, 4, 2 or 1 at a time.
+/// Calls a block function over the rows `first..last`, `$most`, 2 or 1 at a time, as many as the
+/// registers of `S` hold.
 macro_rules! for_row_blocks {
     ($first:expr, $last:expr, $most:expr, |$row:ident, $r:ident| $body:expr) => {{
         let mut $row = $first;
         while $row < $last {
-            if $last - $row >= $most {
+            if const { S::BLOCK_ROWS >= $most } && $last - $row >= $most {
                 const $r: usize = $most;
                 $body;
                 $row += $most;
-            } else if $last - $row >= 4 {
-                const $r: usize = 4;
-                $body;
-                $row += 4;
             } else if $last - $row >= 2 {
                 const $r: usize = 2;
                 $body;
@@ -89,6 +90,20 @@ macro_rules! for_row_blocks {
 }
 pub(crate) use for_row_blocks;
 
+/// Tiles that threads share out together: pairs where there are pairs, because every size of a block
+/// is code of its own.
+pub const fn tile_unit<S: Simd, const N: usize>() -> usize {
+    if N.div_ceil(S::LANES).is_multiple_of(2) { 2 } else { 1 }
+}
+
+/// Tiles that a share of a call computes.
+#[inline(always)]
+pub fn tile_range<S: Simd, const N: usize>(share: Share) -> (usize, usize) {
+    let unit = const { tile_unit::<S, N>() };
+    let (first, last) = share.range(N.div_ceil(S::LANES) / unit);
+    (first * unit, last * unit)
+}
+
 /// Rows and tiles that a share of a many-row call computes: `(row range, tile range)`.
 #[inline(always)]
 pub fn split_many<S: Simd, const N: usize, const COLS: usize>(
@@ -99,7 +114,7 @@ pub fn split_many<S: Simd, const N: usize, const COLS: usize>(
     if rows >= SPLIT_ROWS_MIN {
         (share.range(rows), (0, tiles))
     } else {
-        ((0, rows), share.range(tiles))
+        ((0, rows), tile_range::<S, N>(share))
     }
 }
 
@@ -120,7 +135,7 @@ pub unsafe fn one<
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (first, last) = share.range(tiles);
+    let (first, last) = tile_range::<S, N>(share);
     // SAFETY: the runs lie within the panels, the row is the only one.
     unsafe {
         for_tile_runs!(first, last, tiles, COLS, |run, C| {
@@ -146,7 +161,7 @@ pub unsafe fn few<
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (first, last) = share.range(tiles);
+    let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `one`; row + R never exceeds the rows.
     unsafe {
         for_tile_runs!(first, last, tiles, COLS, |run, C| {
@@ -420,7 +435,7 @@ pub unsafe fn int8_one<
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (first, last) = share.range(tiles);
+    let (first, last) = tile_range::<S, N>(share);
     // SAFETY: the runs lie within the panels, the row is the only one.
     unsafe {
         for_tile_runs!(first, last, tiles, COLS, |run, C| {
@@ -446,7 +461,7 @@ pub unsafe fn int8_few<
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (first, last) = share.range(tiles);
+    let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_one`; row + R never exceeds the rows.
     unsafe {
         for_tile_runs!(first, last, tiles, COLS, |run, C| {

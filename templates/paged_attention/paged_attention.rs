@@ -43,7 +43,9 @@ pub unsafe fn decode<
     share: Share,
 ) {
     // SAFETY: as the caller promises.
-    unsafe { Attention::<S, KV, HEADS, KV_HEADS, HEAD_DIM, WINDOW, PAGE>::run::<false>(args, share) }
+    unsafe {
+        Attention::<S, KV, HEADS, KV_HEADS, HEAD_DIM, WINDOW, PAGE>::run::<false>(args, share)
+    }
 }
 
 /// Attention of spans of any number of rows.

@@ -1,5 +1,6 @@
 //! Published results that the engine must reproduce: logits and greedy tokens of small models.
 
+mod smollm2;
 mod tiny;
 
 use std::path::PathBuf;

@@ -2,6 +2,7 @@
 //! `kernel-gen` fills with them.
 
 pub mod abi;
+pub mod generated;
 
 #[path = "../../templates/awq_gemm/awq_gemm.rs"]
 pub mod awq_gemm;

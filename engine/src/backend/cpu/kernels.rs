@@ -1,5 +1,7 @@
 //! The kernels of one model, looked up once.
 
+use bespoke_kernel_gen::config::KernelConfig;
+use bespoke_kernel_gen::plan::KernelVariant;
 use bespoke_kernel_gen::spec::{DType, KernelSpec, LinearRole, ModelShape, RowFormat, RowRegime};
 use bespoke_kernel_gen::target::Target;
 
@@ -224,7 +226,11 @@ impl Lookup<'_> {
         let kernel = self.table.find(&spec, regime, self.target);
         match kernel {
             Some(kernel) => self.scratch_bytes = self.scratch_bytes.max(kernel.scratch_bytes),
-            None => self.missing.push(format!("{spec:?} {regime:?}")),
+            None => {
+                let config = KernelConfig::default_for(&spec, regime, self.target);
+                let variant = KernelVariant { spec, regime, target: self.target, config };
+                self.missing.push(variant.symbol());
+            }
         }
         kernel
     }
