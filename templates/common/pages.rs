@@ -61,7 +61,12 @@ impl KvElement for KvI8 {
 }
 
 /// Bytes of one head in a page.
-pub const fn head_bytes(element_size: usize, quantized: bool, head_dim: usize, page: usize) -> usize {
+pub const fn head_bytes(
+    element_size: usize,
+    quantized: bool,
+    head_dim: usize,
+    page: usize,
+) -> usize {
     let params = if quantized { 4 * page * 4 } else { 0 };
     2 * page * head_dim * element_size + params
 }

@@ -22,6 +22,8 @@ macro_rules! lanes {
 #[allow(clippy::undocumented_unsafe_blocks, reason = "pointer reads the trait's contract covers")]
 impl Simd for Portable {
     const LANES: usize = L;
+    // NOTE: eight lanes are two registers of the sixteen that any 64-bit machine has.
+    const REGISTERS: usize = 8;
     const DOT_I8_BIAS: i32 = 0;
     type F32 = [f32; L];
     type I32 = [i32; L];

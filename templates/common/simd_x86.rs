@@ -14,6 +14,7 @@ pub struct Avx512;
 #[allow(clippy::undocumented_unsafe_blocks, reason = "intrinsics the trait's contract covers")]
 impl Simd for V3 {
     const LANES: usize = 8;
+    const REGISTERS: usize = 16;
     const DOT_I8_BIAS: i32 = 0;
     type F32 = __m256;
     type I32 = __m256i;
@@ -194,7 +195,8 @@ impl Simd for V3 {
     unsafe fn store_i8(p: *mut i8, x: __m256) -> __m256i {
         unsafe {
             let q = _mm256_cvtps_epi32(x);
-            let words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256::<1>(q));
+            let words =
+                _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256::<1>(q));
             _mm_storel_epi64(p.cast(), _mm_packs_epi16(words, words));
             q
         }
@@ -226,6 +228,7 @@ unsafe fn first_lanes(n: usize) -> __m256i {
 #[allow(clippy::undocumented_unsafe_blocks, reason = "intrinsics the trait's contract covers")]
 impl Simd for Avx512 {
     const LANES: usize = 16;
+    const REGISTERS: usize = 32;
     const DOT_I8_BIAS: i32 = 128;
     type F32 = __m512;
     type I32 = __m512i;

@@ -85,12 +85,7 @@ macro_rules! instances {
 pub(crate) use instances;
 
 /// Runs all shares of a call, each with its own scratch memory full of NaN.
-pub(crate) fn run<A>(
-    kernel: unsafe fn(&A, Share),
-    args: &A,
-    count: usize,
-    scratch_bytes: usize,
-) {
+pub(crate) fn run<A>(kernel: unsafe fn(&A, Share), args: &A, count: usize, scratch_bytes: usize) {
     for idx in 0..count {
         let mut scratch = vec![[u8::MAX; 64]; scratch_bytes / 64 + 1];
         let share = Share { idx, count, scratch: scratch.as_mut_ptr().cast() };

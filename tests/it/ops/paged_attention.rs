@@ -1,8 +1,8 @@
 //! `paged_attention`: decode and prefill against a naive softmax, and against each other bit by bit.
 
 use bespoke::kernels::abi::{PagedAttentionArgs, SequenceSpan};
-use bespoke::kernels::pages::{KvF16, KvF32, KvI8, page_bytes};
 use bespoke::kernels::paged_attention;
+use bespoke::kernels::pages::{KvF16, KvF32, KvI8, page_bytes};
 use half::f16;
 
 use super::{Instance, Random, assert_close, assert_same_bits, instances, run};

@@ -3,7 +3,9 @@
 use bespoke::kernels::abi::RmsNormArgs;
 use bespoke::kernels::rms_norm;
 
-use super::{Instance, Int8Rows, Random, assert_close, assert_same_bits, float_out, instances, run};
+use super::{
+    Instance, Int8Rows, Random, assert_close, assert_same_bits, float_out, instances, run,
+};
 
 /// Outputs are of the order of 4; the sum of squares and two products round to 2⁻²⁴ each, in sums of
 /// up to `hidden / 8` terms a lane: 4 · 16 · 2⁻²⁴.

@@ -12,7 +12,9 @@ fn silu_and_mul(gate_up: &[f32], intermediate: usize) -> Vec<f64> {
     let row = |row: &[f32]| -> Vec<f64> {
         let (gate, up) = row.split_at(intermediate);
         let pairs = gate.iter().zip(up);
-        pairs.map(|(g, u)| (f64::from(*g), f64::from(*u))).map(|(g, u)| g / (1.0 + (-g).exp()) * u)
+        pairs
+            .map(|(g, u)| (f64::from(*g), f64::from(*u)))
+            .map(|(g, u)| g / (1.0 + (-g).exp()) * u)
             .collect()
     };
     gate_up.chunks(2 * intermediate).flat_map(row).collect()
