@@ -5,8 +5,26 @@ extern crate self as bespoke;
 
 pub mod backend;
 pub mod batch;
+pub mod cli;
+pub mod config;
+pub mod engine;
 pub mod error;
+pub mod files;
+pub mod import;
 pub mod kernels;
+pub mod kv_cache;
+pub mod memory;
 pub mod model;
+pub mod perplexity;
+pub mod progress;
+pub mod quantize;
+pub mod request;
+pub mod safetensors_writer;
+pub mod sampling;
+pub mod scheduler;
+pub mod sequence;
+pub mod tokenizer;
 
+/// The generator, whose specs, targets and model shapes the engine shares.
+pub use bespoke_kernel_gen as kernel_gen;
 pub use error::Error;

@@ -6,6 +6,8 @@ use std::fmt;
 pub enum Error {
     /// `config.json` cannot be read as a model: which field, which value, what was expected.
     Config { field: String, message: String },
+    /// A model that cannot be found or has no shape: its name and why.
+    Model { name: String, message: String },
     /// A group size that does not divide the input size of a linear.
     GroupSize { group: usize, k: usize },
     /// A kernel that no configuration can serve.
@@ -20,6 +22,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Config { field, message } => write!(f, "config.json: {field}: {message}"),
+            Error::Model { name, message } => write!(f, "model {name}: {message}"),
             Error::GroupSize { group, k } => write!(
                 f,
                 "group size {group} does not divide the input size {k}; use a group size that \

@@ -1,8 +1,46 @@
 //! Build-time generator of inference kernels: `spec → plan → render → compile → emit`.
+//!
+//! - [`model::ModelConfig`] is a model's `config.json`; its [`shape`](model::ModelConfig::shape) is
+//!   a [`spec::ModelShape`].
+//! - [`spec::KernelSpec`] is an op at fixed sizes; a shape knows the specs it needs.
+//! - [`plan::KernelVariant`] is a spec for a row count and a [`target::Target`], with its
+//!   [`config::KernelConfig`]: one symbol.
+//! - [`emit::Generated`] is the text a build includes.
+//!
+//! ```
+//! use bespoke_kernel_gen::{plan, presets, spec::KernelSpec, target::Target};
+//!
+//! let shape = presets::shape("smollm2-135m-awq", &[])?;
+//! let variants = plan::plan(&[shape], &[Target::Avx512])?;
+//! let quantize = KernelSpec::Quantize { k: 576, group: 64 };
+//! assert!(variants.iter().any(|variant| variant.spec == quantize));
+//! assert_eq!(variants[0].symbol(), "embed_h576_f16__avx512");
+//! # Ok::<(), bespoke_kernel_gen::Error>(())
+//! ```
 
+pub mod cargo;
+pub mod compile;
+pub mod config;
+pub mod emit;
 pub mod error;
 pub mod model;
+pub mod name;
+pub mod plan;
+pub mod presets;
+pub mod render;
 pub mod spec;
 pub mod target;
+pub mod templates;
 
 pub use error::Error;
+
+/// All five stages in order: the kernels of `shapes` on `targets`, as text.
+pub fn generate(
+    shapes: &[spec::ModelShape],
+    targets: &[target::Target],
+) -> Result<emit::Generated, Error> {
+    let variants = plan::plan(shapes, targets)?;
+    let sources = variants.iter().map(render::render).collect();
+    let artifacts = compile::compile(sources)?;
+    Ok(emit::emit(&artifacts))
+}

@@ -1,15 +1,39 @@
 //! The only parser of `config.json`.
 
+mod awq;
+mod fields;
+mod parse;
+mod rope;
+mod shape;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+
+use crate::error::Error;
 use crate::spec::DType;
+
+/// Largest context a `config.json` may name.
+pub const CONTEXT_MAX: usize = 1 << 24;
 
 /// Scaling of the rotary embedding's frequencies.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     Default,
-    Linear { factor: f64 },
+    Linear {
+        factor: f64,
+    },
     /// NTK-aware scaling whose base follows from the sequence's length when it starts.
-    Dynamic { factor: f64, original_max_position: usize },
-    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position: usize },
+    Dynamic {
+        factor: f64,
+        original_max_position: usize,
+    },
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_max_position: usize,
+    },
     Yarn {
         factor: f64,
         original_max_position: usize,
@@ -50,6 +74,20 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// One or several end tokens.
     pub eos_token_ids: Vec<u32>,
+}
+
+impl ModelConfig {
+    /// Reads the text of a `config.json`.
+    ///
+    /// Errors name the field, its value and what is expected; no input makes it panic.
+    pub fn parse(json: &str) -> Result<ModelConfig, Error> {
+        parse::parse(json)
+    }
+
+    /// Reads a `config.json` file of at most 4 MiB.
+    pub fn from_file(path: &Path) -> Result<ModelConfig, Error> {
+        ModelConfig::parse(&parse::read(path)?)
+    }
 }
 
 /// Families that differ in tensor names or fusion.

@@ -1,5 +1,6 @@
 //! What a model needs computed: `ModelShape` and the `KernelSpec`s that follow from it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::error::Error;
@@ -255,6 +256,115 @@ pub fn activation_group(k: usize, group: GroupSize) -> Option<usize> {
     }
 }
 
+/// Refuses a group size that does not divide `k`.
+pub fn check_group(k: usize, group: GroupSize) -> Result<(), Error> {
+    match group.of(k) {
+        0 => Err(Error::GroupSize { group: 0, k }),
+        size if !k.is_multiple_of(size) => Err(Error::GroupSize { group: size, k }),
+        _ => Ok(()),
+    }
+}
+
+impl KernelSpec {
+    /// The op's name in templates, symbols and tables.
+    pub fn op(&self) -> &'static str {
+        match self {
+            KernelSpec::Embed { .. } => "embed",
+            KernelSpec::RmsNorm { .. } => "rms_norm",
+            KernelSpec::Gemm { .. } => "gemm",
+            KernelSpec::AwqGemm { .. } => "awq_gemm",
+            KernelSpec::Rope { .. } => "rope",
+            KernelSpec::PagedAttention { .. } => "paged_attention",
+            KernelSpec::SiluAndMul { .. } => "silu_and_mul",
+            KernelSpec::Quantize { .. } => "quantize",
+            KernelSpec::Sample { .. } => "sample",
+        }
+    }
+
+    /// The row counts the op has kernels for.
+    pub fn regimes(&self) -> &'static [RowRegime] {
+        match self {
+            KernelSpec::Gemm { .. } | KernelSpec::AwqGemm { .. } => {
+                &[RowRegime::One, RowRegime::Few, RowRegime::Many]
+            }
+            KernelSpec::PagedAttention { .. } => &[RowRegime::One, RowRegime::Many],
+            _ => &[RowRegime::Any],
+        }
+    }
+
+    /// Names and values of the sizes that become constants, without the group size.
+    pub fn sizes(&self) -> Vec<(&'static str, usize)> {
+        match *self {
+            KernelSpec::Embed { hidden, .. } | KernelSpec::RmsNorm { hidden, .. } => {
+                vec![("hidden", hidden)]
+            }
+            KernelSpec::Gemm { n, k, .. } | KernelSpec::AwqGemm { n, k, .. } => {
+                vec![("n", n), ("k", k)]
+            }
+            KernelSpec::Rope {
+                num_heads, num_kv_heads, head_dim, rotary_dim, page_size, ..
+            } => vec![
+                ("num_heads", num_heads),
+                ("num_kv_heads", num_kv_heads),
+                ("head_dim", head_dim),
+                ("rotary_dim", rotary_dim),
+                ("page_size", page_size),
+            ],
+            KernelSpec::PagedAttention {
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                window,
+                page_size,
+                ..
+            } => vec![
+                ("num_heads", num_heads),
+                ("num_kv_heads", num_kv_heads),
+                ("head_dim", head_dim),
+                ("window", window),
+                ("page_size", page_size),
+            ],
+            KernelSpec::SiluAndMul { intermediate, .. } => vec![("intermediate", intermediate)],
+            KernelSpec::Quantize { k, .. } => vec![("k", k)],
+            KernelSpec::Sample { vocab } => vec![("vocab", vocab)],
+        }
+    }
+
+    /// What the op reads or writes besides float32: weights, KV cache, or quantized rows.
+    pub fn dtype(&self) -> &'static str {
+        let rows = |out| match out {
+            RowFormat::F32 => "f32",
+            RowFormat::I8 { .. } => "int8",
+        };
+        match *self {
+            KernelSpec::Embed { dtype, .. } => dtype.name(),
+            KernelSpec::Gemm { weight, .. } => weight.name(),
+            KernelSpec::AwqGemm { activation: ActivationType::Float, .. } => "int4",
+            KernelSpec::AwqGemm { activation: ActivationType::Int8, .. } => "int4-int8",
+            KernelSpec::Rope { kv, .. } | KernelSpec::PagedAttention { kv, .. } => kv.name(),
+            KernelSpec::RmsNorm { out, .. } | KernelSpec::SiluAndMul { out, .. } => rows(out),
+            KernelSpec::Quantize { .. } => "int8",
+            KernelSpec::Sample { .. } => "f32",
+        }
+    }
+
+    /// Elements that share a scale in the op's weights or quantized rows.
+    pub fn group_size(&self) -> Option<usize> {
+        match *self {
+            KernelSpec::AwqGemm { k, group, .. } => Some(group.of(k)),
+            KernelSpec::RmsNorm { out: RowFormat::I8 { group }, .. }
+            | KernelSpec::SiluAndMul { out: RowFormat::I8 { group }, .. }
+            | KernelSpec::Quantize { group, .. } => Some(group),
+            _ => None,
+        }
+    }
+
+    /// Whether the op is a matmul with packed weights.
+    pub fn is_matmul(&self) -> bool {
+        matches!(self, KernelSpec::Gemm { .. } | KernelSpec::AwqGemm { .. })
+    }
+}
+
 impl ModelShape {
     pub fn linear(&self, role: LinearRole) -> LinearShape {
         match role {
@@ -266,6 +376,51 @@ impl ModelShape {
         }
     }
 
+    /// The matmul that serves the linear `role`. The head of a quantized model runs in int8 when
+    /// activations do.
+    pub fn linear_kernel(
+        &self,
+        role: LinearRole,
+        activation: ActivationType,
+    ) -> Result<KernelSpec, Error> {
+        self.served_linear(role, activation).kernel(activation)
+    }
+
+    /// The form of the rows that [`ModelShape::linear_kernel`] reads.
+    pub fn linear_rows(&self, role: LinearRole, activation: ActivationType) -> RowFormat {
+        self.served_linear(role, activation).row_format(activation)
+    }
+
+    fn served_linear(&self, role: LinearRole, activation: ActivationType) -> LinearShape {
+        match role {
+            LinearRole::Head => self.head_for(activation),
+            _ => self.linear(role),
+        }
+    }
+
+    pub fn rope_kernel(&self, kv: KvDType) -> KernelSpec {
+        KernelSpec::Rope {
+            num_heads: self.num_heads,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            rotary_dim: self.rotary_dim,
+            qk_norm: self.qk_norm,
+            kv,
+            page_size: self.page_size,
+        }
+    }
+
+    pub fn paged_attention_kernel(&self, kv: KvDType) -> KernelSpec {
+        KernelSpec::PagedAttention {
+            num_heads: self.num_heads,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            window: self.sliding_window.unwrap_or(0),
+            kv,
+            page_size: self.page_size,
+        }
+    }
+
     /// Whether any linear of the layers is quantized.
     pub fn is_quantized(&self) -> bool {
         [self.qkv, self.o, self.gate_up, self.down]
@@ -274,19 +429,78 @@ impl ModelShape {
     }
 }
 
+impl ModelShape {
+    /// Every kernel the model needs, sorted, each once.
+    ///
+    /// A quantized model gets kernels for float and for int8 activations, and its head in the
+    /// checkpoint's type and in int8.
+    pub fn kernel_specs(&self) -> Vec<KernelSpec> {
+        let mut specs = BTreeSet::new();
+        specs.insert(KernelSpec::Embed { hidden: self.hidden_size, dtype: self.dtype });
+        specs.insert(KernelSpec::Sample { vocab: self.vocab_size });
+        self.add_attention(&mut specs);
+        let activations: &[ActivationType] = match self.is_quantized() {
+            true => &[ActivationType::Float, ActivationType::Int8],
+            false => &[ActivationType::Float],
+        };
+        for activation in activations {
+            self.add_linears(*activation, &mut specs);
+        }
+        specs.into_iter().collect()
+    }
+
+    fn add_attention(&self, specs: &mut BTreeSet<KernelSpec>) {
+        for kv in [KvDType::F32, KvDType::F16, KvDType::I8] {
+            specs.insert(self.rope_kernel(kv));
+            specs.insert(self.paged_attention_kernel(kv));
+        }
+    }
+
+    /// The linears and the ops that make their inputs.
+    fn add_linears(&self, activation: ActivationType, specs: &mut BTreeSet<KernelSpec>) {
+        let head = self.head_for(activation);
+        for linear in [self.qkv, self.o, self.gate_up, self.down, head] {
+            specs.insert(linear.kernel_spec(activation));
+        }
+        for linear in [self.qkv, self.gate_up, head] {
+            let out = linear.row_format(activation);
+            specs.insert(KernelSpec::RmsNorm { hidden: self.hidden_size, out });
+        }
+        let out = self.down.row_format(activation);
+        specs.insert(KernelSpec::SiluAndMul { intermediate: self.intermediate_size, out });
+        // NOTE: attention's threads see heads, not whole rows, so they cannot quantize.
+        if let RowFormat::I8 { group } = self.o.row_format(activation) {
+            specs.insert(KernelSpec::Quantize { k: self.o.k, group });
+        }
+    }
+
+    /// The head as it is run: int8 with int8 activations in a quantized model, whatever the
+    /// checkpoint holds.
+    pub fn head_for(&self, activation: ActivationType) -> LinearShape {
+        match activation {
+            ActivationType::Int8 if self.is_quantized() => {
+                LinearShape { format: WeightFormat::Dense(DType::I8), ..self.head }
+            }
+            _ => self.head,
+        }
+    }
+}
+
 impl LinearShape {
+    fn kernel_spec(&self, activation: ActivationType) -> KernelSpec {
+        let LinearShape { n, k, .. } = *self;
+        match self.format {
+            WeightFormat::Dense(weight) => KernelSpec::Gemm { n, k, weight },
+            WeightFormat::Awq(group) => KernelSpec::AwqGemm { n, k, group, activation },
+        }
+    }
+
     /// The matmul that serves this linear in a layer, or the reason there is none.
     pub fn kernel(&self, activation: ActivationType) -> Result<KernelSpec, Error> {
-        match self.format {
-            WeightFormat::Dense(weight) => Ok(KernelSpec::Gemm { n: self.n, k: self.k, weight }),
-            WeightFormat::Awq(group) => {
-                let size = group.of(self.k);
-                if size == 0 || !self.k.is_multiple_of(size) {
-                    return Err(Error::GroupSize { group: size, k: self.k });
-                }
-                Ok(KernelSpec::AwqGemm { n: self.n, k: self.k, group, activation })
-            }
+        if let WeightFormat::Awq(group) = self.format {
+            check_group(self.k, group)?;
         }
+        Ok(self.kernel_spec(activation))
     }
 
     /// The row form that [`LinearShape::kernel`] reads.

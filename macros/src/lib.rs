@@ -1,1 +1,46 @@
 //! Binds generated kernels with their shapes checked by the compiler.
+//!
+//! [`kernels!`] turns the declarations that `bespoke-kernel-gen` emits into functions, one a
+//! kernel, and the table `KERNELS` of all of them. A declaration looks like
+//!
+//! ```text
+//! kernel gemm_n960_k576_bf16_few__avx512 {
+//!     run: gemm::few<S = Avx512, E = BF16, N = 960, K = 576, COLS = 4, ROWS = 8>,
+//!     spec: Gemm { n: 960, k: 576, weight: BF16 },
+//!     regime: Few,
+//!     target: Avx512,
+//!     features: "avx512f,…",
+//!     rows: 8,
+//!     cols: 4,
+//!     scratch_bytes: 0,
+//!     reduction_class: "gemm_float.avx512",
+//!     provenance: "default",
+//!     source_hash: "…",
+//! }
+//! ```
+
+mod error;
+mod expand;
+mod model;
+mod parse;
+#[cfg(test)]
+mod tests;
+
+/// Declares kernels and `pub static KERNELS: &[bespoke::kernels::Kernel]`.
+///
+/// What a declaration says twice, in `run` for the template and in `spec` for the engine, must
+/// agree: names are compared here, sizes by constant assertions, so that a wrong table does not
+/// compile. All errors are reported at once, each at its place.
+#[proc_macro]
+pub fn kernels(input: proc_macro::TokenStream) -> proc_macro::TokenStream {
+    kernels_tokens(input.into()).into()
+}
+
+fn kernels_tokens(input: proc_macro2::TokenStream) -> proc_macro2::TokenStream {
+    let mut errors = error::Errors::default();
+    let declarations = parse::parse(input, &mut errors);
+    let kernels = model::check(declarations, &mut errors);
+    let mut tokens = expand::expand(&kernels);
+    tokens.extend(errors.into_compile_errors());
+    tokens
+}

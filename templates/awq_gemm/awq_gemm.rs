@@ -1,1 +1,522 @@
-//! `awq_gemm`
+//! Fused AWQ-dequant matmul `[rows, K] × [N, K]ᵀ`: 4-bit weights, a float16 scale and a 4-bit zero per
+//! group, float32 or int8 rows.
+//!
+//! Bound: one row streams (0.5 + 3 / GROUP) · N · K bytes; many int8 rows are bound by the dot rate.
+//! Packed weights are panels of `COLS` tiles of `LANES` columns, the last panel narrower:
+//!
+//! ```text
+//! weight         [panel][k / 8][tile][lane][4]   byte j: input k+j low nibble, input k+4+j high
+//! scales, zeros  [panel][group][tile][lane]
+//! ```
+//!
+//! so that `line & 0x0f` and `line >> 4 & 0x0f` are at once the unsigned operands of two byte dot
+//! products with inputs k..k+4 and k+4..k+8 broadcast as one word each.
+//!
+//! int8 rows: Σ (q − z)·a is exact in integers (Σ q·a − z·Σ a), then scaled and added in group order.
+//! Float rows: weights become float32 `(q − z) · scale` and one chain over k adds them in order.
+//! Neither depends on the number of rows or on the split over threads.
+
+use super::abi::{AwqGemmArgs, Share, int8_stride};
+use super::gemm::{
+    K_BLOCK, TileRun, add_bias, float_block, for_row_blocks, for_tile_runs, split_many, store_block, tile_range, tile_unit,
+};
+use super::simd::{Element, F16, Simd};
+
+/// One int8 row.
+///
+/// # Safety
+/// `args` as documented on its fields; the instruction set of `S`.
+#[inline(always)]
+pub unsafe fn int8_one<
+    S: Simd,
+    const N: usize,
+    const K: usize,
+    const GROUP: usize,
+    const COLS: usize,
+    const ROWS: usize,
+>(
+    args: &AwqGemmArgs,
+    share: Share,
+) {
+    let tiles = N.div_ceil(S::LANES);
+    let (first, last) = tile_range::<S, N>(share);
+    // SAFETY: the runs lie within the panels, the row is the only one.
+    unsafe {
+        for_tile_runs!(first, last, tiles, COLS, |run, C| {
+            int8_stream::<S, N, K, GROUP, 1, C>(args, 0, run)
+        });
+    }
+}
+
+/// 2 to 8 int8 rows: weights are read from memory once.
+///
+/// # Safety
+/// As [`int8_one`].
+#[inline(always)]
+pub unsafe fn int8_few<
+    S: Simd,
+    const N: usize,
+    const K: usize,
+    const GROUP: usize,
+    const COLS: usize,
+    const ROWS: usize,
+>(
+    args: &AwqGemmArgs,
+    share: Share,
+) {
+    let tiles = N.div_ceil(S::LANES);
+    let (first, last) = tile_range::<S, N>(share);
+    // SAFETY: as in `int8_one`; row + R never exceeds the rows.
+    unsafe {
+        for_tile_runs!(first, last, tiles, COLS, |run, C| {
+            for_row_blocks!(0, args.rows, 4, |row, R| {
+                int8_stream::<S, N, K, GROUP, R, C>(args, row, run)
+            })
+        });
+    }
+}
+
+/// Any number of int8 rows: nibbles are unpacked to bytes once per thread and panel.
+///
+/// # Safety
+/// As [`int8_one`]; scratch for K inputs of a panel, one byte each.
+#[inline(always)]
+pub unsafe fn int8_many<
+    S: Simd,
+    const N: usize,
+    const K: usize,
+    const GROUP: usize,
+    const COLS: usize,
+    const ROWS: usize,
+>(
+    args: &AwqGemmArgs,
+    share: Share,
+) {
+    let tiles = N.div_ceil(S::LANES);
+    let (rows, (first, last)) = split_many::<S, N, COLS>(args.rows, share);
+    // SAFETY: a run's weights lie within its panel; scratch holds K · COLS · LANES bytes.
+    unsafe {
+        for_tile_runs!(first, last, tiles, COLS, |run, C| {
+            unpack_bytes::<S, K, C>(args.weight, run, share.scratch);
+            for_row_blocks!(rows.0, rows.1, 6, |row, R| {
+                int8_block::<S, N, K, GROUP, R, C>(args, share.scratch, row, run)
+            })
+        });
+    }
+}
+
+/// One float row.
+///
+/// # Safety
+/// As [`int8_one`].
+#[inline(always)]
+pub unsafe fn float_one<
+    S: Simd,
+    const N: usize,
+    const K: usize,
+    const GROUP: usize,
+    const COLS: usize,
+    const ROWS: usize,
+>(
+    args: &AwqGemmArgs,
+    share: Share,
+) {
+    let tiles = N.div_ceil(S::LANES);
+    let (first, last) = tile_range::<S, N>(share);
+    // SAFETY: as in `int8_one`.
+    unsafe {
+        for_tile_runs!(first, last, tiles, COLS, |run, C| {
+            float_stream::<S, N, K, GROUP, 1, C>(args, 0, run)
+        });
+    }
+}
+
+/// 2 to 8 float rows: weights are read from memory once.
+///
+/// # Safety
+/// As [`int8_one`].
+#[inline(always)]
+pub unsafe fn float_few<
+    S: Simd,
+    const N: usize,
+    const K: usize,
+    const GROUP: usize,
+    const COLS: usize,
+    const ROWS: usize,
+>(
+    args: &AwqGemmArgs,
+    share: Share,
+) {
+    let tiles = N.div_ceil(S::LANES);
+    let (first, last) = tile_range::<S, N>(share);
+    // SAFETY: as in `int8_few`.
+    unsafe {
+        for_tile_runs!(first, last, tiles, COLS, |run, C| {
+            for_row_blocks!(0, args.rows, 4, |row, R| {
+                float_stream::<S, N, K, GROUP, R, C>(args, row, run)
+            })
+        });
+    }
+}
+
+/// Any number of float rows: weights are dequantized once per thread and panel.
+///
+/// # Safety
+/// As [`int8_one`]; scratch for [`K_BLOCK`] inputs of a panel, four bytes each.
+#[inline(always)]
+pub unsafe fn float_many<
+    S: Simd,
+    const N: usize,
+    const K: usize,
+    const GROUP: usize,
+    const COLS: usize,
+    const ROWS: usize,
+>(
+    args: &AwqGemmArgs,
+    share: Share,
+) {
+    let tiles = N.div_ceil(S::LANES);
+    let (rows, (first, last)) = split_many::<S, N, COLS>(args.rows, share);
+    let scratch: *mut f32 = share.scratch.cast();
+    // SAFETY: a run's weights lie within its panel; scratch holds K_BLOCK · COLS · LANES floats.
+    unsafe {
+        for_tile_runs!(first, last, tiles, COLS, |run, C| {
+            let mut k0 = 0;
+            while k0 < K {
+                let k1 = if k0 + K_BLOCK < K { k0 + K_BLOCK } else { K };
+                dequantize::<S, K, GROUP, C>(args, run, k0, k1, scratch);
+                for_row_blocks!(rows.0, rows.1, 6, |row, R| {
+                    float_block::<S, N, K, R, C>(args.x.f32, scratch, row, run, k0, k1, args.out)
+                });
+                k0 = k1;
+            }
+            add_bias::<S, N, C>(args.bias, run, rows, args.out);
+        });
+    }
+}
+
+/// First packed line of a run.
+#[inline(always)]
+unsafe fn run_weight<S: Simd, const K: usize>(weight: *const u8, run: TileRun) -> *const u8 {
+    // SAFETY: the run lies within the packed weights.
+    unsafe { weight.add((run.panel_tile * (K / 8) + run.tile) * S::LANES * 4) }
+}
+
+/// Index of the scales and zeros of tile `c` of a run in `group`.
+#[inline(always)]
+fn param_idx<S: Simd, const K: usize, const GROUP: usize>(
+    run: TileRun,
+    group: usize,
+    c: usize,
+) -> usize {
+    (run.panel_tile * (K / GROUP) + group * run.panel_width + run.tile + c) * S::LANES
+}
+
+/// `R` int8 rows by `C` tiles straight from the packed nibbles.
+#[inline(always)]
+unsafe fn int8_stream<
+    S: Simd,
+    const N: usize,
+    const K: usize,
+    const GROUP: usize,
+    const R: usize,
+    const C: usize,
+>(
+    args: &AwqGemmArgs,
+    row: usize,
+    run: TileRun,
+) {
+    const { assert!(K.is_multiple_of(GROUP) && GROUP.is_multiple_of(8)) };
+    // SAFETY: the caller's rows and tiles exist.
+    unsafe {
+        let stride = run.panel_width * S::LANES * 4;
+        let mut w = run_weight::<S, K>(args.weight, run);
+        let x = args.x.q.add(row * int8_stride(K));
+        let mut acc = [[S::zero(); C]; R];
+        let mut group = 0;
+        while group < K / GROUP {
+            let mut low = [[S::zero_i32(); C]; R];
+            let mut high = [[S::zero_i32(); C]; R];
+            let mut k = group * GROUP;
+            while k < (group + 1) * GROUP {
+                let mut c = 0;
+                while c < C {
+                    let at = w.add(c * S::LANES * 4);
+                    S::prefetch(at.wrapping_add(PREFETCH_BYTES));
+                    let line = S::load_i32(at);
+                    let (u_low, u_high) = (S::low_nibbles(line), S::high_nibbles(line));
+                    let mut r = 0;
+                    while r < R {
+                        let x = x.add(r * int8_stride(K) + k).cast::<i32>();
+                        low[r][c] = S::dot_u4(low[r][c], u_low, S::splat_i32(x.read_unaligned()));
+                        let x = S::splat_i32(x.add(1).read_unaligned());
+                        high[r][c] = S::dot_u4(high[r][c], u_high, x);
+                        r += 1;
+                    }
+                    c += 1;
+                }
+                w = w.add(stride);
+                k += 8;
+            }
+            let mut r = 0;
+            while r < R {
+                let mut c = 0;
+                while c < C {
+                    low[r][c] = S::add_i32(low[r][c], high[r][c]);
+                    c += 1;
+                }
+                r += 1;
+            }
+            flush::<S, K, GROUP, R, C>(&mut acc, &low, args, row, run, group, Zero::Subtract);
+            group += 1;
+        }
+        store_block::<S, N, R, C>(&acc, args.bias, row, run, args.out);
+    }
+}
+
+/// How far ahead of the loads a stream asks for its lines.
+const PREFETCH_BYTES: usize = 2048;
+
+/// Whether the sums of a group still lack their zero term.
+#[derive(Clone, Copy, PartialEq)]
+enum Zero {
+    Subtract,
+    Done,
+}
+
+/// Ends a group: `acc += (sums − zero · Σ a) · scale_w · scale_a`.
+#[inline(always)]
+unsafe fn flush<S: Simd, const K: usize, const GROUP: usize, const R: usize, const C: usize>(
+    acc: &mut [[S::F32; C]; R],
+    sums: &[[S::I32; C]; R],
+    args: &AwqGemmArgs,
+    row: usize,
+    run: TileRun,
+    group: usize,
+    zero: Zero,
+) {
+    let mut c = 0;
+    while c < C {
+        let idx = param_idx::<S, K, GROUP>(run, group, c);
+        // SAFETY: the run and the rows exist.
+        unsafe {
+            let scale = F16::load::<S>(args.scales.add(idx).cast());
+            let mut r = 0;
+            while r < R {
+                let param = (row + r) * (K / GROUP) + group;
+                let mut sum = sums[r][c];
+                if zero == Zero::Subtract {
+                    let zeros = S::load_u8_i32(args.zeros.add(idx));
+                    let total = S::splat_i32(*args.x.sums.add(param));
+                    sum = S::sub_i32(sum, S::mul_i32(zeros, total));
+                }
+                let value = S::mul(S::to_f32(sum), scale);
+                acc[r][c] = S::fma(value, S::splat(*args.x.scales.add(param)), acc[r][c]);
+                r += 1;
+            }
+        }
+        c += 1;
+    }
+}
+
+/// Nibbles of `C` tiles as bytes `[k / 4][tile][lane][4]`.
+#[inline(always)]
+unsafe fn unpack_bytes<S: Simd, const K: usize, const C: usize>(
+    weight: *const u8,
+    run: TileRun,
+    out: *mut u8,
+) {
+    // SAFETY: reads the run's K / 8 lines, writes K · C · LANES bytes.
+    unsafe {
+        let line_bytes = S::LANES * 4;
+        let mut w = run_weight::<S, K>(weight, run);
+        let mut k8 = 0;
+        while k8 < K / 8 {
+            let mut c = 0;
+            while c < C {
+                let line = S::load_i32(w.add(c * line_bytes));
+                let at = out.add((2 * k8 * C + c) * line_bytes);
+                S::store_i32(at, S::low_nibbles(line));
+                S::store_i32(at.add(C * line_bytes), S::high_nibbles(line));
+                c += 1;
+            }
+            w = w.add(run.panel_width * line_bytes);
+            k8 += 1;
+        }
+    }
+}
+
+/// `R` int8 rows by `C` tiles from an unpacked panel.
+#[inline(always)]
+unsafe fn int8_block<
+    S: Simd,
+    const N: usize,
+    const K: usize,
+    const GROUP: usize,
+    const R: usize,
+    const C: usize,
+>(
+    args: &AwqGemmArgs,
+    panel: *const u8,
+    row: usize,
+    run: TileRun,
+) {
+    const { assert!(K.is_multiple_of(GROUP) && GROUP.is_multiple_of(8)) };
+    // SAFETY: the caller's rows and tiles exist; the panel holds K / 4 lines of C tiles.
+    unsafe {
+        let x = args.x.q.add(row * int8_stride(K));
+        let mut w = panel;
+        let mut acc = [[S::zero(); C]; R];
+        let mut group = 0;
+        while group < K / GROUP {
+            let mut sums = [[S::zero_i32(); C]; R];
+            let mut c = 0;
+            while c < C {
+                // NOTE: starting at −zero · Σ a spares the flush a second pass over the zeros.
+                let zeros = S::load_u8_i32(args.zeros.add(param_idx::<S, K, GROUP>(run, group, c)));
+                let mut r = 0;
+                while r < R {
+                    let total = *args.x.sums.add((row + r) * (K / GROUP) + group);
+                    sums[r][c] = S::mul_i32(zeros, S::splat_i32(-total));
+                    r += 1;
+                }
+                c += 1;
+            }
+            let mut k = group * GROUP;
+            while k < (group + 1) * GROUP {
+                let mut weight = [S::zero_i32(); C];
+                let mut c = 0;
+                while c < C {
+                    weight[c] = S::load_i32(w.add(c * S::LANES * 4));
+                    c += 1;
+                }
+                let mut r = 0;
+                while r < R {
+                    let x = x.add(r * int8_stride(K) + k).cast::<i32>().read_unaligned();
+                    let value = S::splat_i32(x);
+                    let mut c = 0;
+                    while c < C {
+                        sums[r][c] = S::dot_u4(sums[r][c], weight[c], value);
+                        c += 1;
+                    }
+                    r += 1;
+                }
+                w = w.add(C * S::LANES * 4);
+                k += 4;
+            }
+            flush::<S, K, GROUP, R, C>(&mut acc, &sums, args, row, run, group, Zero::Done);
+            group += 1;
+        }
+        store_block::<S, N, R, C>(&acc, args.bias, row, run, args.out);
+    }
+}
+
+/// Byte `BYTE` of a nibble line as dequantized float32 weights of one input.
+#[inline(always)]
+unsafe fn weight<S: Simd, const BYTE: u32>(nibbles: S::I32, zero: S::F32, scale: S::F32) -> S::F32 {
+    // SAFETY: the caller has the instruction set.
+    unsafe { S::mul(S::sub(S::to_f32(S::byte::<BYTE>(nibbles)), zero), scale) }
+}
+
+/// The eight inputs of a packed line, in order, as float32 weights.
+#[inline(always)]
+unsafe fn dequantize_line<S: Simd>(line: S::I32, zero: S::F32, scale: S::F32) -> [S::F32; 8] {
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        let (low, high) = (S::low_nibbles(line), S::high_nibbles(line));
+        [
+            weight::<S, 0>(low, zero, scale),
+            weight::<S, 1>(low, zero, scale),
+            weight::<S, 2>(low, zero, scale),
+            weight::<S, 3>(low, zero, scale),
+            weight::<S, 0>(high, zero, scale),
+            weight::<S, 1>(high, zero, scale),
+            weight::<S, 2>(high, zero, scale),
+            weight::<S, 3>(high, zero, scale),
+        ]
+    }
+}
+
+/// `R` float rows by `C` tiles straight from the packed nibbles.
+#[inline(always)]
+unsafe fn float_stream<
+    S: Simd,
+    const N: usize,
+    const K: usize,
+    const GROUP: usize,
+    const R: usize,
+    const C: usize,
+>(
+    args: &AwqGemmArgs,
+    row: usize,
+    run: TileRun,
+) {
+    const { assert!(K.is_multiple_of(GROUP) && GROUP.is_multiple_of(8)) };
+    // SAFETY: the caller's rows and tiles exist.
+    unsafe {
+        let stride = run.panel_width * S::LANES * 4;
+        let mut w = run_weight::<S, K>(args.weight, run);
+        let x = args.x.f32.add(row * K);
+        let mut acc = [[S::zero(); C]; R];
+        let mut k = 0;
+        while k < K {
+            let mut c = 0;
+            while c < C {
+                let idx = param_idx::<S, K, GROUP>(run, k / GROUP, c);
+                let scale = F16::load::<S>(args.scales.add(idx).cast());
+                let zero = S::load_u8(args.zeros.add(idx));
+                let at = w.add(c * S::LANES * 4);
+                S::prefetch(at.wrapping_add(PREFETCH_BYTES));
+                let weights = dequantize_line::<S>(S::load_i32(at), zero, scale);
+                let mut r = 0;
+                while r < R {
+                    let mut j = 0;
+                    while j < 8 {
+                        let x = S::splat(*x.add(r * K + k + j));
+                        acc[r][c] = S::fma(x, weights[j], acc[r][c]);
+                        j += 1;
+                    }
+                    r += 1;
+                }
+                c += 1;
+            }
+            w = w.add(stride);
+            k += 8;
+        }
+        store_block::<S, N, R, C>(&acc, args.bias, row, run, args.out);
+    }
+}
+
+/// Weights `k0..k1` of `C` tiles as float32 `[k][tile][lane]`.
+#[inline(always)]
+unsafe fn dequantize<S: Simd, const K: usize, const GROUP: usize, const C: usize>(
+    args: &AwqGemmArgs,
+    run: TileRun,
+    k0: usize,
+    k1: usize,
+    out: *mut f32,
+) {
+    // SAFETY: reads the run's lines, writes (k1 - k0) · C · LANES floats.
+    unsafe {
+        let stride = run.panel_width * S::LANES * 4;
+        let base = run_weight::<S, K>(args.weight, run);
+        let mut k = k0;
+        while k < k1 {
+            let mut c = 0;
+            while c < C {
+                let idx = param_idx::<S, K, GROUP>(run, k / GROUP, c);
+                let scale = F16::load::<S>(args.scales.add(idx).cast());
+                let zero = S::load_u8(args.zeros.add(idx));
+                let line = S::load_i32(base.add(k / 8 * stride + c * S::LANES * 4));
+                let weights = dequantize_line::<S>(line, zero, scale);
+                let mut j = 0;
+                while j < 8 {
+                    S::store(out.add(((k - k0 + j) * C + c) * S::LANES), weights[j]);
+                    j += 1;
+                }
+                c += 1;
+            }
+            k += 8;
+        }
+    }
+}

@@ -25,6 +25,8 @@ impl Simd for Portable {
     // NOTE: eight lanes are two registers of the sixteen that any 64-bit machine has.
     const REGISTERS: usize = 8;
     const DOT_I8_BIAS: i32 = 0;
+    const BLOCK_ROWS: usize = 2;
+    const BLOCK_TILES: usize = 1;
     type F32 = [f32; L];
     type I32 = [i32; L];
 

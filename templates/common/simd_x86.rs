@@ -16,6 +16,8 @@ impl Simd for V3 {
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
     const DOT_I8_BIAS: i32 = 0;
+    const BLOCK_ROWS: usize = 6;
+    const BLOCK_TILES: usize = 2;
     type F32 = __m256;
     type I32 = __m256i;
 
@@ -230,6 +232,8 @@ impl Simd for Avx512 {
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
     const DOT_I8_BIAS: i32 = 128;
+    const BLOCK_ROWS: usize = 6;
+    const BLOCK_TILES: usize = 4;
     type F32 = __m512;
     type I32 = __m512i;
 

@@ -25,7 +25,11 @@ pub trait Backend {
     type Input;
     type KvCache;
 
-    fn load_linear(&mut self, role: LinearRole, source: &LinearSource<'_>) -> Result<Self::Linear, Error>;
+    fn load_linear(
+        &mut self,
+        role: LinearRole,
+        source: &LinearSource<'_>,
+    ) -> Result<Self::Linear, Error>;
     fn load_embedding(&mut self, source: &DenseView<'_>) -> Result<Self::Embedding, Error>;
     fn load_norm(&mut self, weight: Vec<f32>) -> Result<Self::Norm, Error>;
     fn new_rows(&mut self, rows_max: usize, width: usize) -> Result<Self::Rows, Error>;
@@ -61,7 +65,13 @@ pub trait Backend {
     );
 
     /// `out = x · weightᵀ + bias`
-    fn linear(&mut self, num_rows: usize, weight: &Self::Linear, x: &Self::Input, out: &mut Self::Rows);
+    fn linear(
+        &mut self,
+        num_rows: usize,
+        weight: &Self::Linear,
+        x: &Self::Input,
+        out: &mut Self::Rows,
+    );
 
     /// QK-norm (where `qk_norm` holds the q and k weights), rotation of q in place, and the append
     /// of rotated k and of v to the pages of `layer_idx`.

@@ -14,6 +14,14 @@ pub struct Share {
     pub scratch: *mut u8,
 }
 
+impl Share {
+    /// This share of `0..total`, in contiguous ranges whose lengths differ by at most one.
+    #[inline(always)]
+    pub fn range(&self, total: usize) -> (usize, usize) {
+        (total * self.idx / self.count, total * (self.idx + 1) / self.count)
+    }
+}
+
 /// Rows a linear reads, in one of two forms (`RowFormat`): float32 `[rows, k]`, or int8.
 #[derive(Clone, Copy, Debug)]
 pub struct RowsIn {

@@ -2,6 +2,7 @@
 //! `kernel-gen` fills with them.
 
 pub mod abi;
+pub mod generated;
 
 #[path = "../../templates/awq_gemm/awq_gemm.rs"]
 pub mod awq_gemm;
@@ -78,9 +79,14 @@ pub struct KernelTable {
 
 impl KernelTable {
     /// The kernel for `spec` at `regime` on exactly `target`.
-    pub fn find(&self, spec: &KernelSpec, regime: RowRegime, target: Target) -> Option<&'static Kernel> {
-        self.kernels
-            .iter()
-            .find(|kernel| kernel.spec == *spec && kernel.regime == regime && kernel.target == target)
+    pub fn find(
+        &self,
+        spec: &KernelSpec,
+        regime: RowRegime,
+        target: Target,
+    ) -> Option<&'static Kernel> {
+        self.kernels.iter().find(|kernel| {
+            kernel.spec == *spec && kernel.regime == regime && kernel.target == target
+        })
     }
 }

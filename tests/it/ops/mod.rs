@@ -1,6 +1,9 @@
 //! Kernel bodies against naive loops, on every vector type that the machine has.
 
+mod awq_gemm;
 mod embed;
+mod gemm;
+mod matmul;
 mod paged_attention;
 mod quantize;
 mod rms_norm;

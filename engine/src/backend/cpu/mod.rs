@@ -1,1 +1,194 @@
-//! Generated kernels on this machine.
+//! Generated kernels on this machine's cores.
+
+mod buffers;
+mod kernels;
+pub mod memory;
+mod ops;
+pub mod pack;
+pub mod team;
+
+use bespoke_kernel_gen::model::ModelConfig;
+use bespoke_kernel_gen::spec::{ActivationType, DType, KvDType, LinearRole, ModelShape, RowFormat};
+use bespoke_kernel_gen::target::Target;
+
+use buffers::Packed;
+pub use buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows};
+use kernels::Kernels;
+use memory::Memory;
+use pack::Panels;
+use team::Team;
+
+use crate::error::Error;
+use crate::kernels::KernelTable;
+use crate::model::linear::{DenseView, LinearSource};
+
+/// How the CPU backend runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuOptions {
+    pub kv_dtype: KvDType,
+    /// Rows that quantized linears read.
+    pub activation: ActivationType,
+    /// `None`: as many as the process may use.
+    pub num_threads: Option<usize>,
+    /// `None`: the best instruction set of this machine that the table has kernels for.
+    pub target: Option<Target>,
+}
+
+/// The generated kernels of one model, the threads that run them, and their scratch memory.
+pub struct CpuBackend {
+    team: Team,
+    kernels: Kernels,
+    shape: ModelShape,
+    eps: f32,
+    kv_dtype: KvDType,
+    /// One per thread.
+    scratch: Vec<Memory>,
+    weights_bytes: usize,
+}
+
+/// Whether this machine has the instructions of `target`.
+pub fn is_available(target: Target) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let v3 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("lzcnt")
+            && is_x86_feature_detected!("popcnt");
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512cd")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx512bf16");
+        match target {
+            Target::Portable => true,
+            Target::X86_64V3 => v3,
+            Target::Avx512 => v3 && avx512,
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        target == Target::Portable
+    }
+}
+
+/// The best target that this machine has and `table` holds kernels for.
+pub fn best_target(table: &KernelTable) -> Option<Target> {
+    let holds = |target: &Target| table.kernels.iter().any(|kernel| kernel.target == *target);
+    Target::ALL.into_iter().rev().filter(|target| is_available(*target)).find(holds)
+}
+
+impl CpuBackend {
+    /// Looks up every kernel the model needs; [`Error::MissingKernels`] names those that are not in
+    /// `table`.
+    pub fn new(
+        table: &KernelTable,
+        config: &ModelConfig,
+        shape: &ModelShape,
+        options: &CpuOptions,
+    ) -> Result<CpuBackend, Error> {
+        let target = match options.target {
+            Some(target) if is_available(target) => target,
+            Some(target) => {
+                return Err(Error::Unsupported(format!(
+                    "this machine lacks the instructions of target {}; choose another",
+                    target.name()
+                )));
+            }
+            None => best_target(table).unwrap_or(Target::Portable),
+        };
+        let kernels = Kernels::find(table, shape, target, options)?;
+        let num_threads = options.num_threads.unwrap_or_else(|| {
+            std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+        });
+        if !(1..=1024).contains(&num_threads) {
+            return Err(Error::Request(format!("{num_threads} threads; choose 1 to 1024")));
+        }
+        let team = Team::new(num_threads).map_err(|error| {
+            Error::Resources(format!("cannot start {num_threads} threads: {error}"))
+        })?;
+        let scratch = (0..num_threads)
+            .map(|_| Memory::new(kernels.scratch_bytes, "kernel scratch"))
+            .collect::<Result<_, _>>()?;
+        Ok(CpuBackend {
+            team,
+            kernels,
+            shape: shape.clone(),
+            eps: config.rms_norm_eps,
+            kv_dtype: options.kv_dtype,
+            scratch,
+            weights_bytes: 0,
+        })
+    }
+
+    pub fn target(&self) -> Target {
+        self.kernels.target
+    }
+
+    fn pack(&mut self, role: LinearRole, source: &LinearSource<'_>) -> Result<Packed, Error> {
+        let linear = self.kernels.linear(role);
+        let shape = self.shape.linear(role);
+        let panels = Panels {
+            n: shape.n,
+            k: shape.k,
+            lanes: self.kernels.target.lanes(),
+            cols: linear.cols,
+        };
+        let num_threads = self.team.len();
+        match linear.weights {
+            kernels::Weights::Dense(DType::I8) => {
+                let (weight, scales) = pack::int8(source, panels, num_threads)?;
+                Ok(Packed::Int8 { weight, scales })
+            }
+            kernels::Weights::Dense(dtype) => {
+                Ok(Packed::Dense { weight: pack::dense(source, dtype, panels, num_threads)? })
+            }
+            kernels::Weights::Awq { group } => {
+                Ok(Packed::Awq(pack::awq(source, role, group, panels, num_threads)?))
+            }
+        }
+    }
+
+    fn load_linear(
+        &mut self,
+        role: LinearRole,
+        source: &LinearSource<'_>,
+    ) -> Result<CpuLinear, Error> {
+        let shape = self.shape.linear(role);
+        assert_eq!((source.n(), source.k()), (shape.n, shape.k), "{role:?} has other sizes");
+        let packed = self.pack(role, source)?;
+        let bias = match &source.bias {
+            None => None,
+            Some(bias) => Some(float_memory(bias, "a bias")?),
+        };
+        let linear = CpuLinear { role, packed, bias };
+        self.weights_bytes += linear.bytes();
+        Ok(linear)
+    }
+
+    fn load_embedding(&mut self, source: &DenseView<'_>) -> Result<Memory, Error> {
+        let table = pack::embedding(source, self.shape.dtype)?;
+        self.weights_bytes += table.len();
+        Ok(table)
+    }
+
+    fn load_norm(&mut self, weight: &[f32]) -> Result<Memory, Error> {
+        let memory = float_memory(weight, "a norm")?;
+        self.weights_bytes += memory.len();
+        Ok(memory)
+    }
+
+    fn row_format(&self, role: LinearRole) -> RowFormat {
+        self.kernels.linear(role).rows
+    }
+}
+
+fn float_memory(values: &[f32], what: &str) -> Result<Memory, Error> {
+    let mut memory = Memory::floats(values.len(), what)?;
+    memory.as_f32_mut().copy_from_slice(values);
+    Ok(memory)
+}

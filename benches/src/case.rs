@@ -1,0 +1,467 @@
+//! One kernel with its arguments, set up as it meets them in a model: weights and KV pages come
+//! from memory, activations from the caches.
+
+use bespoke::Error;
+use bespoke::backend::cpu::memory::Memory;
+use bespoke::backend::cpu::pack::Panels;
+use bespoke::backend::cpu::team::Team;
+use bespoke::kernels::abi::{
+    AwqGemmArgs, EmbedArgs, GemmArgs, PagedAttentionArgs, QuantizeArgs, RmsNormArgs, RopeArgs,
+    RowsIn, RowsOut, SampleArgs, SequenceSpan, Share, SiluAndMulArgs, int8_stride,
+};
+use bespoke::kernels::pages::page_bytes;
+use bespoke::kernels::{Kernel, KernelFn};
+use bespoke_kernel_gen::spec::{
+    ActivationType, DType, GroupSize, KernelSpec, KvDType, RowFormat, RowRegime, activation_group,
+};
+
+use crate::Work;
+
+/// Copies of weights and pages are made until they hold this much, so that every call finds its own
+/// out of the caches.
+const COLD_BYTES: usize = 160 << 20;
+/// Tokens that a decoding row looks back over.
+const DECODE_CONTEXT: usize = 1024;
+/// Rows of the embedding table.
+const VOCABULARY: usize = 32768;
+/// A byte that makes harmless values in every element type: small positive floats, nibbles, int8.
+const FILL: u8 = 0x2d;
+
+/// A kernel, ready to be called again and again.
+pub struct Case {
+    pub op: &'static str,
+    pub symbol: &'static str,
+    pub rows: usize,
+    /// Of one call.
+    pub work: Work,
+    call: Box<dyn Invoke>,
+}
+
+impl Case {
+    /// `rows` rows for `kernel`, whose regime must serve that many.
+    pub fn new(kernel: &Kernel, rows: usize) -> Result<Case, Error> {
+        let mut setup = Setup { buffers: Vec::new() };
+        let (call, work) = match kernel.run {
+            KernelFn::Embed(run) => embed(&mut setup, kernel, run, rows)?,
+            KernelFn::RmsNorm(run) => rms_norm(&mut setup, kernel, run, rows)?,
+            KernelFn::Gemm(run) => gemm(&mut setup, kernel, run, rows)?,
+            KernelFn::AwqGemm(run) => awq_gemm(&mut setup, kernel, run, rows)?,
+            KernelFn::Rope(run) => rope(&mut setup, kernel, run, rows)?,
+            KernelFn::PagedAttention(run) => paged_attention(&mut setup, kernel, run, rows)?,
+            KernelFn::SiluAndMul(run) => silu_and_mul(&mut setup, kernel, run, rows)?,
+            KernelFn::Quantize(run) => quantize(&mut setup, kernel, run, rows)?,
+            KernelFn::Sample(run) => sample(&mut setup, kernel, run, rows)?,
+        };
+        let op = kernel.spec.op();
+        Ok(Case { op, symbol: kernel.symbol, rows, work, call })
+    }
+
+    /// One call on all threads of `team`.
+    pub fn run(&mut self, team: &mut Team, scratch: &mut Scratch) {
+        assert_eq!(team.len(), scratch.0.len(), "scratch is for another team");
+        self.call.invoke(team, scratch);
+    }
+}
+
+/// Bench groups are named by op.
+pub const OPS: [&str; 9] = [
+    "awq_gemm",
+    "gemm",
+    "paged_attention",
+    "embed",
+    "rms_norm",
+    "rope",
+    "silu_and_mul",
+    "quantize",
+    "sample",
+];
+
+/// Row counts that a kernel of `regime` is measured at.
+pub fn row_counts(regime: RowRegime) -> &'static [usize] {
+    match regime {
+        RowRegime::Any => &[1, 512],
+        RowRegime::One => &[1],
+        RowRegime::Few => &[8],
+        RowRegime::Many => &[512],
+    }
+}
+
+/// Scratch memory, one part per thread.
+pub struct Scratch(Vec<Memory>);
+
+impl Scratch {
+    /// Enough for any of `kernels`.
+    pub fn new<'a>(
+        num_threads: usize,
+        kernels: impl Iterator<Item = &'a Kernel>,
+    ) -> Result<Scratch, Error> {
+        let bytes = kernels.map(|kernel| kernel.scratch_bytes).max().unwrap_or(0).max(64);
+        (0..num_threads)
+            .map(|_| Memory::new(bytes, "scratch"))
+            .collect::<Result<_, _>>()
+            .map(Scratch)
+    }
+}
+
+trait Invoke {
+    fn invoke(&mut self, team: &mut Team, scratch: &mut Scratch);
+}
+
+type Run<A> = unsafe fn(&A, Share);
+
+/// A kernel and the arguments of its calls, taken in turn.
+struct Call<A> {
+    run: Run<A>,
+    args: Vec<A>,
+    next: usize,
+    /// What the arguments point into.
+    _buffers: Vec<Memory>,
+}
+
+/// What all threads of a call may read: arguments and the places of their scratch.
+struct Shared<'a, A> {
+    args: &'a A,
+    scratch: &'a [*mut u8],
+}
+
+// SAFETY: kernels write disjoint parts of what the pointers lead to, and a thread uses only its own
+// scratch.
+unsafe impl<A> Sync for Shared<'_, A> {}
+
+impl<A> Invoke for Call<A> {
+    fn invoke(&mut self, team: &mut Team, scratch: &mut Scratch) {
+        let run = self.run;
+        let count = team.len();
+        let places: Vec<*mut u8> = scratch.0.iter_mut().map(Memory::ptr_mut).collect();
+        let shared = &Shared { args: &self.args[self.next], scratch: &places };
+        team.run(&move |idx| {
+            let share = Share { idx, count, scratch: shared.scratch[idx] };
+            // SAFETY: `Case::new` made the arguments for this kernel, its target was chosen by what
+            // the machine has, and scratch is as large as the largest kernel wants.
+            unsafe { run(shared.args, share) }
+        });
+        self.next = (self.next + 1) % self.args.len();
+    }
+}
+
+type Made = Result<(Box<dyn Invoke>, Work), Error>;
+
+/// Allocates what arguments point to.
+struct Setup {
+    buffers: Vec<Memory>,
+}
+
+impl Setup {
+    /// `len` bytes of [`FILL`]; written, or the system would serve them all from one zero page.
+    fn bytes(&mut self, len: usize) -> Result<*mut u8, Error> {
+        let mut memory = Memory::new(len, "bench data")?;
+        memory.bytes_mut().fill(FILL);
+        let start = memory.ptr_mut();
+        self.buffers.push(memory);
+        Ok(start)
+    }
+
+    fn floats(&mut self, len: usize) -> Result<*mut f32, Error> {
+        Ok(self.bytes(len * 4)?.cast())
+    }
+
+    fn indices(&mut self, len: usize, at: impl Fn(usize) -> usize) -> Result<*mut u32, Error> {
+        let start = self.bytes(len * 4)?.cast::<u32>();
+        for i in 0..len {
+            // SAFETY: `len` words were just allocated, page-aligned.
+            unsafe { start.add(i).write(at(i) as u32) };
+        }
+        Ok(start)
+    }
+
+    fn rows_in(&mut self, rows: usize, k: usize, format: RowFormat) -> Result<RowsIn, Error> {
+        let out = self.rows_out(rows, k, format)?;
+        Ok(RowsIn { f32: out.f32, q: out.q, scales: out.scales, sums: out.sums })
+    }
+
+    fn rows_out(&mut self, rows: usize, k: usize, format: RowFormat) -> Result<RowsOut, Error> {
+        use std::ptr::null_mut;
+        Ok(match format {
+            RowFormat::F32 => RowsOut {
+                f32: self.floats(rows * k)?,
+                q: null_mut(),
+                scales: null_mut(),
+                sums: null_mut(),
+            },
+            RowFormat::I8 { group } => RowsOut {
+                f32: null_mut(),
+                q: self.bytes(rows * int8_stride(k))?.cast(),
+                scales: self.floats(rows * (k / group))?,
+                sums: self.indices(rows * (k / group), |_| 5)?.cast(),
+            },
+        })
+    }
+
+    fn call<A: 'static>(&mut self, run: Run<A>, args: Vec<A>) -> Box<dyn Invoke> {
+        Box::new(Call { run, args, next: 0, _buffers: std::mem::take(&mut self.buffers) })
+    }
+}
+
+/// Bytes of `rows` rows of `k` elements.
+fn row_bytes(rows: usize, k: usize, format: RowFormat) -> usize {
+    match format {
+        RowFormat::F32 => rows * k * 4,
+        RowFormat::I8 { group } => rows * (k + k / group * 8),
+    }
+}
+
+/// How many copies of `bytes` bytes keep calls from finding their own in a cache.
+fn num_copies(bytes: usize) -> usize {
+    COLD_BYTES.div_ceil(bytes).clamp(2, 512)
+}
+
+fn wrong_spec(kernel: &Kernel) -> ! {
+    panic!("{}: the entry is for another op than {:?}", kernel.symbol, kernel.spec)
+}
+
+/// Packed weights of a linear with its scales and zeros, and its operations on `rows` rows.
+/// Activations are not counted.
+///
+/// Panics for other ops.
+pub fn linear_work(kernel: &Kernel, rows: usize) -> Work {
+    let lanes = kernel.target.lanes();
+    match kernel.spec {
+        KernelSpec::AwqGemm { n, k, group, activation } => {
+            let group = activation_group(k, group).expect("a plan has no group it cannot pack");
+            let panels = Panels { n, k, lanes, cols: kernel.cols };
+            // Half a byte a weight, a float16 scale and a byte for the zero of a group.
+            let memory_bytes = panels.padded_n() * (k / 2 + k / group * 3);
+            let ops = 2 * rows * n * k;
+            match activation {
+                ActivationType::Float => Work { memory_bytes, fma_ops: ops, ..Work::default() },
+                ActivationType::Int8 => Work { memory_bytes, dot_ops: ops, ..Work::default() },
+            }
+        }
+        KernelSpec::Gemm { n, k, weight } => {
+            let panels = Panels { n, k, lanes, cols: kernel.cols };
+            let memory_bytes = panels.padded_n() * k * weight.size();
+            let ops = 2 * rows * n * k;
+            match weight {
+                DType::I8 => Work { memory_bytes, dot_ops: ops, ..Work::default() },
+                _ => Work { memory_bytes, fma_ops: ops, ..Work::default() },
+            }
+        }
+        _ => wrong_spec(kernel),
+    }
+}
+
+fn awq_gemm(setup: &mut Setup, kernel: &Kernel, run: Run<AwqGemmArgs>, rows: usize) -> Made {
+    let KernelSpec::AwqGemm { n, k, group, activation } = kernel.spec else { wrong_spec(kernel) };
+    let group = activation_group(k, group).expect("a plan has no group it cannot pack");
+    let format = match activation {
+        ActivationType::Float => RowFormat::F32,
+        ActivationType::Int8 => RowFormat::I8 { group },
+    };
+    let panels = Panels { n, k, lanes: kernel.target.lanes(), cols: kernel.cols };
+    let num_params = panels.padded_n() * (k / group);
+    let work = linear_work(kernel, rows);
+    let x = setup.rows_in(rows, k, format)?;
+    let out = setup.floats(rows * n)?;
+    let mut args = Vec::new();
+    for _ in 0..num_copies(work.memory_bytes) {
+        let weight = setup.bytes(panels.padded_n() * k / 2)?;
+        let scales = setup.bytes(num_params * 2)?.cast();
+        let zeros = setup.bytes(num_params)?;
+        // SAFETY: just allocated, as long as this; a zero is a nibble.
+        unsafe { zeros.write_bytes(8, num_params) };
+        args.push(AwqGemmArgs { rows, x, weight, scales, zeros, bias: std::ptr::null(), out });
+    }
+    let cache_bytes = row_bytes(rows, k, format) + rows * n * 4;
+    Ok((setup.call(run, args), Work { cache_bytes, ..work }))
+}
+
+fn gemm(setup: &mut Setup, kernel: &Kernel, run: Run<GemmArgs>, rows: usize) -> Made {
+    let KernelSpec::Gemm { n, k, weight: dtype } = kernel.spec else { wrong_spec(kernel) };
+    let is_int8 = dtype == DType::I8;
+    let format = match activation_group(k, GroupSize::Channel).filter(|_| is_int8) {
+        Some(group) => RowFormat::I8 { group },
+        None => RowFormat::F32,
+    };
+    let panels = Panels { n, k, lanes: kernel.target.lanes(), cols: kernel.cols };
+    let work = linear_work(kernel, rows);
+    let x = setup.rows_in(rows, k, format)?;
+    let out = setup.floats(rows * n)?;
+    let scales = match is_int8 {
+        true => setup.floats(panels.padded_n())?,
+        false => std::ptr::null_mut(),
+    };
+    let mut args = Vec::new();
+    for _ in 0..num_copies(work.memory_bytes) {
+        let weight = setup.bytes(work.memory_bytes)?;
+        args.push(GemmArgs { rows, x, weight, scales, bias: std::ptr::null(), out });
+    }
+    let cache_bytes = row_bytes(rows, k, format) + rows * n * 4;
+    Ok((setup.call(run, args), Work { cache_bytes, ..work }))
+}
+
+/// Bytes of a page of one layer.
+pub fn kv_page_bytes(kv: KvDType, num_kv_heads: usize, head_dim: usize, page_size: usize) -> usize {
+    let (element_size, quantized) = match kv {
+        KvDType::F32 => (4, false),
+        KvDType::F16 => (2, false),
+        KvDType::I8 => (1, true),
+    };
+    page_bytes(element_size, quantized, num_kv_heads, head_dim, page_size)
+}
+
+/// One sequence: its last row over [`DECODE_CONTEXT`] tokens, or a prompt of `rows` tokens.
+fn paged_attention(
+    setup: &mut Setup,
+    kernel: &Kernel,
+    run: Run<PagedAttentionArgs>,
+    rows: usize,
+) -> Made {
+    let KernelSpec::PagedAttention { num_heads, num_kv_heads, head_dim, window, kv, page_size } =
+        kernel.spec
+    else {
+        wrong_spec(kernel)
+    };
+    let context_len = if rows == 1 { DECODE_CONTEXT } else { rows };
+    let num_pages = context_len.div_ceil(page_size);
+    let kv_bytes = num_pages * kv_page_bytes(kv, num_kv_heads, head_dim, page_size);
+    let qkv = setup.floats(rows * (num_heads + 2 * num_kv_heads) * head_dim)?;
+    let out = setup.floats(rows * num_heads * head_dim)?;
+    // Pages are met in an order that no prefetcher knows.
+    let page_table = setup.indices(num_pages, |i| (i * 7 + 3) % num_pages)?;
+    let (num_rows, context) = (rows as u32, context_len as u32);
+    let span = [0, num_rows, context, 0];
+    let spans: *const SequenceSpan = setup.indices(4, |i| span[i] as usize)?.cast();
+    // SAFETY: four words were written; this checks that they are the fields in this order.
+    let read = unsafe { spans.read() };
+    assert_eq!((read.num_rows, read.context_len), (num_rows, context), "the span's layout");
+    let mut args = Vec::new();
+    for _ in 0..num_copies(kv_bytes) {
+        let kv = setup.bytes(kv_bytes)?;
+        args.push(PagedAttentionArgs {
+            spans,
+            num_spans: 1,
+            qkv,
+            kv,
+            page_table,
+            softmax_scale: 0.125,
+            out,
+        });
+    }
+    let seen = |row: usize| {
+        let visible = context_len - rows + row + 1;
+        if window > 0 { visible.min(window) } else { visible }
+    };
+    let num_pairs: usize = (0..rows).map(seen).sum();
+    let work = Work {
+        memory_bytes: kv_bytes,
+        cache_bytes: 2 * rows * num_heads * head_dim * 4,
+        dot_ops: 0,
+        // A product with K and one with V for each query head and token seen.
+        fma_ops: 4 * num_pairs * num_heads * head_dim,
+    };
+    Ok((setup.call(run, args), work))
+}
+
+fn rope(setup: &mut Setup, kernel: &Kernel, run: Run<RopeArgs>, rows: usize) -> Made {
+    let KernelSpec::Rope { num_heads, num_kv_heads, head_dim, rotary_dim, kv, page_size, .. } =
+        kernel.spec
+    else {
+        wrong_spec(kernel)
+    };
+    let page_bytes = kv_page_bytes(kv, num_kv_heads, head_dim, page_size);
+    let width = (num_heads + 2 * num_kv_heads) * head_dim;
+    let args = RopeArgs {
+        rows,
+        qkv: setup.floats(rows * width)?,
+        cos_sin: setup.floats(rows * rotary_dim)?,
+        slots: setup.indices(rows, |i| i)?,
+        kv: setup.bytes(rows.div_ceil(page_size) * page_bytes)?,
+        q_norm: setup.floats(head_dim)?,
+        k_norm: setup.floats(head_dim)?,
+        eps: 1e-5,
+    };
+    let work = Work {
+        // All of a row is read, its q and its share of the pages are written.
+        cache_bytes: rows * ((width + num_heads * head_dim + rotary_dim) * 4)
+            + rows * page_bytes / page_size,
+        ..Work::default()
+    };
+    Ok((setup.call(run, vec![args]), work))
+}
+
+fn embed(setup: &mut Setup, kernel: &Kernel, run: Run<EmbedArgs>, rows: usize) -> Made {
+    let KernelSpec::Embed { hidden, dtype } = kernel.spec else { wrong_spec(kernel) };
+    let table = setup.bytes(VOCABULARY * hidden * dtype.size())?;
+    let out = setup.floats(rows * hidden)?;
+    let mut args = Vec::new();
+    for call in 0..64 {
+        // Calls look other rows up than the calls before them.
+        let tokens = setup.indices(rows, |i| (call * rows + i) * 7919 % VOCABULARY)?;
+        args.push(EmbedArgs { rows, tokens, table, out });
+    }
+    let work = Work {
+        memory_bytes: rows * hidden * dtype.size(),
+        cache_bytes: rows * hidden * 4,
+        ..Work::default()
+    };
+    Ok((setup.call(run, args), work))
+}
+
+fn rms_norm(setup: &mut Setup, kernel: &Kernel, run: Run<RmsNormArgs>, rows: usize) -> Made {
+    let KernelSpec::RmsNorm { hidden, out: format } = kernel.spec else { wrong_spec(kernel) };
+    let args = RmsNormArgs {
+        rows,
+        select: std::ptr::null(),
+        residual: setup.floats(rows * hidden)?,
+        delta: setup.floats(rows * hidden)?,
+        weight: setup.floats(hidden)?,
+        eps: 1e-5,
+        out: setup.rows_out(rows, hidden, format)?,
+    };
+    let work = Work {
+        cache_bytes: 3 * rows * hidden * 4 + row_bytes(rows, hidden, format),
+        ..Work::default()
+    };
+    Ok((setup.call(run, vec![args]), work))
+}
+
+fn silu_and_mul(setup: &mut Setup, kernel: &Kernel, run: Run<SiluAndMulArgs>, rows: usize) -> Made {
+    let KernelSpec::SiluAndMul { intermediate, out: format } = kernel.spec else {
+        wrong_spec(kernel)
+    };
+    let args = SiluAndMulArgs {
+        rows,
+        gate_up: setup.floats(rows * 2 * intermediate)?,
+        out: setup.rows_out(rows, intermediate, format)?,
+    };
+    let work = Work {
+        cache_bytes: rows * 2 * intermediate * 4 + row_bytes(rows, intermediate, format),
+        ..Work::default()
+    };
+    Ok((setup.call(run, vec![args]), work))
+}
+
+fn quantize(setup: &mut Setup, kernel: &Kernel, run: Run<QuantizeArgs>, rows: usize) -> Made {
+    let KernelSpec::Quantize { k, group } = kernel.spec else { wrong_spec(kernel) };
+    let format = RowFormat::I8 { group };
+    let args =
+        QuantizeArgs { rows, x: setup.floats(rows * k)?, out: setup.rows_out(rows, k, format)? };
+    let work = Work { cache_bytes: rows * k * 4 + row_bytes(rows, k, format), ..Work::default() };
+    Ok((setup.call(run, vec![args]), work))
+}
+
+fn sample(setup: &mut Setup, kernel: &Kernel, run: Run<SampleArgs>, rows: usize) -> Made {
+    let KernelSpec::Sample { vocab } = kernel.spec else { wrong_spec(kernel) };
+    let bytes = rows * vocab * 4;
+    let args = SampleArgs {
+        rows,
+        logits: setup.floats(rows * vocab)?,
+        out: setup.bytes(rows * 12)?.cast(),
+    };
+    // 512 rows of logits are beyond the caches.
+    let work = match bytes > COLD_BYTES / 2 {
+        true => Work { memory_bytes: bytes, ..Work::default() },
+        false => Work { cache_bytes: bytes, ..Work::default() },
+    };
+    Ok((setup.call(run, vec![args]), work))
+}

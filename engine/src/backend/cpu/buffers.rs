@@ -1,0 +1,159 @@
+//! What the CPU backend keeps: packed linears, activation rows and the KV cache.
+
+use bespoke_kernel_gen::spec::{LinearRole, RowFormat};
+
+use super::memory::Memory;
+use super::pack::AwqPanels;
+use crate::error::Error;
+use crate::kernels::abi::{RowsIn, RowsOut, int8_stride};
+
+/// A linear's weights in the layout of its kernel.
+pub struct CpuLinear {
+    pub(super) role: LinearRole,
+    pub(super) packed: Packed,
+    /// `[n]`
+    pub(super) bias: Option<Memory>,
+}
+
+pub(super) enum Packed {
+    Dense { weight: Memory },
+    Int8 { weight: Memory, scales: Memory },
+    Awq(AwqPanels),
+}
+
+impl CpuLinear {
+    pub(super) fn bytes(&self) -> usize {
+        let packed = match &self.packed {
+            Packed::Dense { weight } => weight.len(),
+            Packed::Int8 { weight, scales } => weight.len() + scales.len(),
+            Packed::Awq(awq) => awq.weight.len() + awq.scales.len() + awq.zeros.len(),
+        };
+        packed + self.bias.as_ref().map_or(0, Memory::len)
+    }
+
+    pub(super) fn bias_ptr(&self) -> *const f32 {
+        self.bias.as_ref().map_or(std::ptr::null(), Memory::ptr)
+    }
+}
+
+/// float32 `[rows_max, width]`.
+pub struct CpuRows {
+    pub(super) data: Memory,
+    pub(super) rows_max: usize,
+    pub(super) width: usize,
+}
+
+impl CpuRows {
+    pub(super) fn new(rows_max: usize, width: usize) -> Result<CpuRows, Error> {
+        let len = checked_product(rows_max, width)?;
+        Ok(CpuRows { data: Memory::floats(len, "activations")?, rows_max, width })
+    }
+}
+
+/// Rows in the form that a linear reads.
+pub struct CpuInput {
+    pub(super) format: RowFormat,
+    pub(super) rows_max: usize,
+    pub(super) k: usize,
+    /// `[rows_max, k]`: the rows themselves in the float form, where attention leaves them else.
+    pub(super) float: Memory,
+    /// `[rows_max, int8_stride(k)]`
+    q: Memory,
+    /// `[rows_max, k / group]`
+    scales: Memory,
+    /// `[rows_max, k / group]`
+    sums: Memory,
+}
+
+impl CpuInput {
+    pub(super) fn new(rows_max: usize, k: usize, format: RowFormat) -> Result<CpuInput, Error> {
+        let float = Memory::floats(checked_product(rows_max, k)?, "activations")?;
+        let (row_bytes, groups) = match format {
+            RowFormat::F32 => (0, 0),
+            RowFormat::I8 { group } => (int8_stride(k), k / group),
+        };
+        let params = checked_product(rows_max, groups)?;
+        Ok(CpuInput {
+            format,
+            rows_max,
+            k,
+            float,
+            q: Memory::new(checked_product(rows_max, row_bytes)?, "int8 activations")?,
+            scales: Memory::floats(params, "activation scales")?,
+            sums: Memory::floats(params, "activation sums")?,
+        })
+    }
+
+    /// The rows as a linear reads them.
+    pub(super) fn rows_in(&self) -> RowsIn {
+        match self.format {
+            RowFormat::F32 => RowsIn {
+                f32: self.float.ptr(),
+                q: std::ptr::null(),
+                scales: std::ptr::null(),
+                sums: std::ptr::null(),
+            },
+            RowFormat::I8 { .. } => RowsIn {
+                f32: std::ptr::null(),
+                q: self.q.ptr(),
+                scales: self.scales.ptr(),
+                sums: self.sums.ptr(),
+            },
+        }
+    }
+
+    /// The rows as an op writes them.
+    pub(super) fn rows_out(&mut self) -> RowsOut {
+        match self.format {
+            RowFormat::F32 => RowsOut {
+                f32: self.float.ptr_mut(),
+                q: std::ptr::null_mut(),
+                scales: std::ptr::null_mut(),
+                sums: std::ptr::null_mut(),
+            },
+            RowFormat::I8 { .. } => RowsOut {
+                f32: std::ptr::null_mut(),
+                q: self.q.ptr_mut(),
+                scales: self.scales.ptr_mut(),
+                sums: self.sums.ptr_mut(),
+            },
+        }
+    }
+}
+
+/// Pages of all layers: `[layer][page]`, see `templates/common/pages.rs`.
+pub struct CpuKvCache {
+    pub(super) data: Memory,
+    /// Bytes of one page of one layer.
+    pub(super) page_bytes: usize,
+    pub(super) num_pages: usize,
+    pub(super) num_layers: usize,
+}
+
+impl CpuKvCache {
+    pub(super) fn new(
+        num_layers: usize,
+        num_pages: usize,
+        page_bytes: usize,
+    ) -> Result<CpuKvCache, Error> {
+        let len = checked_product(checked_product(num_layers, num_pages)?, page_bytes)?;
+        Ok(CpuKvCache {
+            data: Memory::new(len, "the KV cache")?,
+            page_bytes,
+            num_pages,
+            num_layers,
+        })
+    }
+
+    /// Where a layer's pages start.
+    pub(super) fn layer_offset(&self, layer_idx: usize) -> usize {
+        assert!(layer_idx < self.num_layers, "layer {layer_idx} of {}", self.num_layers);
+        layer_idx * self.num_pages * self.page_bytes
+    }
+}
+
+fn checked_product(a: usize, b: usize) -> Result<usize, Error> {
+    a.checked_mul(b).filter(|len| *len <= isize::MAX as usize / 4).ok_or_else(|| {
+        Error::Resources(format!("a buffer of {a} × {b} elements does not fit an address space"))
+    })
+}

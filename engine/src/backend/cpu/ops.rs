@@ -1,0 +1,333 @@
+//! The decoder's ops as calls of generated kernels.
+
+use bespoke_kernel_gen::spec::{KvDType, LinearRole, RowFormat};
+
+use super::buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows, Packed};
+use super::kernels::{Matmul, Run};
+use super::memory::Memory;
+use super::{CpuBackend, team::Team};
+use crate::backend::Backend;
+use crate::batch::Batch;
+use crate::error::Error;
+use crate::kernels::abi::{
+    AwqGemmArgs, EmbedArgs, GemmArgs, LogitStats, PagedAttentionArgs, QuantizeArgs, RmsNormArgs,
+    RopeArgs, SampleArgs, Share, SiluAndMulArgs,
+};
+use crate::kernels::pages;
+use crate::model::linear::{DenseView, LinearSource};
+
+/// Kernel arguments on their way to the team.
+struct Shared<'a, A>(&'a A);
+
+// SAFETY: the pointers in `A` are read, or written at places that each share has to itself.
+unsafe impl<A> Sync for Shared<'_, A> {}
+
+/// One scratch pointer per thread.
+struct ScratchPtrs<'a>(&'a mut [Memory]);
+
+// SAFETY: every thread takes only the memory of its own index.
+unsafe impl Sync for ScratchPtrs<'_> {}
+
+impl ScratchPtrs<'_> {
+    fn get(&self, thread_idx: usize) -> *mut u8 {
+        self.0[thread_idx].ptr::<u8>().cast_mut()
+    }
+}
+
+/// Runs one kernel on the whole team.
+///
+/// # Safety
+/// `args` as the kernel documents them.
+unsafe fn run_team<A>(team: &mut Team, scratch: &mut [Memory], run: Run<A>, args: &A) {
+    let count = team.len();
+    let (args, scratch) = (Shared(args), ScratchPtrs(scratch));
+    let (args, scratch) = (&args, &scratch);
+    team.run(&move |idx| {
+        let share = Share { idx, count, scratch: scratch.get(idx) };
+        // SAFETY: the caller vouches for the arguments; the kernel's target was checked when the
+        // backend was made.
+        unsafe { run(args.0, share) }
+    });
+}
+
+impl CpuBackend {
+    /// Runs a kernel on the team, or here alone where one row is not worth waking anybody.
+    ///
+    /// # Safety
+    /// As [`run_team`].
+    unsafe fn run_rows<A>(&mut self, num_rows: usize, run: Run<A>, args: &A) {
+        if num_rows == 1 {
+            let share = Share { idx: 0, count: 1, scratch: self.scratch[0].ptr_mut() };
+            // SAFETY: as the caller vouches.
+            unsafe { run(args, share) }
+        } else {
+            // SAFETY: as the caller vouches.
+            unsafe { run_team(&mut self.team, &mut self.scratch, run, args) }
+        }
+    }
+
+    fn norm_rows(
+        &mut self,
+        num_rows: usize,
+        select: *const u32,
+        residual: &mut CpuRows,
+        delta: Option<&CpuRows>,
+        weight: &Memory,
+        out: &mut CpuInput,
+    ) {
+        assert!(num_rows <= out.rows_max && out.k == residual.width);
+        assert!(delta.is_none_or(|delta| delta.width == residual.width));
+        let args = RmsNormArgs {
+            rows: num_rows,
+            select,
+            residual: residual.data.ptr_mut(),
+            delta: delta.map_or(std::ptr::null(), |delta| delta.data.ptr()),
+            weight: weight.ptr(),
+            eps: self.eps,
+            out: out.rows_out(),
+        };
+        let run = self.kernels.norm(out.format);
+        // SAFETY: the buffers hold at least `num_rows` rows of the model's sizes.
+        unsafe { self.run_rows(num_rows, run, &args) }
+    }
+
+    fn page_layer_bytes(&self) -> usize {
+        let (size, quantized) = match self.kv_dtype {
+            KvDType::F32 => (4, false),
+            KvDType::F16 => (2, false),
+            KvDType::I8 => (1, true),
+        };
+        let shape = &self.shape;
+        pages::page_bytes(size, quantized, shape.num_kv_heads, shape.head_dim, shape.page_size)
+    }
+}
+
+/// What a step's rows must satisfy before kernels follow their pointers.
+fn check_batch(batch: &Batch, kv_cache: &CpuKvCache, page_size: usize, rotary_dim: usize) {
+    let num_rows = batch.num_rows();
+    assert_eq!(batch.slots.len(), num_rows, "one slot per row");
+    assert_eq!(batch.cos_sin.len(), num_rows * rotary_dim, "one rotation per row");
+    let num_slots = kv_cache.num_pages * page_size;
+    assert!(batch.slots.iter().all(|slot| (*slot as usize) < num_slots), "slots lie in the cache");
+    let num_pages = kv_cache.num_pages;
+    assert!(batch.page_table.iter().all(|page| (*page as usize) < num_pages), "pages exist");
+    for span in &batch.spans {
+        let pages = (span.context_len as usize).div_ceil(page_size);
+        assert!(span.first_page as usize + pages <= batch.page_table.len(), "pages are listed");
+        assert!((span.first_row + span.num_rows) as usize <= num_rows, "rows exist");
+        assert!(span.num_rows <= span.context_len, "a row sees itself");
+    }
+}
+
+impl Backend for CpuBackend {
+    type Linear = CpuLinear;
+    type Embedding = Memory;
+    type Norm = Memory;
+    type Rows = CpuRows;
+    type Input = CpuInput;
+    type KvCache = CpuKvCache;
+
+    fn load_linear(
+        &mut self,
+        role: LinearRole,
+        source: &LinearSource<'_>,
+    ) -> Result<CpuLinear, Error> {
+        self.load_linear(role, source)
+    }
+
+    fn load_embedding(&mut self, source: &DenseView<'_>) -> Result<Memory, Error> {
+        self.load_embedding(source)
+    }
+
+    fn load_norm(&mut self, weight: Vec<f32>) -> Result<Memory, Error> {
+        self.load_norm(&weight)
+    }
+
+    fn new_rows(&mut self, rows_max: usize, width: usize) -> Result<CpuRows, Error> {
+        CpuRows::new(rows_max, width)
+    }
+
+    fn new_input(&mut self, rows_max: usize, role: LinearRole) -> Result<CpuInput, Error> {
+        CpuInput::new(rows_max, self.shape.linear(role).k, self.row_format(role))
+    }
+
+    fn new_kv_cache(&mut self, num_pages: usize) -> Result<CpuKvCache, Error> {
+        CpuKvCache::new(self.shape.num_layers, num_pages, self.page_layer_bytes())
+    }
+
+    fn page_bytes(&self) -> usize {
+        self.page_layer_bytes() * self.shape.num_layers
+    }
+
+    fn weights_bytes(&self) -> usize {
+        self.weights_bytes
+    }
+
+    fn embed(&mut self, table: &Memory, tokens: &[u32], out: &mut CpuRows) {
+        assert!(tokens.len() <= out.rows_max);
+        let vocab = self.shape.vocab_size;
+        assert!(
+            tokens.iter().all(|token| (*token as usize) < vocab),
+            "tokens are in the vocabulary"
+        );
+        let args = EmbedArgs {
+            rows: tokens.len(),
+            tokens: tokens.as_ptr(),
+            table: table.ptr(),
+            out: out.data.ptr_mut(),
+        };
+        let run = self.kernels.embed;
+        // SAFETY: the tokens lie in the table, `out` holds their rows.
+        unsafe { self.run_rows(tokens.len(), run, &args) }
+    }
+
+    fn rms_norm(
+        &mut self,
+        num_rows: usize,
+        residual: &mut CpuRows,
+        delta: Option<&CpuRows>,
+        weight: &Memory,
+        out: &mut CpuInput,
+    ) {
+        assert!(num_rows <= residual.rows_max);
+        self.norm_rows(num_rows, std::ptr::null(), residual, delta, weight, out);
+    }
+
+    fn rms_norm_select(
+        &mut self,
+        select: &[u32],
+        residual: &mut CpuRows,
+        delta: Option<&CpuRows>,
+        weight: &Memory,
+        out: &mut CpuInput,
+    ) {
+        assert!(select.iter().all(|row| (*row as usize) < residual.rows_max), "rows exist");
+        self.norm_rows(select.len(), select.as_ptr(), residual, delta, weight, out);
+    }
+
+    fn linear(&mut self, num_rows: usize, weight: &CpuLinear, x: &CpuInput, out: &mut CpuRows) {
+        let shape = self.shape.linear(weight.role);
+        let kernels = self.kernels.linear(weight.role);
+        assert!(num_rows <= x.rows_max && num_rows <= out.rows_max);
+        assert!(x.k == shape.k && x.format == kernels.rows && out.width == shape.n);
+        let (rows, x, out) = (num_rows, x.rows_in(), out.data.ptr_mut());
+        let bias = weight.bias_ptr();
+        let (team, scratch) = (&mut self.team, &mut self.scratch[..]);
+        match (&weight.packed, kernels.matmul) {
+            (Packed::Dense { weight }, Matmul::Gemm(regimes)) => {
+                let weight = weight.ptr();
+                let args = GemmArgs { rows, x, weight, scales: std::ptr::null(), bias, out };
+                // SAFETY: sizes and formats were compared above, the weights packed for this kernel.
+                unsafe { run_team(team, scratch, regimes.of(rows), &args) }
+            }
+            (Packed::Int8 { weight, scales }, Matmul::Gemm(regimes)) => {
+                let args =
+                    GemmArgs { rows, x, weight: weight.ptr(), scales: scales.ptr(), bias, out };
+                // SAFETY: as above.
+                unsafe { run_team(team, scratch, regimes.of(rows), &args) }
+            }
+            (Packed::Awq(awq), Matmul::AwqGemm(regimes)) => {
+                let args = AwqGemmArgs {
+                    rows,
+                    x,
+                    weight: awq.weight.ptr(),
+                    scales: awq.scales.ptr(),
+                    zeros: awq.zeros.ptr(),
+                    bias,
+                    out,
+                };
+                // SAFETY: as above.
+                unsafe { run_team(team, scratch, regimes.of(rows), &args) }
+            }
+            _ => unreachable!("weights are packed for the kernel of their role"),
+        }
+    }
+
+    fn rope(
+        &mut self,
+        batch: &Batch,
+        layer_idx: usize,
+        qkv: &mut CpuRows,
+        qk_norm: Option<(&Memory, &Memory)>,
+        kv_cache: &mut CpuKvCache,
+    ) {
+        check_batch(batch, kv_cache, self.shape.page_size, self.shape.rotary_dim);
+        assert!(batch.num_rows() <= qkv.rows_max);
+        assert_eq!(qk_norm.is_some(), self.shape.qk_norm, "QK-norm where the kernel has it");
+        let offset = kv_cache.layer_offset(layer_idx);
+        let (q_norm, k_norm) = match qk_norm {
+            Some((q_norm, k_norm)) => (q_norm.ptr(), k_norm.ptr()),
+            None => (std::ptr::null(), std::ptr::null()),
+        };
+        let args = RopeArgs {
+            rows: batch.num_rows(),
+            qkv: qkv.data.ptr_mut(),
+            cos_sin: batch.cos_sin.as_ptr(),
+            slots: batch.slots.as_ptr(),
+            // SAFETY: the layer's pages lie within the cache.
+            kv: unsafe { kv_cache.data.ptr_mut::<u8>().add(offset) },
+            q_norm,
+            k_norm,
+            eps: self.eps,
+        };
+        let run = self.kernels.rope;
+        // SAFETY: `check_batch` compared the batch with the cache.
+        unsafe { self.run_rows(batch.num_rows(), run, &args) }
+    }
+
+    fn paged_attention(
+        &mut self,
+        batch: &Batch,
+        layer_idx: usize,
+        qkv: &CpuRows,
+        kv_cache: &CpuKvCache,
+        out: &mut CpuInput,
+    ) {
+        assert!(batch.num_rows() <= out.rows_max && out.k == self.shape.o.k);
+        let offset = kv_cache.layer_offset(layer_idx);
+        let args = PagedAttentionArgs {
+            spans: batch.spans.as_ptr(),
+            num_spans: batch.spans.len(),
+            qkv: qkv.data.ptr(),
+            // SAFETY: the layer's pages lie within the cache.
+            kv: unsafe { kv_cache.data.ptr::<u8>().add(offset) },
+            page_table: batch.page_table.as_ptr(),
+            softmax_scale: 1.0 / (self.shape.head_dim as f32).sqrt(),
+            out: out.float.ptr_mut(),
+        };
+        let decode = batch.spans.iter().all(|span| span.num_rows == 1);
+        let run = if decode { self.kernels.decode } else { self.kernels.prefill };
+        // SAFETY: `rope` compared the batch with the cache in this layer.
+        unsafe { run_team(&mut self.team, &mut self.scratch, run, &args) }
+        if let (RowFormat::I8 { .. }, Some(run)) = (out.format, self.kernels.quantize) {
+            let rows = batch.num_rows();
+            let args = QuantizeArgs { rows, x: out.float.ptr(), out: out.rows_out() };
+            // SAFETY: the rows were written by the attention kernel.
+            unsafe { self.run_rows(rows, run, &args) }
+        }
+    }
+
+    fn silu_and_mul(&mut self, num_rows: usize, gate_up: &CpuRows, out: &mut CpuInput) {
+        assert!(num_rows <= gate_up.rows_max && num_rows <= out.rows_max);
+        assert!(gate_up.width == 2 * out.k);
+        let args =
+            SiluAndMulArgs { rows: num_rows, gate_up: gate_up.data.ptr(), out: out.rows_out() };
+        let run = self.kernels.silu_and_mul;
+        // SAFETY: both buffers hold the rows.
+        unsafe { self.run_rows(num_rows, run, &args) }
+    }
+
+    fn sample(&mut self, logits: &CpuRows, stats: &mut [LogitStats]) {
+        assert!(stats.len() <= logits.rows_max && logits.width == self.shape.vocab_size);
+        let args =
+            SampleArgs { rows: stats.len(), logits: logits.data.ptr(), out: stats.as_mut_ptr() };
+        let run = self.kernels.sample;
+        // SAFETY: both buffers hold the rows.
+        unsafe { self.run_rows(stats.len(), run, &args) }
+    }
+
+    fn read<'a>(&'a mut self, num_rows: usize, rows: &'a CpuRows) -> &'a [f32] {
+        assert!(num_rows <= rows.rows_max);
+        &rows.data.as_f32()[..num_rows * rows.width]
+    }
+}

@@ -1,0 +1,288 @@
+//! Checkpoint weights into the packed panels that the matmul kernels read.
+//!
+//! The layouts are described in `templates/gemm/gemm.rs` and `templates/awq_gemm/awq_gemm.rs`.
+
+use bespoke_kernel_gen::spec::{DType, LinearRole};
+
+use super::memory::Memory;
+use crate::error::Error;
+use crate::model::linear::{AwqView, DenseView, LinearPart, LinearSource};
+
+/// Sizes of a packed matrix.
+#[derive(Clone, Copy, Debug)]
+pub struct Panels {
+    pub n: usize,
+    pub k: usize,
+    /// Columns of a tile.
+    pub lanes: usize,
+    /// Tiles of a panel.
+    pub cols: usize,
+}
+
+impl Panels {
+    pub fn num_tiles(&self) -> usize {
+        self.n.div_ceil(self.lanes)
+    }
+
+    pub fn num_panels(&self) -> usize {
+        self.num_tiles().div_ceil(self.cols)
+    }
+
+    /// Tiles of panel `panel`.
+    pub fn width(&self, panel: usize) -> usize {
+        self.cols.min(self.num_tiles() - panel * self.cols)
+    }
+
+    /// Columns of all tiles, padding included.
+    pub fn padded_n(&self) -> usize {
+        self.num_tiles() * self.lanes
+    }
+}
+
+/// Splits `data` into the panels' parts, `per_column` bytes a column, and calls `pack` for each, on
+/// all threads.
+fn for_panels(
+    panels: Panels,
+    data: &mut [u8],
+    per_column: usize,
+    num_threads: usize,
+    pack: &(dyn Fn(usize, &mut [u8]) -> Result<(), Error> + Sync),
+) -> Result<(), Error> {
+    let panel_bytes = panels.cols * panels.lanes * per_column;
+    let per_thread = panels.num_panels().div_ceil(num_threads).max(1);
+    std::thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for (thread_idx, part) in data.chunks_mut(panel_bytes * per_thread).enumerate() {
+            threads.push(scope.spawn(move || {
+                for (idx, panel) in part.chunks_mut(panel_bytes).enumerate() {
+                    pack(thread_idx * per_thread + idx, panel)?;
+                }
+                Ok(())
+            }));
+        }
+        let mut result = Ok(());
+        for thread in threads {
+            let outcome: Result<(), Error> = match thread.join() {
+                Ok(outcome) => outcome,
+                Err(payload) => std::panic::resume_unwind(payload),
+            };
+            result = result.and(outcome);
+        }
+        result
+    })
+}
+
+/// Dense weights of type `dtype`: `[panel][k][tile][lane]`.
+pub fn dense(
+    source: &LinearSource<'_>,
+    dtype: DType,
+    panels: Panels,
+    num_threads: usize,
+) -> Result<Memory, Error> {
+    let per_column = panels.k * dtype.size();
+    let mut memory = Memory::new(panels.padded_n() * per_column, "packed weights")?;
+    for_panels(panels, memory.bytes_mut(), per_column, num_threads, &|panel, out| {
+        let columns = panels.width(panel) * panels.lanes;
+        let mut row = vec![0.0; panels.k];
+        for column in 0..columns {
+            let n = panel * panels.cols * panels.lanes + column;
+            if n >= panels.n {
+                break;
+            }
+            source.row(n, &mut row);
+            for (k, value) in row.iter().enumerate() {
+                let at = (k * columns + column) * dtype.size();
+                write_element(dtype, *value, &mut out[at..at + dtype.size()])
+                    .map_err(|error| error.at(n, k))?;
+            }
+        }
+        Ok(())
+    })?;
+    Ok(memory)
+}
+
+/// Row-major embedding table in `dtype`.
+pub fn embedding(source: &DenseView<'_>, dtype: DType) -> Result<Memory, Error> {
+    let row_bytes = source.k * dtype.size();
+    let mut memory = Memory::new(source.n * row_bytes, "the embedding table")?;
+    if source.dtype == dtype {
+        memory.bytes_mut().copy_from_slice(source.bytes);
+        return Ok(memory);
+    }
+    let mut row = vec![0.0; source.k];
+    for (n, out) in memory.bytes_mut().chunks_exact_mut(row_bytes).enumerate() {
+        source.row(n, &mut row);
+        for (k, value) in row.iter().enumerate() {
+            let at = k * dtype.size();
+            write_element(dtype, *value, &mut out[at..at + dtype.size()])
+                .map_err(|error| error.at(n, k))?;
+        }
+    }
+    Ok(memory)
+}
+
+/// A value that became infinite in a narrower type.
+struct Overflow {
+    value: f32,
+    dtype: DType,
+}
+
+impl Overflow {
+    fn at(self, n: usize, k: usize) -> Error {
+        Error::Unsupported(format!(
+            "weight [{n}, {k}] = {} does not fit {}, the dtype of config.json; set dtype to the type \
+             the weights are stored in",
+            self.value,
+            self.dtype.name()
+        ))
+    }
+}
+
+fn write_element(dtype: DType, value: f32, out: &mut [u8]) -> Result<(), Overflow> {
+    let rounded = match dtype {
+        DType::F32 => {
+            out.copy_from_slice(&value.to_le_bytes());
+            value
+        }
+        DType::F16 => {
+            let rounded = half::f16::from_f32(value);
+            out.copy_from_slice(&rounded.to_le_bytes());
+            rounded.to_f32()
+        }
+        DType::BF16 => {
+            let rounded = half::bf16::from_f32(value);
+            out.copy_from_slice(&rounded.to_le_bytes());
+            rounded.to_f32()
+        }
+        DType::I8 => unreachable!("int8 weights are packed with their scales by `int8`"),
+    };
+    match value.is_finite() && !rounded.is_finite() {
+        true => Err(Overflow { value, dtype }),
+        false => Ok(()),
+    }
+}
+
+/// Dense weights rounded to int8 per output (absmax / 127): `[panel][k / 4][tile][lane][4]` bytes
+/// `w + 128`, and the scales of all padded columns.
+pub fn int8(
+    source: &LinearSource<'_>,
+    panels: Panels,
+    num_threads: usize,
+) -> Result<(Memory, Memory), Error> {
+    let mut scales = Memory::floats(panels.padded_n(), "packed scales")?;
+    let scale_of = |row: &[f32]| row.iter().fold(0.0f32, |max, w| max.max(w.abs())) / 127.0;
+    let mut memory = Memory::new(panels.padded_n() * panels.k, "packed weights")?;
+    for_panels(panels, memory.bytes_mut(), panels.k, num_threads, &|panel, out| {
+        let columns = panels.width(panel) * panels.lanes;
+        let mut row = vec![0.0; panels.k];
+        for column in 0..columns {
+            let n = panel * panels.cols * panels.lanes + column;
+            let scale = if n < panels.n {
+                source.row(n, &mut row);
+                scale_of(&row)
+            } else {
+                0.0
+            };
+            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+            for (k, value) in row.iter().enumerate() {
+                let q = (value * inverse).round_ties_even().clamp(-127.0, 127.0) as i32;
+                let at = (k / 4 * columns + column) * 4 + k % 4;
+                out[at] = (q + 128) as u8;
+            }
+        }
+        Ok(())
+    })?;
+    let mut row = vec![0.0; panels.k];
+    for (n, scale) in scales.as_f32_mut().iter_mut().enumerate().take(panels.n) {
+        source.row(n, &mut row);
+        *scale = scale_of(&row);
+    }
+    Ok((memory, scales))
+}
+
+/// Packed AWQ weights.
+pub struct AwqPanels {
+    /// `[panel][k / 8][tile][lane][4]` nibble pairs.
+    pub weight: Memory,
+    /// float16 `[panel][group][tile][lane]`
+    pub scales: Memory,
+    /// One byte each, as `scales`.
+    pub zeros: Memory,
+}
+
+/// AWQ weights with scales and zeros repeated for every `group` inputs.
+pub fn awq(
+    source: &LinearSource<'_>,
+    role: LinearRole,
+    group: usize,
+    panels: Panels,
+    num_threads: usize,
+) -> Result<AwqPanels, Error> {
+    let mut views = Vec::new();
+    for part in &source.parts {
+        match part {
+            LinearPart::Awq(view) => views.push(*view),
+            LinearPart::Dense(_) => {
+                return Err(Error::Unsupported(format!(
+                    "{role:?} mixes quantized and dense weights; quantize all of its parts or none"
+                )));
+            }
+        }
+    }
+    let view_of = |n: usize| {
+        let (part_idx, row) = source.locate(n);
+        (views[part_idx], row)
+    };
+    let num_groups = panels.k / group;
+    let mut weight = Memory::new(panels.padded_n() * panels.k / 2, "packed weights")?;
+    for_panels(panels, weight.bytes_mut(), panels.k / 2, num_threads, &|panel, out| {
+        for_columns(panels, panel, &mut |columns, column, n| {
+            let (view, row) = view_of(n);
+            pack_awq_column(&view, row, columns, column, out)
+        });
+        Ok(())
+    })?;
+    let mut scales = Memory::new(panels.padded_n() * num_groups * 2, "packed scales")?;
+    for_panels(panels, scales.bytes_mut(), num_groups * 2, num_threads, &|panel, out| {
+        for_columns(panels, panel, &mut |columns, column, n| {
+            let (view, row) = view_of(n);
+            for g in 0..num_groups {
+                let scale = view.scale(g * group / view.group, row);
+                let at = (g * columns + column) * 2;
+                out[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+            }
+        });
+        Ok(())
+    })?;
+    let mut zeros = Memory::new(panels.padded_n() * num_groups, "packed zeros")?;
+    for_panels(panels, zeros.bytes_mut(), num_groups, num_threads, &|panel, out| {
+        for_columns(panels, panel, &mut |columns, column, n| {
+            let (view, row) = view_of(n);
+            for g in 0..num_groups {
+                out[g * columns + column] = view.zero(g * group / view.group, row);
+            }
+        });
+        Ok(())
+    })?;
+    Ok(AwqPanels { weight, scales, zeros })
+}
+
+/// Calls `each(columns of the panel, column in the panel, output)` for the real outputs of a panel.
+fn for_columns(panels: Panels, panel: usize, each: &mut dyn FnMut(usize, usize, usize)) {
+    let columns = panels.width(panel) * panels.lanes;
+    for column in 0..columns {
+        let n = panel * panels.cols * panels.lanes + column;
+        if n < panels.n {
+            each(columns, column, n);
+        }
+    }
+}
+
+/// Nibbles of one output into its lane of a panel with `columns` columns.
+fn pack_awq_column(view: &AwqView<'_>, row: usize, columns: usize, column: usize, out: &mut [u8]) {
+    for k in 0..view.k {
+        let (line, place) = (k / 8, k % 8);
+        let at = (line * columns + column) * 4 + place % 4;
+        out[at] |= view.q(k, row) << (4 * (place / 4));
+    }
+}

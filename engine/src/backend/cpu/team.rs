@@ -1,0 +1,195 @@
+//! A persistent team of threads that enters a parallel region in a fraction of a microsecond.
+//!
+//! Workers wait for the next region by spinning for a bounded time and then park; so does the caller
+//! while it waits for them. An unbounded spin would cost milliseconds a region as soon as two threads
+//! share a core, which CPU quotas make common.
+
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle, Thread};
+
+/// Turns of the wait loop before a thread parks: some tens of microseconds.
+const SPIN_TURNS: u32 = 2000;
+
+type Job = *const (dyn Fn(usize) + Sync);
+
+struct Shared {
+    /// Counts regions; a change is the signal to start.
+    generation: AtomicU32,
+    /// The region's work; written before `generation` changes, read after.
+    job: UnsafeCell<Option<Job>>,
+    /// Workers that have not finished the region.
+    num_running: AtomicUsize,
+    panicked: AtomicBool,
+    stop: AtomicBool,
+    /// One per worker: whether it parks or is about to.
+    parked: Vec<AtomicBool>,
+    caller_parked: AtomicBool,
+    caller: UnsafeCell<Option<Thread>>,
+}
+
+// SAFETY: `job` and `caller` are written only by the caller between regions, while no worker runs,
+// and the release store of `generation` orders the writes before the workers' reads.
+unsafe impl Sync for Shared {}
+// SAFETY: the job pointer is only followed while the region's caller waits in `run`.
+unsafe impl Send for Shared {}
+
+/// `len()` threads, the caller included, that run one closure at a time together.
+pub struct Team {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+impl Team {
+    /// A team of `len` threads; `len - 1` are started.
+    pub fn new(len: usize) -> std::io::Result<Team> {
+        assert!(len > 0);
+        let shared = Arc::new(Shared {
+            generation: AtomicU32::new(0),
+            job: UnsafeCell::new(None),
+            num_running: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            parked: (1..len).map(|_| AtomicBool::new(false)).collect(),
+            caller_parked: AtomicBool::new(false),
+            caller: UnsafeCell::new(None),
+        });
+        let mut team = Team { shared, workers: Vec::new() };
+        for worker_idx in 0..len - 1 {
+            let shared = Arc::clone(&team.shared);
+            let builder = thread::Builder::new().name(format!("bespoke-{}", worker_idx + 1));
+            team.workers.push(builder.spawn(move || work(&shared, worker_idx))?);
+        }
+        Ok(team)
+    }
+
+    pub fn len(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Calls `job(idx)` once for every `idx` in `0..len()`, each on its own thread, `job(0)` here, and
+    /// returns when all have returned. Panics if any of them did; the team stays usable.
+    pub fn run(&mut self, job: &(dyn Fn(usize) + Sync)) {
+        if self.workers.is_empty() {
+            return job(0);
+        }
+        let shared = &*self.shared;
+        // SAFETY: no worker runs between regions, so nobody else touches `job` and `caller`. The
+        // lifetime is erased because this function does not return before the last use.
+        unsafe {
+            *shared.job.get() =
+                Some(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(job));
+            *shared.caller.get() = Some(thread::current());
+        }
+        shared.num_running.store(self.workers.len(), Ordering::Relaxed);
+        // NOTE: SeqCst pairs with the worker's store of `parked` and second look at `generation`:
+        // either it sees the new generation or we see it parked.
+        shared.generation.fetch_add(1, Ordering::SeqCst);
+        for (worker, parked) in self.workers.iter().zip(&shared.parked) {
+            if parked.load(Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+        let own = catch_unwind(AssertUnwindSafe(|| job(0)));
+        wait(&shared.caller_parked, || shared.num_running.load(Ordering::SeqCst) == 0);
+        let worker_panicked = shared.panicked.swap(false, Ordering::Relaxed);
+        if let Err(payload) = own {
+            std::panic::resume_unwind(payload);
+        }
+        assert!(!worker_panicked, "a thread of the team panicked");
+    }
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.generation.fetch_add(1, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches the panics of its jobs, so joining cannot fail.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// Returns once `ready()`: spins first, then parks with `parked` set.
+fn wait(parked: &AtomicBool, ready: impl Fn() -> bool) {
+    for _ in 0..SPIN_TURNS {
+        if ready() {
+            return;
+        }
+        std::hint::spin_loop();
+    }
+    parked.store(true, Ordering::SeqCst);
+    while !ready() {
+        thread::park();
+    }
+    parked.store(false, Ordering::Relaxed);
+}
+
+fn work(shared: &Shared, worker_idx: usize) {
+    let mut seen = 0;
+    loop {
+        wait(&shared.parked[worker_idx], || shared.generation.load(Ordering::SeqCst) != seen);
+        seen = shared.generation.load(Ordering::SeqCst);
+        if shared.stop.load(Ordering::Relaxed) {
+            return;
+        }
+        // SAFETY: the caller wrote `job` before the generation changed and waits for us in `run`.
+        let job = unsafe { (*shared.job.get()).map(|job| &*job) };
+        if let Some(job) = job
+            && catch_unwind(AssertUnwindSafe(|| job(worker_idx + 1))).is_err()
+        {
+            shared.panicked.store(true, Ordering::Relaxed);
+        }
+        // SAFETY: as above; the clone outlives the caller's wait, which ends with the next line.
+        let caller = unsafe { (*shared.caller.get()).clone() };
+        if shared.num_running.fetch_sub(1, Ordering::SeqCst) == 1
+            && shared.caller_parked.load(Ordering::SeqCst)
+            && let Some(caller) = caller
+        {
+            caller.unpark();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_thread_runs_each_region_once() {
+        for len in 1..=4 {
+            let mut team = Team::new(len).unwrap();
+            let counts: Vec<AtomicUsize> = (0..len).map(|_| AtomicUsize::new(0)).collect();
+            for _ in 0..1000 {
+                team.run(&|idx| {
+                    counts[idx].fetch_add(1, Ordering::Relaxed);
+                });
+            }
+            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1000));
+        }
+    }
+
+    #[test]
+    fn a_panic_surfaces_and_the_team_stays_usable() {
+        let mut team = Team::new(3).unwrap();
+        for idx_of_panic in 0..3 {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                team.run(&|idx| assert!(idx != idx_of_panic, "planted"));
+            }));
+            assert!(result.is_err(), "the panic of thread {idx_of_panic} was lost");
+            let sum = AtomicUsize::new(0);
+            team.run(&|idx| {
+                sum.fetch_add(idx + 1, Ordering::Relaxed);
+            });
+            assert_eq!(sum.load(Ordering::Relaxed), 6);
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! `bespoke doctor`: what this machine has and what this binary holds.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use bespoke_kernel_gen::target::Target;
+use comfy_table::Table;
+use comfy_table::presets::NOTHING;
+use serde::Serialize;
+
+use super::console::Console;
+use crate::backend::cpu;
+use crate::files::{free_space, human_bytes};
+use crate::memory;
+
+/// Show what this machine has and what this binary holds
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    version: &'static str,
+    cpu: Cpu,
+    memory: MemoryReport,
+    gpu: Gpu,
+    cache: CacheReport,
+    kernels: Kernels,
+}
+
+#[derive(Serialize)]
+struct Cpu {
+    name: Option<String>,
+    threads: usize,
+    /// Instruction sets that kernels can be made for and this machine has.
+    instruction_sets: Vec<&'static str>,
+    /// The one whose kernels are used, null where this binary holds none of them.
+    target: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct MemoryReport {
+    total_bytes: Option<u64>,
+    available_bytes: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct Gpu {
+    /// The NVIDIA driver's own words, null without a driver.
+    driver: Option<String>,
+    devices: usize,
+}
+
+#[derive(Serialize)]
+struct CacheReport {
+    path: Option<PathBuf>,
+    free_bytes: Option<u64>,
+    models: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Kernels {
+    count: usize,
+    by_target: BTreeMap<&'static str, usize>,
+    by_op: BTreeMap<&'static str, usize>,
+}
+
+pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
+    let report = report(console);
+    match args.json {
+        true => console.print_json(&report),
+        false => console.print(&text(&report)),
+    }
+}
+
+fn report(console: &Console<'_>) -> Report {
+    let is_available = |target: &Target| cpu::is_available(*target);
+    let available = Target::ALL.into_iter().filter(is_available);
+    let kernels = console.kernels.kernels;
+    let mut by_target = BTreeMap::new();
+    let mut by_op = BTreeMap::new();
+    for kernel in kernels {
+        *by_target.entry(kernel.target.name()).or_default() += 1;
+        *by_op.entry(kernel.spec.op()).or_default() += 1;
+    }
+    let cache = console.cache().ok();
+    Report {
+        version: env!("CARGO_PKG_VERSION"),
+        cpu: Cpu {
+            name: cpu_name(),
+            threads: thread::available_parallelism().map_or(1, usize::from),
+            instruction_sets: available.map(Target::name).collect(),
+            target: cpu::best_target(&console.kernels).map(Target::name),
+        },
+        memory: MemoryReport {
+            total_bytes: memory::total_bytes(),
+            available_bytes: memory::available_bytes(),
+        },
+        gpu: gpu(),
+        cache: CacheReport {
+            free_bytes: cache.as_ref().and_then(|cache| free_space(existing(&cache.root)?)),
+            models: cache.as_ref().map_or(Vec::new(), |cache| cache.names()),
+            path: cache.map(|cache| cache.root),
+        },
+        kernels: Kernels { count: kernels.len(), by_target, by_op },
+    }
+}
+
+/// `path`, or the nearest folder above it that is there.
+fn existing(path: &Path) -> Option<&Path> {
+    path.ancestors().find(|path| path.exists())
+}
+
+fn cpu_name() -> Option<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+/// What the driver's files say: asking the driver itself would load its library.
+fn gpu() -> Gpu {
+    let version = fs::read_to_string("/proc/driver/nvidia/version").ok();
+    let driver = version.as_deref().and_then(|text| text.lines().next()).map(str::to_owned);
+    let devices = fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, Iterator::count);
+    Gpu { driver, devices }
+}
+
+fn text(report: &Report) -> String {
+    let unknown = || "unknown".to_owned();
+    let bytes = |bytes: Option<u64>| bytes.map_or_else(unknown, human_bytes);
+    let counts = |counts: &BTreeMap<&str, usize>| {
+        let parts: Vec<String> = counts.iter().map(|(name, n)| format!("{n} {name}")).collect();
+        parts.join(", ")
+    };
+    let cpu = &report.cpu;
+    let name = cpu.name.clone().unwrap_or_else(unknown);
+    let gpu = match &report.gpu.driver {
+        None => "no NVIDIA driver; models run on the CPU".to_owned(),
+        Some(driver) => format!(
+            "{} device(s), {driver}; this version runs models on the CPU only",
+            report.gpu.devices
+        ),
+    };
+    let models = match report.cache.models.as_slice() {
+        [] => "none; bespoke pull smollm2-135m fetches one".to_owned(),
+        names => names.join(", "),
+    };
+    let cache = match &report.cache.path {
+        Some(path) => format!("{} ({} free)", path.display(), bytes(report.cache.free_bytes)),
+        None => "no folder known; set BESPOKE_HOME".to_owned(),
+    };
+    let target = cpu.target.unwrap_or("none; only the reference backend works");
+    let memory = &report.memory;
+    let mut table = Table::new();
+    table.load_style(NOTHING);
+    table.add_rows([
+        ["version", report.version],
+        ["CPU", &format!("{name}, {} threads", cpu.threads)],
+        ["instruction sets", &cpu.instruction_sets.join(", ")],
+        ["kernels used", target],
+        [
+            "memory",
+            &format!("{}, {} available", bytes(memory.total_bytes), bytes(memory.available_bytes)),
+        ],
+        ["GPU", &gpu],
+        ["model cache", &cache],
+        ["cached models", &models],
+        ["kernels by target", &counts(&report.kernels.by_target)],
+        ["kernels by op", &counts(&report.kernels.by_op)],
+    ]);
+    format!("{}\n", table.trim_fmt())
+}

@@ -1,0 +1,282 @@
+//! `bespoke generate`: one prompt, one answer.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use serde::Serialize;
+
+use super::console::Console;
+use super::model::{ModelArgs, ModelFiles};
+use super::prompt::PromptArgs;
+use crate::engine::Engine;
+use crate::memory;
+use crate::request::{FinishReason, Request, RequestOutput};
+use crate::sampling::SamplingParams;
+use crate::tokenizer::stream::{StopStrings, TextStream};
+
+/// Continue a prompt
+///
+/// The text is streamed to standard output, a line of timing goes to standard error. Without
+/// sampling options the likeliest token is taken each time.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    prompt: PromptArgs,
+    /// Tokens to generate at most
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    max_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Text that ends the answer and is not part of it; may be repeated
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    stop: Vec<String>,
+    /// Go on after the model's end token
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Print one JSON object instead of the text
+    #[arg(long)]
+    json: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bespoke generate --model smollm2-135m --prompt 'Once upon a time' --max-tokens 64
+  bespoke generate --model ./my-model --messages chat.json --temperature 0.7 --seed 1
+  bespoke generate --model smollm2-135m --prompt-ids 504,3575,282,4649,314 --json
+
+chat.json is [{\"role\": \"user\", \"content\": \"…\"}, …].
+Times in the JSON are milliseconds; total_ms counts from the prompt to the last token, without
+loading.";
+
+#[derive(clap::Args)]
+struct SamplingArgs {
+    /// 0 takes the likeliest token, 1 follows the model's distribution
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+    /// Choose among the likeliest tokens up to this share of the probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+    /// Choose among this many of the likeliest tokens; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Choose among tokens with at least this share of the likeliest one's probability
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f32,
+    /// Make tokens that were already seen less likely; 1 changes nothing
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// Start of the random numbers; the same seed gives the same answer
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    seed: u64,
+}
+
+/// The JSON of the command.
+#[derive(Serialize)]
+struct Report<'a> {
+    model: &'a str,
+    backend: &'a str,
+    prompt_ids: &'a [u32],
+    output_ids: &'a [u32],
+    /// Null without a tokenizer.
+    text: Option<&'a str>,
+    logprobs: &'a [f32],
+    finish_reason: &'a str,
+    timing: Timing,
+    memory: Memory,
+}
+
+#[derive(Clone, Copy, Serialize)]
+pub(super) struct Timing {
+    load_ms: f64,
+    first_token_ms: f64,
+    total_ms: f64,
+    pub(super) prompt_tokens_per_s: f64,
+    /// Null where one token or none was generated.
+    pub(super) decode_tokens_per_s: Option<f64>,
+}
+
+#[derive(Clone, Copy, Serialize)]
+struct Memory {
+    weights_bytes: usize,
+    kv_cache_bytes: usize,
+    peak_rss_bytes: Option<u64>,
+}
+
+/// What one run gave.
+pub(super) struct Answer {
+    pub(super) output_ids: Vec<u32>,
+    logprobs: Vec<f32>,
+    pub(super) text: Option<String>,
+    finish_reason: FinishReason,
+    pub(super) timing: Timing,
+}
+
+pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
+    let files = ModelFiles::open(&args.model.model, console)?;
+    let prompt_ids = args.prompt.ids(&files)?;
+    let request = request(args, &files, prompt_ids.clone());
+    request.check(files.config.vocab_size, usize::MAX)?;
+    let writer = TextWriter::new(&files, args.stop.clone())?;
+    let context_len = prompt_ids.len().saturating_add(args.max_tokens);
+    let (mut engine, load_time) = files.load(&args.model.run, context_len, console)?;
+    let is_streamed = !args.json && writer.stream.is_some();
+    let answer = answer(&mut engine, request, load_time, writer, &mut |text| {
+        if is_streamed { console.print(text) } else { Ok(()) }
+    })?;
+    let memory = Memory {
+        weights_bytes: engine.memory().weights_bytes,
+        kv_cache_bytes: engine.memory().kv_cache_bytes,
+        peak_rss_bytes: memory::peak_rss_bytes(),
+    };
+    if args.json {
+        return console.print_json(&Report {
+            model: &args.model.model,
+            backend: engine.backend_name(),
+            prompt_ids: &prompt_ids,
+            output_ids: &answer.output_ids,
+            text: answer.text.as_deref(),
+            logprobs: &answer.logprobs,
+            finish_reason: answer.finish_reason.name(),
+            timing: answer.timing,
+            memory,
+        });
+    }
+    if answer.text.is_none() {
+        let ids: Vec<String> = answer.output_ids.iter().map(u32::to_string).collect();
+        console.print(&ids.join(","))?;
+    }
+    console.print("\n")?;
+    console.report(&summary(prompt_ids.len(), &answer));
+    Ok(())
+}
+
+fn request(args: &Args, files: &ModelFiles, prompt_ids: Vec<u32>) -> Request {
+    let sampling = &args.sampling;
+    Request {
+        prompt_ids,
+        max_tokens: args.max_tokens,
+        sampling: SamplingParams {
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            repetition_penalty: sampling.repetition_penalty,
+            seed: sampling.seed,
+        },
+        ignore_eos: args.ignore_eos,
+        stop_token_ids: if args.ignore_eos { Vec::new() } else { files.eos_ids() },
+    }
+}
+
+/// Generated ids to text, as far as the model has a tokenizer.
+pub(super) struct TextWriter {
+    stream: Option<TextStream>,
+    stops: StopStrings,
+    text: String,
+}
+
+impl TextWriter {
+    pub(super) fn new(files: &ModelFiles, stops: Vec<String>) -> anyhow::Result<TextWriter> {
+        if !stops.is_empty() {
+            files.tokenizer()?;
+        }
+        let stream = files.tokenizer_if_any().cloned().map(TextStream::new);
+        Ok(TextWriter { stream, stops: StopStrings::new(stops)?, text: String::new() })
+    }
+
+    /// The text that `id`, or the end of the sequence, adds.
+    fn push(&mut self, id: Option<u32>) -> anyhow::Result<String> {
+        let Some(stream) = &mut self.stream else { return Ok(String::new()) };
+        let piece = match id {
+            Some(id) => stream.push(id)?,
+            None => stream.flush()?,
+        };
+        let mut text = self.stops.push(&piece);
+        if id.is_none() && !self.stops.is_stopped() {
+            text.push_str(&self.stops.flush());
+        }
+        self.text.push_str(&text);
+        Ok(text)
+    }
+}
+
+/// Runs `request` to its end; `print` hears the text as it comes.
+pub(super) fn answer(
+    engine: &mut Engine,
+    request: Request,
+    load_time: Duration,
+    mut writer: TextWriter,
+    print: &mut dyn FnMut(&str) -> anyhow::Result<()>,
+) -> anyhow::Result<Answer> {
+    let num_prompt = request.prompt_ids.len();
+    let start = Instant::now();
+    let mut first_token = None;
+    let mut failure = None;
+    let mut on_output = |output: &RequestOutput| {
+        first_token.get_or_insert_with(|| start.elapsed());
+        let Some(id) = output.token else { return ControlFlow::Continue(()) };
+        match writer.push(Some(id)).and_then(|text| print(&text)) {
+            Ok(()) if !writer.stops.is_stopped() => ControlFlow::Continue(()),
+            Ok(()) => ControlFlow::Break(()),
+            Err(error) => {
+                failure = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    };
+    let generation = engine.generate(request, &mut on_output)?;
+    let total = start.elapsed();
+    if let Some(error) = failure {
+        return Err(error);
+    }
+    print(&writer.push(None)?)?;
+    if generation.finish_reason == FinishReason::Failed {
+        bail!("the model gave no finite logits; its weights are damaged or do not fit its config");
+    }
+    let stopped = writer.stops.is_stopped();
+    let first_token = first_token.unwrap_or(total);
+    Ok(Answer {
+        timing: timing(load_time, first_token, total, num_prompt, generation.output_ids.len()),
+        output_ids: generation.output_ids,
+        logprobs: generation.logprobs,
+        text: writer.stream.is_some().then_some(writer.text),
+        finish_reason: if stopped { FinishReason::Stop } else { generation.finish_reason },
+    })
+}
+
+fn timing(
+    load: Duration,
+    first_token: Duration,
+    total: Duration,
+    num_prompt: usize,
+    num_output: usize,
+) -> Timing {
+    let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    // The first token comes with the prompt.
+    let rate = |count: usize, time: Duration| count as f64 / time.as_secs_f64().max(1e-9);
+    Timing {
+        load_ms: ms(load),
+        first_token_ms: ms(first_token),
+        total_ms: ms(total),
+        prompt_tokens_per_s: rate(num_prompt, first_token),
+        decode_tokens_per_s: (num_output > 1)
+            .then(|| rate(num_output - 1, total.saturating_sub(first_token))),
+    }
+}
+
+fn summary(num_prompt: usize, answer: &Answer) -> String {
+    let timing = &answer.timing;
+    let decode =
+        timing.decode_tokens_per_s.map_or(String::new(), |rate| format!(" at {rate:.1}/s"));
+    format!(
+        "[{num_prompt} prompt tokens at {:.1}/s, {} tokens{decode}, first after {:.0} ms, {}]\n",
+        timing.prompt_tokens_per_s,
+        answer.output_ids.len(),
+        timing.first_token_ms,
+        answer.finish_reason.name(),
+    )
+}

@@ -1,0 +1,124 @@
+//! `bespoke kernels`: what was generated into this binary.
+
+use std::collections::HashMap;
+use std::fs::File;
+
+use comfy_table::Table;
+use comfy_table::presets::NOTHING;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::console::Console;
+use super::elf;
+use crate::kernels::Kernel;
+
+/// List every kernel in this binary
+///
+/// The JSON is an array with an object per kernel; `bytes` is the size of its machine code, null
+/// where the binary has no symbol table.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Print a JSON array
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Row {
+    symbol: &'static str,
+    op: &'static str,
+    sizes: Map<String, Value>,
+    dtype: &'static str,
+    group_size: Option<usize>,
+    target: &'static str,
+    config: Config,
+    reduction_class: &'static str,
+    provenance: &'static str,
+    bytes: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct Config {
+    /// Row counts the kernel is for: any, one, few or many.
+    regime: &'static str,
+    rows: usize,
+    cols: usize,
+    scratch_bytes: usize,
+}
+
+pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
+    let kernels = console.kernels.kernels;
+    let code_bytes = code_bytes(kernels);
+    let rows: Vec<Row> =
+        kernels.iter().map(|kernel| row(kernel, code_bytes.get(kernel.symbol).copied())).collect();
+    match args.json {
+        true => console.print_json(&rows),
+        false => console.print(&table(&rows)),
+    }
+}
+
+fn row(kernel: &Kernel, bytes: Option<u64>) -> Row {
+    let sizes = kernel.spec.sizes().into_iter();
+    Row {
+        symbol: kernel.symbol,
+        op: kernel.spec.op(),
+        sizes: sizes.map(|(name, size)| (name.to_owned(), size.into())).collect(),
+        dtype: kernel.spec.dtype(),
+        group_size: kernel.spec.group_size(),
+        target: kernel.target.name(),
+        config: Config {
+            regime: kernel.regime.name(),
+            rows: kernel.rows,
+            cols: kernel.cols,
+            scratch_bytes: kernel.scratch_bytes,
+        },
+        reduction_class: kernel.reduction_class,
+        provenance: kernel.provenance,
+        bytes,
+    }
+}
+
+fn table(rows: &[Row]) -> String {
+    let mut table = Table::new();
+    table.load_style(NOTHING);
+    table
+        .set_header(["op", "sizes", "dtype", "group", "rows", "target", "config", "class", "code"]);
+    for row in rows {
+        let sizes: Vec<String> =
+            row.sizes.iter().map(|(name, size)| format!("{name}={size}")).collect();
+        let config = match row.config.cols {
+            0 => String::new(),
+            cols => format!("{}x{cols}", row.config.rows),
+        };
+        table.add_row([
+            row.op.to_owned(),
+            sizes.join(" "),
+            row.dtype.to_owned(),
+            row.group_size.map_or(String::new(), |group| group.to_string()),
+            row.config.regime.to_owned(),
+            row.target.to_owned(),
+            config,
+            row.reduction_class.to_owned(),
+            row.bytes.map_or(String::new(), |bytes| format!("{bytes} B")),
+        ]);
+    }
+    format!("{}\n{} kernels\n", table.trim_fmt(), rows.len())
+}
+
+/// Bytes of machine code by kernel, as far as the running executable tells.
+fn code_bytes(kernels: &[Kernel]) -> HashMap<&'static str, u64> {
+    let executable = std::env::current_exe().ok().and_then(|path| File::open(path).ok());
+    let functions = executable.and_then(|mut file| elf::functions(&mut file).ok());
+    let mut bytes: HashMap<&'static str, u64> = HashMap::new();
+    let names: HashMap<&str, &'static str> =
+        kernels.iter().map(|kernel| (kernel.symbol, kernel.symbol)).collect();
+    for (name, size) in functions.unwrap_or_default() {
+        for part in elf::name_parts(&name) {
+            if let Some(symbol) = names.get(part) {
+                *bytes.entry(symbol).or_default() += size;
+                break;
+            }
+        }
+    }
+    bytes
+}

@@ -1,0 +1,105 @@
+//! The command line: arguments in, text or one JSON value out.
+
+mod console;
+mod doctor;
+mod elf;
+mod generate;
+mod import;
+mod kernels;
+mod logits;
+mod model;
+mod perplexity;
+mod progress;
+mod prompt;
+mod pull;
+mod quantize;
+mod quickstart;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub use console::Console;
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Done,
+    Failed,
+    /// The arguments make no sense; nothing was done.
+    WrongUsage,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// LLM inference with kernels made to measure at build time.
+#[derive(Parser)]
+#[command(name = "bespoke", version, arg_required_else_help = true, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bespoke quickstart
+  bespoke generate --model smollm2-135m --prompt 'The capital of France is'
+  bespoke quantize smollm2-135m -o smollm2-int4 --group-size 64
+
+MODEL is a model folder, the name of a cached model, or a preset (smollm2-135m).
+Exit codes: 0 done, 1 failed, 2 wrong usage.";
+
+#[derive(Subcommand)]
+enum Command {
+    Quickstart(quickstart::Args),
+    Pull(pull::Args),
+    Import(import::Args),
+    Quantize(quantize::Args),
+    Generate(generate::Args),
+    Logits(logits::Args),
+    Perplexity(perplexity::Args),
+    Kernels(kernels::Args),
+    Doctor(doctor::Args),
+}
+
+/// Runs the command line `args`, whose first is the program's name.
+pub fn run<I, T>(args: I, console: &mut Console<'_>) -> Exit
+where
+    I: IntoIterator<Item = T>,
+    T: Into<OsString> + Clone,
+{
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => {
+            console.report(&error.render().to_string());
+            return Exit::WrongUsage;
+        }
+        Err(help) => return console.end(|console| console.print(&help.render().to_string())),
+    };
+    console.end(|console| match cli.command {
+        Command::Quickstart(args) => quickstart::run(&args, console),
+        Command::Pull(args) => pull::run(&args, console),
+        Command::Import(args) => import::run(&args, console),
+        Command::Quantize(args) => quantize::run(&args, console),
+        Command::Generate(args) => generate::run(&args, console),
+        Command::Logits(args) => logits::run(&args, console),
+        Command::Perplexity(args) => perplexity::run(&args, console),
+        Command::Kernels(args) => kernels::run(&args, console),
+        Command::Doctor(args) => doctor::run(&args, console),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn arguments_are_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

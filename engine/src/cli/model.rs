@@ -1,0 +1,154 @@
+//! The arguments that every command with a model shares, and loading what they name.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use bespoke_kernel_gen::model::ModelConfig;
+use bespoke_kernel_gen::spec::{ActivationType, KvDType};
+use clap::ValueEnum;
+
+use super::console::Console;
+use super::progress::Meter;
+use crate::config::{BackendChoice, EngineOptions};
+use crate::engine::Engine;
+use crate::tokenizer::Tokenizer;
+
+/// Which model, and how it runs.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct ModelArgs {
+    /// Model folder, name of a cached model, or preset
+    #[arg(long, short, value_name = "MODEL")]
+    pub(super) model: String,
+    #[command(flatten)]
+    pub(super) run: RunArgs,
+}
+
+/// How a model runs.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct RunArgs {
+    /// Where to compute; `reference` runs any shape, slowly
+    #[arg(long, value_enum, default_value_t = Backend::Auto)]
+    pub(super) backend: Backend,
+    /// Element type of the KV cache (the reference backend keeps float32)
+    #[arg(long, value_enum, default_value_t = Kv::F16)]
+    pub(super) kv_dtype: Kv,
+    /// What 4-bit weights are multiplied with; other weights ignore it
+    #[arg(long, value_enum, default_value_t = Activations::Int8)]
+    pub(super) activations: Activations,
+    /// Threads to compute with [default: all cores]
+    #[arg(long, value_name = "N", value_parser = parse_threads)]
+    pub(super) threads: Option<usize>,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+pub(super) enum Backend {
+    /// The fastest one that has kernels for the model
+    Auto,
+    /// Plain loops in float32, any shape
+    Reference,
+    /// Kernels generated for the model's shapes
+    Cpu,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+pub(super) enum Kv {
+    F16,
+    F32,
+    Int8,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+pub(super) enum Activations {
+    /// float32 as they are
+    Float,
+    /// Rounded to 8 bits, a scale per row and group
+    Int8,
+}
+
+fn parse_threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(threads) if (1..=1024).contains(&threads) => Ok(threads),
+        _ => Err("expected a number from 1 to 1024".to_owned()),
+    }
+}
+
+/// A model's folder and what is read before its weights.
+pub(super) struct ModelFiles {
+    pub(super) dir: PathBuf,
+    pub(super) config: ModelConfig,
+    /// `None` where the folder has no tokenizer.
+    tokenizer: Option<Arc<Tokenizer>>,
+}
+
+impl ModelFiles {
+    /// Finds the model `name` and reads its configuration and tokenizer.
+    pub(super) fn open(name: &str, console: &Console<'_>) -> anyhow::Result<ModelFiles> {
+        ModelFiles::open_dir(console.resolve(name)?)
+    }
+
+    /// Reads configuration and tokenizer of the model folder `dir`.
+    pub(super) fn open_dir(dir: PathBuf) -> anyhow::Result<ModelFiles> {
+        let config = ModelConfig::from_file(&dir.join("config.json"))
+            .with_context(|| dir.display().to_string())?;
+        let tokenizer = Tokenizer::load_optional(&dir)?;
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check_vocab_size(config.vocab_size)?;
+        }
+        Ok(ModelFiles { dir, config, tokenizer: tokenizer.map(Arc::new) })
+    }
+
+    /// The tokenizer, or an error that says what works without one.
+    pub(super) fn tokenizer(&self) -> anyhow::Result<&Arc<Tokenizer>> {
+        self.tokenizer.as_ref().with_context(|| {
+            format!(
+                "{}: the model has no tokenizer.json, so it cannot read text; give token ids \
+                 with --prompt-ids, or add the file",
+                self.dir.display()
+            )
+        })
+    }
+
+    pub(super) fn tokenizer_if_any(&self) -> Option<&Arc<Tokenizer>> {
+        self.tokenizer.as_ref()
+    }
+
+    /// Tokens that end a generation, those of `config.json` aside.
+    pub(super) fn eos_ids(&self) -> Vec<u32> {
+        self.tokenizer.iter().flat_map(|tokenizer| tokenizer.eos_ids().to_vec()).collect()
+    }
+
+    /// Loads the weights; `context_len` is the longest sequence that will run.
+    pub(super) fn load(
+        &self,
+        run: &RunArgs,
+        context_len: usize,
+        console: &mut Console<'_>,
+    ) -> anyhow::Result<(Engine, Duration)> {
+        let start = Instant::now();
+        let options = EngineOptions {
+            backend: match run.backend {
+                Backend::Auto => BackendChoice::Auto,
+                Backend::Reference => BackendChoice::Reference,
+                Backend::Cpu => BackendChoice::Cpu,
+            },
+            kv_dtype: match run.kv_dtype {
+                Kv::F16 => KvDType::F16,
+                Kv::F32 => KvDType::F32,
+                Kv::Int8 => KvDType::I8,
+            },
+            activation: match run.activations {
+                Activations::Float => ActivationType::Float,
+                Activations::Int8 => ActivationType::Int8,
+            },
+            num_threads: run.threads,
+            max_sequences: 1,
+            max_context: Some(context_len.clamp(2, self.config.max_position.max(2))),
+            ..EngineOptions::new(console.kernels)
+        };
+        let mut meter = Meter::new(console);
+        let engine = Engine::load(&self.dir, &options, &mut |progress| meter.show_load(progress))?;
+        Ok((engine, start.elapsed()))
+    }
+}

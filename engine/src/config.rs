@@ -1,0 +1,73 @@
+//! How an engine is set up.
+
+use bespoke_kernel_gen::spec::{ActivationType, KvDType};
+use bespoke_kernel_gen::target::Target;
+
+use crate::kernels::KernelTable;
+
+/// Where a model runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// The fastest backend that this build has kernels for.
+    #[default]
+    Auto,
+    /// Plain loops in float32, any shape.
+    Reference,
+    /// Kernels generated for the model's shapes, on the CPU.
+    Cpu,
+}
+
+/// Options of [`Engine::load`](crate::engine::Engine::load).
+#[derive(Clone, Copy)]
+pub struct EngineOptions {
+    pub backend: BackendChoice,
+    /// Element type of the KV cache. The reference backend keeps float32 whatever this says.
+    pub kv_dtype: KvDType,
+    /// What quantized weights are multiplied with; float models ignore it.
+    pub activation: ActivationType,
+    /// Instruction set of the kernels; `None`: the best that this machine and this build have.
+    pub target: Option<Target>,
+    /// Threads of one op; `None`: all cores.
+    pub num_threads: Option<usize>,
+    /// The kernels of this build.
+    pub kernels: KernelTable,
+    /// Token rows of one step: decode rows and prefill chunks together.
+    pub max_batch_tokens: usize,
+    /// Sequences that run at once.
+    pub max_sequences: usize,
+    /// Tokens of one sequence, prompt and output together; `None`: as many as the model was
+    /// trained for, as far as a KV cache of [`KV_CACHE_BYTES_DEFAULT`] holds them.
+    pub max_context: Option<usize>,
+    /// Pages of the KV cache; `None`: enough for one sequence of `max_context` tokens.
+    pub num_pages: Option<usize>,
+}
+
+/// Largest KV cache that is allocated when no size is asked for.
+pub const KV_CACHE_BYTES_DEFAULT: usize = 2 << 30;
+
+impl EngineOptions {
+    /// The defaults over the kernels of this build.
+    pub fn new(kernels: KernelTable) -> EngineOptions {
+        EngineOptions {
+            backend: BackendChoice::Auto,
+            kv_dtype: KvDType::F16,
+            activation: ActivationType::Int8,
+            target: None,
+            num_threads: None,
+            kernels,
+            max_batch_tokens: 512,
+            max_sequences: 16,
+            max_context: None,
+            num_pages: None,
+        }
+    }
+}
+
+/// How far loading is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Parts loaded so far.
+    pub num_done: usize,
+    /// Parts of the model: embedding, layers and head.
+    pub num_parts: usize,
+}

@@ -1,0 +1,250 @@
+//! The forward pass of a decoder-only model, about eight backend ops a layer.
+
+use bespoke_kernel_gen::model::ModelConfig;
+use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
+
+use crate::backend::Backend;
+use crate::batch::Batch;
+use crate::config::Progress;
+use crate::error::Error;
+use crate::kernels::abi::LogitStats;
+use crate::model::weights::Weights;
+
+/// What a decoder is allocated for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecoderLimits {
+    /// Rows of one step.
+    pub rows_max: usize,
+    /// Rows whose logits one call of [`Decoder::head`] computes.
+    pub logit_rows_max: usize,
+    /// Pages of the KV cache.
+    pub num_pages: usize,
+}
+
+/// A model on a backend: its weights, its KV cache and the rows between its ops.
+pub struct Decoder<B: Backend> {
+    backend: B,
+    shape: ModelShape,
+    limits: DecoderLimits,
+    embedding: B::Embedding,
+    layers: Vec<Layer<B>>,
+    final_norm: B::Norm,
+    head: B::Linear,
+    kv_cache: B::KvCache,
+    rows: RowBuffers<B>,
+}
+
+struct Layer<B: Backend> {
+    attention_norm: B::Norm,
+    qkv: B::Linear,
+    qk_norm: Option<(B::Norm, B::Norm)>,
+    o: B::Linear,
+    mlp_norm: B::Norm,
+    gate_up: B::Linear,
+    down: B::Linear,
+}
+
+struct RowBuffers<B: Backend> {
+    /// `[rows_max, hidden]`
+    residual: B::Rows,
+    /// `[rows_max, hidden]`: what the next norm adds to the residual.
+    delta: B::Rows,
+    /// `[rows_max, (num_heads + 2 num_kv_heads) · head_dim]`
+    qkv: B::Rows,
+    /// `[rows_max, 2 · intermediate]`
+    gate_up: B::Rows,
+    /// `[logit_rows_max, vocab]`
+    logits: B::Rows,
+    qkv_in: B::Input,
+    o_in: B::Input,
+    gate_up_in: B::Input,
+    down_in: B::Input,
+    head_in: B::Input,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Loads the weights and allocates everything that steps need.
+    pub fn load(
+        mut backend: B,
+        weights: &Weights<'_>,
+        config: &ModelConfig,
+        shape: &ModelShape,
+        limits: DecoderLimits,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Decoder<B>, Error> {
+        assert!(limits.rows_max > 0 && limits.logit_rows_max > 0 && limits.num_pages > 0);
+        let rows = RowBuffers::new(&mut backend, shape, limits)?;
+        let kv_cache = backend.new_kv_cache(limits.num_pages)?;
+        let num_parts = config.num_layers + 2;
+        let mut report = |num_done| progress(Progress { num_done, num_parts });
+        report(0);
+        let embedding = backend.load_embedding(&weights.embedding()?.view())?;
+        report(1);
+        let mut layers = Vec::with_capacity(shape.num_layers);
+        for layer_idx in 0..shape.num_layers {
+            layers.push(Layer::load(&mut backend, weights, layer_idx)?);
+            report(layer_idx + 2);
+        }
+        let final_norm = backend.load_norm(weights.final_norm()?)?;
+        let head = weights.linear(LinearRole::Head, 0)?;
+        let head = backend.load_linear(LinearRole::Head, &head.source())?;
+        report(num_parts);
+        let shape = shape.clone();
+        Ok(Decoder { backend, shape, limits, embedding, layers, final_norm, head, kv_cache, rows })
+    }
+
+    /// Runs the layers over the batch's rows and returns the logits of `batch.logit_rows`,
+    /// `[num_logit_rows, vocab]`.
+    pub fn forward(&mut self, batch: &Batch) -> &[f32] {
+        self.run_layers(batch);
+        self.head(&batch.logit_rows);
+        self.logits(batch.logit_rows.len())
+    }
+
+    /// Runs the layers and appends the rows to the KV cache; [`Decoder::head`] follows.
+    pub fn run_layers(&mut self, batch: &Batch) {
+        self.check(batch);
+        let num_rows = batch.num_rows();
+        let Decoder { backend, rows, kv_cache, .. } = self;
+        backend.embed(&self.embedding, &batch.tokens, &mut rows.residual);
+        for (layer_idx, layer) in self.layers.iter().enumerate() {
+            let delta = (layer_idx > 0).then_some(&rows.delta);
+            backend.rms_norm(
+                num_rows,
+                &mut rows.residual,
+                delta,
+                &layer.attention_norm,
+                &mut rows.qkv_in,
+            );
+            backend.linear(num_rows, &layer.qkv, &rows.qkv_in, &mut rows.qkv);
+            let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k));
+            backend.rope(batch, layer_idx, &mut rows.qkv, qk_norm, kv_cache);
+            backend.paged_attention(batch, layer_idx, &rows.qkv, kv_cache, &mut rows.o_in);
+            backend.linear(num_rows, &layer.o, &rows.o_in, &mut rows.delta);
+            backend.rms_norm(
+                num_rows,
+                &mut rows.residual,
+                Some(&rows.delta),
+                &layer.mlp_norm,
+                &mut rows.gate_up_in,
+            );
+            backend.linear(num_rows, &layer.gate_up, &rows.gate_up_in, &mut rows.gate_up);
+            backend.silu_and_mul(num_rows, &rows.gate_up, &mut rows.down_in);
+            backend.linear(num_rows, &layer.down, &rows.down_in, &mut rows.delta);
+        }
+    }
+
+    /// Logits of the rows `select` of the last [`Decoder::run_layers`]. A row may be asked for once
+    /// only, because the final norm adds to its residual.
+    pub fn head(&mut self, select: &[u32]) {
+        assert!(select.len() <= self.limits.logit_rows_max, "too many logit rows");
+        if select.is_empty() {
+            return;
+        }
+        let Decoder { backend, rows, .. } = self;
+        let delta = (!self.layers.is_empty()).then_some(&rows.delta);
+        backend.rms_norm_select(
+            select,
+            &mut rows.residual,
+            delta,
+            &self.final_norm,
+            &mut rows.head_in,
+        );
+        backend.linear(select.len(), &self.head, &rows.head_in, &mut rows.logits);
+    }
+
+    /// Statistics of the first `stats.len()` rows of the last [`Decoder::head`].
+    pub fn logit_stats(&mut self, stats: &mut [LogitStats]) {
+        self.backend.sample(&self.rows.logits, stats);
+    }
+
+    /// The first `num_rows` rows of the last [`Decoder::head`], `[num_rows, vocab]`.
+    pub fn logits(&mut self, num_rows: usize) -> &[f32] {
+        assert!(num_rows <= self.limits.logit_rows_max);
+        self.backend.read(num_rows, &self.rows.logits)
+    }
+
+    pub fn limits(&self) -> DecoderLimits {
+        self.limits
+    }
+
+    /// Bytes held by weights.
+    pub fn weights_bytes(&self) -> usize {
+        self.backend.weights_bytes()
+    }
+
+    /// Bytes of the KV cache.
+    pub fn kv_cache_bytes(&self) -> usize {
+        self.backend.page_bytes() * self.limits.num_pages
+    }
+
+    /// Panics on a batch that would make an op read or write outside its buffers.
+    fn check(&self, batch: &Batch) {
+        let num_rows = batch.num_rows();
+        let shape = &self.shape;
+        assert!(num_rows > 0 && num_rows <= self.limits.rows_max, "{num_rows} rows");
+        assert!(batch.tokens.iter().all(|token| (*token as usize) < shape.vocab_size));
+        assert_eq!(batch.positions.len(), num_rows);
+        assert_eq!(batch.slots.len(), num_rows);
+        assert_eq!(batch.cos_sin.len(), num_rows * shape.rotary_dim);
+        let num_slots = self.limits.num_pages * shape.page_size;
+        assert!(batch.slots.iter().all(|slot| (*slot as usize) < num_slots));
+        assert!(batch.page_table.iter().all(|page| (*page as usize) < self.limits.num_pages));
+        let mut next_row = 0;
+        for span in &batch.spans {
+            assert_eq!(span.first_row, next_row, "spans cover the rows in order");
+            assert!(span.num_rows > 0 && span.context_len >= span.num_rows);
+            next_row += span.num_rows;
+            let num_pages = (span.context_len as usize).div_ceil(shape.page_size);
+            assert!(span.first_page as usize + num_pages <= batch.page_table.len());
+        }
+        assert_eq!(next_row as usize, num_rows);
+        assert!(batch.logit_rows.is_sorted_by(|a, b| a < b));
+        assert!(batch.logit_rows.last().is_none_or(|row| (*row as usize) < num_rows));
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    fn load(backend: &mut B, weights: &Weights<'_>, layer_idx: usize) -> Result<Self, Error> {
+        let norms = weights.norms(layer_idx)?;
+        let linear = |backend: &mut B, role| {
+            let tensors = weights.linear(role, layer_idx)?;
+            backend.load_linear(role, &tensors.source())
+        };
+        let qk_norm = match norms.qk {
+            Some((q, k)) => Some((backend.load_norm(q)?, backend.load_norm(k)?)),
+            None => None,
+        };
+        Ok(Layer {
+            attention_norm: backend.load_norm(norms.attention)?,
+            qkv: linear(backend, LinearRole::Qkv)?,
+            qk_norm,
+            o: linear(backend, LinearRole::O)?,
+            mlp_norm: backend.load_norm(norms.mlp)?,
+            gate_up: linear(backend, LinearRole::GateUp)?,
+            down: linear(backend, LinearRole::Down)?,
+        })
+    }
+}
+
+impl<B: Backend> RowBuffers<B> {
+    fn new(
+        backend: &mut B,
+        shape: &ModelShape,
+        limits: DecoderLimits,
+    ) -> Result<RowBuffers<B>, Error> {
+        let DecoderLimits { rows_max, logit_rows_max, .. } = limits;
+        Ok(RowBuffers {
+            residual: backend.new_rows(rows_max, shape.hidden_size)?,
+            delta: backend.new_rows(rows_max, shape.hidden_size)?,
+            qkv: backend.new_rows(rows_max, shape.qkv.n)?,
+            gate_up: backend.new_rows(rows_max, shape.gate_up.n)?,
+            logits: backend.new_rows(logit_rows_max, shape.vocab_size)?,
+            qkv_in: backend.new_input(rows_max, LinearRole::Qkv)?,
+            o_in: backend.new_input(rows_max, LinearRole::O)?,
+            gate_up_in: backend.new_input(rows_max, LinearRole::GateUp)?,
+            down_in: backend.new_input(rows_max, LinearRole::Down)?,
+            head_in: backend.new_input(logit_rows_max, LinearRole::Head)?,
+        })
+    }
+}

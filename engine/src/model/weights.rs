@@ -1,0 +1,481 @@
+//! A checkpoint's tensors as the decoder needs them: names, types and shapes checked against the
+//! config before anything is allocated, then read linear by linear.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use bespoke_kernel_gen::model::{Architecture, ModelConfig};
+use bespoke_kernel_gen::spec::{DType, LinearRole, ModelShape, WeightFormat};
+use safetensors::Dtype;
+
+use crate::error::Error;
+use crate::model::linear::{AwqView, DenseView, LinearPart, LinearSource};
+use crate::model::safetensors::Checkpoint;
+
+/// How many names a message lists.
+const NAMES_SHOWN_MAX: usize = 5;
+
+/// The validated weights of one model.
+#[derive(Debug)]
+pub struct Weights<'a> {
+    checkpoint: Checkpoint,
+    config: &'a ModelConfig,
+    shape: &'a ModelShape,
+}
+
+/// The norms of one layer.
+#[derive(Clone, Debug)]
+pub struct LayerNorms {
+    pub attention: Vec<f32>,
+    pub mlp: Vec<f32>,
+    /// `[head_dim]` weights on q and on k.
+    pub qk: Option<(Vec<f32>, Vec<f32>)>,
+}
+
+/// The tensors of one linear, read into memory.
+#[derive(Debug)]
+pub struct LinearTensors {
+    parts: Vec<PartTensors>,
+    row_map: Option<Vec<u32>>,
+    bias: Option<Vec<f32>>,
+}
+
+#[derive(Debug)]
+enum PartTensors {
+    Dense(DenseTensor),
+    Awq {
+        n: usize,
+        k: usize,
+        group: usize,
+        qweight: Vec<u8>,
+        qzeros: Option<Vec<u8>>,
+        scales: Vec<u8>,
+    },
+}
+
+/// A dense matrix, read into memory.
+#[derive(Debug)]
+pub struct DenseTensor {
+    n: usize,
+    k: usize,
+    dtype: DType,
+    bytes: Vec<u8>,
+}
+
+/// A stretch of a linear's outputs that is one module of the checkpoint.
+struct Module {
+    name: String,
+    n: usize,
+}
+
+/// What a tensor of the checkpoint must be.
+struct Expected {
+    name: String,
+    dtypes: &'static [Dtype],
+    shape: Vec<usize>,
+    required: bool,
+}
+
+const FLOATS: &[Dtype] = &[Dtype::F32, Dtype::F16, Dtype::BF16];
+const INT32: &[Dtype] = &[Dtype::I32];
+const FLOAT16: &[Dtype] = &[Dtype::F16];
+
+const LAYER_ROLES: [LinearRole; 4] =
+    [LinearRole::Qkv, LinearRole::O, LinearRole::GateUp, LinearRole::Down];
+
+impl<'a> Weights<'a> {
+    /// Opens a model folder's weights and checks that they are exactly those of `config`.
+    pub fn open(
+        dir: &Path,
+        config: &'a ModelConfig,
+        shape: &'a ModelShape,
+    ) -> Result<Weights<'a>, Error> {
+        let checkpoint = Checkpoint::open(dir)?;
+        let weights = Weights { checkpoint, config, shape };
+        weights.check_groups()?;
+        weights.check_tensors()?;
+        Ok(weights)
+    }
+
+    /// Bytes of all tensors that will be read.
+    pub fn num_bytes(&self) -> u64 {
+        let wanted = self.checkpoint.tensors().filter(|(name, _)| !self.is_ignored(name));
+        wanted.map(|(_, tensor)| tensor.len as u64).sum()
+    }
+
+    pub fn embedding(&self) -> Result<DenseTensor, Error> {
+        let (n, k) = (self.shape.vocab_size, self.shape.hidden_size);
+        self.read_dense(&self.embedding_name(), n, k)
+    }
+
+    pub fn final_norm(&self) -> Result<Vec<f32>, Error> {
+        self.read_floats("model.norm.weight")
+    }
+
+    pub fn norms(&self, layer_idx: usize) -> Result<LayerNorms, Error> {
+        let (attention, mlp) = self.norm_names(layer_idx);
+        let qk = match self.qk_norm_names(layer_idx) {
+            Some((q, k)) => Some((self.read_floats(&q)?, self.read_floats(&k)?)),
+            None => None,
+        };
+        Ok(LayerNorms {
+            attention: self.read_floats(&attention)?,
+            mlp: self.read_floats(&mlp)?,
+            qk,
+        })
+    }
+
+    /// The linear `role` of a layer; for the head `layer_idx` says nothing.
+    pub fn linear(&self, role: LinearRole, layer_idx: usize) -> Result<LinearTensors, Error> {
+        let linear = self.shape.linear(role);
+        let modules = self.modules(role, layer_idx);
+        let mut parts = Vec::new();
+        let mut bias = Vec::new();
+        for module in &modules {
+            parts.push(self.read_part(module, linear.k, linear.format)?);
+            if linear.bias {
+                bias.extend(self.read_floats(&format!("{}.bias", module.name))?);
+            }
+        }
+        let row_map = match (self.config.architecture, role) {
+            (Architecture::InternLm2, LinearRole::Qkv) => Some(wqkv_row_map(self.shape)),
+            _ => None,
+        };
+        let bias = linear.bias.then(|| match &row_map {
+            Some(map) => map.iter().map(|row| bias[*row as usize]).collect(),
+            None => bias,
+        });
+        Ok(LinearTensors { parts, row_map, bias })
+    }
+
+    fn read_part(
+        &self,
+        module: &Module,
+        k: usize,
+        format: WeightFormat,
+    ) -> Result<PartTensors, Error> {
+        let name = &module.name;
+        let WeightFormat::Awq(group) = format else {
+            let dense = self.read_dense(&format!("{name}.weight"), module.n, k)?;
+            return Ok(PartTensors::Dense(dense));
+        };
+        let zeros_name = format!("{name}.qzeros");
+        let qzeros = match self.checkpoint.get(&zeros_name) {
+            Some(_) => Some(self.checkpoint.read(&zeros_name)?),
+            None => None,
+        };
+        let scales_name = format!("{name}.scales");
+        let scales = self.checkpoint.read(&scales_name)?;
+        let is_finite = |b: &[u8]| half::f16::from_le_bytes([b[0], b[1]]).is_finite();
+        if let Some(idx) = scales.chunks_exact(2).position(|b| !is_finite(b)) {
+            return Err(self.not_finite(&scales_name, idx));
+        }
+        let qweight = self.checkpoint.read(&format!("{name}.qweight"))?;
+        Ok(PartTensors::Awq { n: module.n, k, group: group.of(k), qweight, qzeros, scales })
+    }
+
+    fn read_dense(&self, name: &str, n: usize, k: usize) -> Result<DenseTensor, Error> {
+        let dtype = self.dtype(name)?;
+        Ok(DenseTensor { n, k, dtype, bytes: self.checkpoint.read(name)? })
+    }
+
+    /// A small tensor in float32; its values must be finite.
+    fn read_floats(&self, name: &str) -> Result<Vec<f32>, Error> {
+        let dtype = self.dtype(name)?;
+        let bytes = self.checkpoint.read(name)?;
+        let k = bytes.len() / dtype.size();
+        let mut values = vec![0.0; k];
+        DenseView { n: 1, k, dtype, bytes: &bytes }.row(0, &mut values);
+        match values.iter().position(|value| !value.is_finite()) {
+            Some(idx) => Err(self.not_finite(name, idx)),
+            None => Ok(values),
+        }
+    }
+
+    fn not_finite(&self, name: &str, idx: usize) -> Error {
+        let message = format!("tensor '{name}' is not finite at element {idx}");
+        Error::model(self.checkpoint.dir(), message)
+    }
+
+    fn dtype(&self, name: &str) -> Result<DType, Error> {
+        match self.checkpoint.get(name).map(|tensor| tensor.dtype) {
+            Some(Dtype::F32) => Ok(DType::F32),
+            Some(Dtype::F16) => Ok(DType::F16),
+            Some(Dtype::BF16) => Ok(DType::BF16),
+            found => {
+                let message = format!("tensor '{name}': found {found:?}, expected a float type");
+                Err(Error::model(self.checkpoint.dir(), message))
+            }
+        }
+    }
+}
+
+/// Validation.
+impl Weights<'_> {
+    /// AWQ packs 8 outputs in a word and shares scales over `group` inputs.
+    fn check_groups(&self) -> Result<(), Error> {
+        for role in LAYER_ROLES {
+            let linear = self.shape.linear(role);
+            let WeightFormat::Awq(group) = linear.format else { continue };
+            let size = group.of(linear.k);
+            if size == 0 || !linear.k.is_multiple_of(size) {
+                let error = bespoke_kernel_gen::Error::GroupSize { group: size, k: linear.k };
+                return Err(Error::KernelGen(error));
+            }
+            for module in self.modules(role, 0) {
+                if !module.n.is_multiple_of(8) {
+                    let message = format!(
+                        "'{}' has {} outputs, AWQ needs a multiple of 8",
+                        module.name, module.n
+                    );
+                    return Err(Error::model(self.checkpoint.dir(), message));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every tensor the config asks for is there with its type and shape, and no other.
+    fn check_tensors(&self) -> Result<(), Error> {
+        let mut found = BTreeSet::new();
+        let mut missing = Vec::new();
+        // NOTE: layer by layer, so that an absurd layer count ends at the first missing ones.
+        for layer_idx in 0..=self.shape.num_layers {
+            let expected = match layer_idx.checked_sub(1) {
+                None => self.expected_outside_layers(),
+                Some(layer_idx) => self.expected_in_layer(layer_idx),
+            };
+            for expected in expected {
+                if self.check_tensor(&expected)? {
+                    found.insert(expected.name);
+                } else if expected.required {
+                    missing.push(expected.name);
+                }
+            }
+            if missing.len() > NAMES_SHOWN_MAX {
+                break;
+            }
+        }
+        let dir = self.checkpoint.dir();
+        if !missing.is_empty() {
+            let message =
+                format!("config.json asks for tensors that are missing: {}", list(&missing));
+            return Err(Error::model(dir, message));
+        }
+        let unexpected: Vec<String> = self
+            .checkpoint
+            .tensors()
+            .filter(|(name, _)| !found.contains(*name) && !self.is_ignored(name))
+            .map(|(name, _)| name.to_owned())
+            .collect();
+        if !unexpected.is_empty() {
+            let message = format!(
+                "the weights hold tensors that config.json does not ask for: {}",
+                list(&unexpected)
+            );
+            return Err(Error::model(dir, message));
+        }
+        Ok(())
+    }
+
+    /// Whether the tensor is there; an error where it has another type or shape.
+    fn check_tensor(&self, expected: &Expected) -> Result<bool, Error> {
+        let Some(tensor) = self.checkpoint.get(&expected.name) else {
+            return Ok(false);
+        };
+        let path = self.checkpoint.path(tensor);
+        if !expected.dtypes.contains(&tensor.dtype) {
+            let names: Vec<String> = expected.dtypes.iter().map(Dtype::to_string).collect();
+            let message = format!(
+                "tensor '{}' has type {}, expected {}",
+                expected.name,
+                tensor.dtype,
+                names.join(" or ")
+            );
+            return Err(Error::model(path, message));
+        }
+        if tensor.shape != expected.shape {
+            let message = format!(
+                "tensor '{}' has shape {:?}, expected {:?} from config.json",
+                expected.name, tensor.shape, expected.shape
+            );
+            return Err(Error::model(path, message));
+        }
+        Ok(true)
+    }
+
+    fn expected_outside_layers(&self) -> Vec<Expected> {
+        let shape = self.shape;
+        let mut all = vec![
+            floats(self.embedding_name(), vec![shape.vocab_size, shape.hidden_size]),
+            floats("model.norm.weight".to_owned(), vec![shape.hidden_size]),
+        ];
+        if !self.config.tie_word_embeddings {
+            all.extend(self.expected_linear(LinearRole::Head, 0));
+        }
+        all
+    }
+
+    fn expected_in_layer(&self, layer_idx: usize) -> Vec<Expected> {
+        let (attention, mlp) = self.norm_names(layer_idx);
+        let hidden = self.shape.hidden_size;
+        let mut all = vec![floats(attention, vec![hidden]), floats(mlp, vec![hidden])];
+        if let Some((q, k)) = self.qk_norm_names(layer_idx) {
+            all.push(floats(q, vec![self.shape.head_dim]));
+            all.push(floats(k, vec![self.shape.head_dim]));
+        }
+        for role in LAYER_ROLES {
+            all.extend(self.expected_linear(role, layer_idx));
+        }
+        all
+    }
+
+    fn expected_linear(&self, role: LinearRole, layer_idx: usize) -> Vec<Expected> {
+        let linear = self.shape.linear(role);
+        let k = linear.k;
+        let mut all = Vec::new();
+        for Module { name, n } in self.modules(role, layer_idx) {
+            match linear.format {
+                WeightFormat::Dense(_) => all.push(floats(format!("{name}.weight"), vec![n, k])),
+                WeightFormat::Awq(group) => {
+                    let num_groups = k / group.of(k);
+                    let tensor = |suffix, dtypes, shape, required| Expected {
+                        name: format!("{name}.{suffix}"),
+                        dtypes,
+                        shape,
+                        required,
+                    };
+                    let zero_point =
+                        self.config.quantization.as_ref().is_some_and(|awq| awq.zero_point);
+                    all.push(tensor("qweight", INT32, vec![k, n / 8], true));
+                    all.push(tensor("qzeros", INT32, vec![num_groups, n / 8], zero_point));
+                    all.push(tensor("scales", FLOAT16, vec![num_groups, n], true));
+                }
+            }
+            if linear.bias {
+                all.push(floats(format!("{name}.bias"), vec![n]));
+            }
+        }
+        all
+    }
+
+    /// Tensors that checkpoints carry along and that nothing needs.
+    fn is_ignored(&self, name: &str) -> bool {
+        let tied_head =
+            self.config.tie_word_embeddings && matches!(name, "lm_head.weight" | "output.weight");
+        tied_head
+            || name.ends_with("rotary_emb.inv_freq")
+            || name.ends_with(".attn.bias")
+            || name.ends_with(".attn.masked_bias")
+            || name.ends_with(".attention.bias")
+            || name.ends_with(".attention.masked_bias")
+    }
+}
+
+/// Names.
+impl Weights<'_> {
+    fn embedding_name(&self) -> String {
+        match self.config.architecture {
+            Architecture::InternLm2 => "model.tok_embeddings.weight".to_owned(),
+            _ => "model.embed_tokens.weight".to_owned(),
+        }
+    }
+
+    fn norm_names(&self, layer_idx: usize) -> (String, String) {
+        let (attention, mlp) = match self.config.architecture {
+            Architecture::InternLm2 => ("attention_norm", "ffn_norm"),
+            _ => ("input_layernorm", "post_attention_layernorm"),
+        };
+        let name = |norm| format!("model.layers.{layer_idx}.{norm}.weight");
+        (name(attention), name(mlp))
+    }
+
+    fn qk_norm_names(&self, layer_idx: usize) -> Option<(String, String)> {
+        let name = |norm| format!("model.layers.{layer_idx}.self_attn.{norm}.weight");
+        self.shape.qk_norm.then(|| (name("q_norm"), name("k_norm")))
+    }
+
+    /// The modules of a linear in the order of its outputs.
+    fn modules(&self, role: LinearRole, layer_idx: usize) -> Vec<Module> {
+        let shape = self.shape;
+        let n = shape.linear(role).n;
+        let names = self.config.architecture.modules(role);
+        if role == LinearRole::Head {
+            let name = match self.config.tie_word_embeddings {
+                true => self.embedding_name().trim_end_matches(".weight").to_owned(),
+                false => names[0].to_owned(),
+            };
+            return vec![Module { name, n }];
+        }
+        let num_outputs = |idx| match (names.len(), idx) {
+            (1, _) => n,
+            (2, _) => shape.intermediate_size,
+            (_, 0) => shape.num_heads * shape.head_dim,
+            _ => shape.num_kv_heads * shape.head_dim,
+        };
+        let module = |(idx, name): (usize, &&str)| Module {
+            name: format!("model.layers.{layer_idx}.{name}"),
+            n: num_outputs(idx),
+        };
+        names.iter().enumerate().map(module).collect()
+    }
+}
+
+impl LinearTensors {
+    /// Views of the tensors.
+    pub fn source(&self) -> LinearSource<'_> {
+        LinearSource {
+            parts: self.parts.iter().map(PartTensors::view).collect(),
+            row_map: self.row_map.clone(),
+            bias: self.bias.clone(),
+        }
+    }
+}
+
+impl PartTensors {
+    fn view(&self) -> LinearPart<'_> {
+        match self {
+            PartTensors::Dense(dense) => LinearPart::Dense(dense.view()),
+            PartTensors::Awq { n, k, group, qweight, qzeros, scales } => {
+                let (n, k, group, qzeros) = (*n, *k, *group, qzeros.as_deref());
+                LinearPart::Awq(AwqView { n, k, group, qweight, qzeros, scales })
+            }
+        }
+    }
+}
+
+impl DenseTensor {
+    pub fn view(&self) -> DenseView<'_> {
+        DenseView { n: self.n, k: self.k, dtype: self.dtype, bytes: &self.bytes }
+    }
+}
+
+fn floats(name: String, shape: Vec<usize>) -> Expected {
+    Expected { name, dtypes: FLOATS, shape, required: true }
+}
+
+fn list(names: &[String]) -> String {
+    let shown = names[..names.len().min(NAMES_SHOWN_MAX)].join(", ");
+    match names.len().saturating_sub(NAMES_SHOWN_MAX) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
+/// Rows of InternLM2's `wqkv` in the order q, k, v. It holds one group after another for every KV
+/// head: the group's query heads, its key head, its value head.
+fn wqkv_row_map(shape: &ModelShape) -> Vec<u32> {
+    let queries = shape.num_heads / shape.num_kv_heads;
+    let row = |kv_head: usize, place: usize, dim: usize| {
+        ((kv_head * (queries + 2) + place) * shape.head_dim + dim) as u32
+    };
+    let dims = 0..shape.head_dim;
+    let q = (0..shape.num_heads)
+        .flat_map(|head| dims.clone().map(move |dim| row(head / queries, head % queries, dim)));
+    let kv = (queries..queries + 2).flat_map(|place| {
+        let dims = dims.clone();
+        (0..shape.num_kv_heads)
+            .flat_map(move |head| dims.clone().map(move |dim| row(head, place, dim)))
+    });
+    q.chain(kv).collect()
+}

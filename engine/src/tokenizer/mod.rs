@@ -1,0 +1,213 @@
+//! Text to token ids and back, and the chat template, of one model folder.
+
+pub mod chat;
+mod check;
+mod json;
+pub mod stream;
+mod strftime;
+
+use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Read;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::error::Error;
+use chat::ChatTemplate;
+
+/// Largest `tokenizer.json` that is read. The largest in common use, of vocabularies with a quarter
+/// of a million tokens, take 35 MiB.
+pub const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
+
+/// Largest `tokenizer_config.json` or `generation_config.json` that is read.
+pub const CONFIG_BYTES_MAX: u64 = 8 << 20;
+
+/// Whether the tokens that the tokenizer puts around a text (such as a BOS) are added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SpecialTokens {
+    Add,
+    Omit,
+}
+
+/// A model's tokenizer: `tokenizer.json` with what `tokenizer_config.json`, `chat_template.jinja` and
+/// `generation_config.json` add to it.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+    /// One more than the largest token id.
+    num_ids: usize,
+    eos_ids: Vec<u32>,
+    chat_template: Option<ChatTemplate>,
+}
+
+impl Tokenizer {
+    /// Reads the tokenizer of the model folder `dir`.
+    pub fn load(dir: &Path) -> Result<Tokenizer, Error> {
+        let path = dir.join("tokenizer.json");
+        let bytes = read_limited(&path, TOKENIZER_BYTES_MAX)?.ok_or_else(|| {
+            Error::model(&path, "the file is missing; the model has no tokenizer")
+        })?;
+        let inner = parse(&path, &bytes)?;
+        let config = read_object(&dir.join("tokenizer_config.json"))?;
+        let generation = read_object(&dir.join("generation_config.json"))?;
+        let num_ids = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        let mut eos_ids = BTreeSet::new();
+        if let Some(value) = generation.as_ref().and_then(|object| object.get("eos_token_id")) {
+            collect_ids(&dir.join("generation_config.json"), value, &mut eos_ids)?;
+        }
+        if let Some(id) = config
+            .as_ref()
+            .and_then(|object| chat::token_text(object.get("eos_token")?))
+            .and_then(|text| inner.token_to_id(text))
+        {
+            eos_ids.insert(id);
+        }
+        let eos_ids = eos_ids.into_iter().collect();
+        let chat_template = ChatTemplate::load(dir, config.as_ref())?;
+        Ok(Tokenizer { inner, path, num_ids, eos_ids, chat_template })
+    }
+
+    /// Reads the tokenizer of `dir`, or `None` where the folder has no `tokenizer.json`.
+    pub fn load_optional(dir: &Path) -> Result<Option<Tokenizer>, Error> {
+        match dir.join("tokenizer.json").exists() {
+            true => Tokenizer::load(dir).map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// Refuses a tokenizer whose ids do not fit a model with `vocab_size` tokens.
+    pub fn check_vocab_size(&self, vocab_size: usize) -> Result<(), Error> {
+        if self.num_ids <= vocab_size {
+            return Ok(());
+        }
+        Err(Error::model(
+            &self.path,
+            format!(
+                "token id {} is outside the model's vocabulary of {vocab_size} (vocab_size of \
+                 config.json); take tokenizer and weights from the same model",
+                self.num_ids - 1
+            ),
+        ))
+    }
+
+    /// One more than the largest token id.
+    pub fn num_ids(&self) -> usize {
+        self.num_ids
+    }
+
+    /// Ids that end a generation, ascending. `config.json` may name more of them.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// The chat template, where the model has one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.chat_template.as_ref()
+    }
+
+    /// The id of the token spelled `text`.
+    pub fn token_id(&self, text: &str) -> Option<u32> {
+        self.inner.token_to_id(text)
+    }
+
+    /// The token ids of `text`. Special tokens spelled out in the text become their ids.
+    pub fn encode(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>, Error> {
+        let add = special == SpecialTokens::Add;
+        let encoding = self.contain("encode this text", || self.inner.encode_fast(text, add))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of `ids` without special tokens. Bytes that are no UTF-8 become U+FFFD, ids that the
+    /// tokenizer does not know become nothing.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, Error> {
+        self.contain("decode these tokens", || self.inner.decode(ids, true))
+    }
+
+    /// The tokenizers crate panics on some descriptions that it loads without complaint.
+    fn contain<T>(
+        &self,
+        what: &str,
+        call: impl FnOnce() -> tokenizers::Result<T>,
+    ) -> Result<T, Error> {
+        contain(call).map_err(|reason| Error::model(&self.path, format!("cannot {what}: {reason}")))
+    }
+}
+
+thread_local! {
+    static CONTAINED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic of this thread, now, would be caught and reported as an error: a panic hook can
+/// stay silent then.
+pub fn is_contained() -> bool {
+    CONTAINED.get()
+}
+
+/// Runs `call`, with its panics turned into errors.
+fn contain<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    CONTAINED.set(true);
+    let result = catch_unwind(AssertUnwindSafe(call));
+    CONTAINED.set(false);
+    match result {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err("the description is contradictory; get the file anew".to_owned()),
+    }
+}
+
+fn parse(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer, Error> {
+    check::check(bytes).map_err(|message| Error::model(path, message))?;
+    let mut inner = contain(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(|reason| {
+        Error::model(path, format!("no usable tokenizer: {reason}; get the file anew"))
+    })?;
+    // Training leftovers: a stored truncation would cut prompts without a word.
+    contain(|| inner.with_truncation(None).map(|_| ()))
+        .map_err(|reason| Error::model(path, reason))?;
+    inner.with_padding(None);
+    Ok(inner)
+}
+
+/// The bytes of a file of at most `bytes_max`, or `None` where there is no such file.
+fn read_limited(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, Error> {
+    let file = match fs::File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io(path, error)),
+    };
+    let mut bytes = Vec::new();
+    // NOTE: limited while reading, because a pipe or a growing file has no length to check.
+    file.take(bytes_max + 1).read_to_end(&mut bytes).map_err(|error| Error::io(path, error))?;
+    if bytes.len() as u64 > bytes_max {
+        return Err(Error::model(path, format!("the file is larger than {bytes_max} bytes")));
+    }
+    Ok(Some(bytes))
+}
+
+/// A JSON file that holds one object, or `None` where there is no such file.
+fn read_object(path: &Path) -> Result<Option<serde_json::Map<String, Value>>, Error> {
+    let Some(bytes) = read_limited(path, CONFIG_BYTES_MAX)? else { return Ok(None) };
+    match serde_json::from_slice(&bytes) {
+        Ok(Value::Object(object)) => Ok(Some(object)),
+        Ok(_) => Err(Error::model(path, "expected a JSON object at the top")),
+        Err(error) => Err(Error::model(path, format!("not valid JSON: {error}"))),
+    }
+}
+
+/// Adds the ids of an `eos_token_id` value (a number, a list of numbers, or null) to `ids`.
+fn collect_ids(path: &Path, value: &Value, ids: &mut BTreeSet<u32>) -> Result<(), Error> {
+    let values = match value {
+        Value::Null => return Ok(()),
+        Value::Array(values) => values.as_slice(),
+        other => std::slice::from_ref(other),
+    };
+    for value in values {
+        let id = value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
+            Error::model(path, format!("eos_token_id: {value} is not a token id"))
+        })?;
+        ids.insert(id);
+    }
+    Ok(())
+}

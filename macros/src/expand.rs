@@ -1,0 +1,177 @@
+//! Kernels → Rust: a function and its assertions a kernel, and the table of all.
+
+use proc_macro2::{Span, TokenStream};
+use quote::{format_ident, quote, quote_spanned};
+use syn::{Ident, LitInt};
+
+use crate::model::{Kernel, Kind, Value, argument};
+
+pub(crate) fn expand(kernels: &[Kernel]) -> TokenStream {
+    let functions = kernels.iter().map(expand_function);
+    let rows = kernels.iter().map(expand_row);
+    quote! {
+        #(#functions)*
+
+        /// Every kernel of this build, sorted by op and sizes.
+        pub static KERNELS: &[::bespoke::kernels::Kernel] = &[#(#rows),*];
+    }
+}
+
+/// Kernels of x86 instruction sets exist only there.
+fn condition(kernel: &Kernel) -> Option<TokenStream> {
+    (kernel.target != "Portable").then(|| quote! { #[cfg(target_arch = "x86_64")] })
+}
+
+fn expand_function(kernel: &Kernel) -> TokenStream {
+    let Kernel { symbol, op, entry, features, .. } = kernel;
+    let condition = condition(kernel);
+    let assertions = assertions(kernel);
+    let features = match features.value().is_empty() {
+        true => None,
+        false => Some(quote! { #[target_feature(enable = #features)] }),
+    };
+    let module = format_ident!("{}", op.name);
+    let function = format_ident!("{}", entry.name);
+    let args = format_ident!("{}", op.args);
+    let generics = entry.parameters.iter().zip(&kernel.arguments).map(generic);
+    quote! {
+        #condition
+        const _: () = { #(#assertions)* };
+
+        #condition
+        #features
+        unsafe fn #symbol(
+            args: &::bespoke::kernels::abi::#args,
+            share: ::bespoke::kernels::abi::Share,
+        ) {
+            // SAFETY: the caller's, with the instruction set enabled above.
+            unsafe { ::bespoke::kernels::#module::#function::<#(#generics),*>(args, share) }
+        }
+    }
+}
+
+/// A generic argument, types by their full path.
+fn generic((parameter, value): (&&str, &Value)) -> TokenStream {
+    match value {
+        Value::Size(size) => quote! { #size },
+        Value::Flag(flag) => quote! { #flag },
+        Value::Name(name) | Value::Sized(name, _) => {
+            let module = match *parameter {
+                "S" if name == "Portable" => "simd_portable",
+                "S" => "simd_x86",
+                "KV" => "pages",
+                _ => "simd",
+            };
+            let module = format_ident!("{module}");
+            quote! { ::bespoke::kernels::#module::#name }
+        }
+    }
+}
+
+fn expand_row(kernel: &Kernel) -> TokenStream {
+    let Kernel { symbol, op, regime, target, rows, cols, scratch_bytes, .. } = kernel;
+    let Kernel { reduction_class, provenance, source_hash, .. } = kernel;
+    let condition = condition(kernel);
+    let name = symbol.to_string();
+    let op_ident = format_ident!("{}", op.spec);
+    let fields = op.fields.iter().zip(&kernel.fields).map(|(field, value)| {
+        let name = format_ident!("{}", field.name);
+        let value = field_value(field.kind, value);
+        quote! { #name: #value }
+    });
+    quote! {
+        #condition
+        ::bespoke::kernels::Kernel {
+            symbol: #name,
+            spec: ::bespoke::kernel_gen::spec::KernelSpec::#op_ident { #(#fields),* },
+            regime: ::bespoke::kernel_gen::spec::RowRegime::#regime,
+            target: ::bespoke::kernel_gen::target::Target::#target,
+            rows: #rows,
+            cols: #cols,
+            scratch_bytes: #scratch_bytes,
+            reduction_class: #reduction_class,
+            provenance: #provenance,
+            source_hash: #source_hash,
+            run: ::bespoke::kernels::KernelFn::#op_ident(#symbol),
+        }
+    }
+}
+
+fn field_value(kind: Kind, value: &Value) -> TokenStream {
+    let path = format_ident!("{}", format!("{kind:?}"));
+    let path = quote! { ::bespoke::kernel_gen::spec::#path };
+    match value {
+        Value::Size(size) => quote! { #size },
+        Value::Flag(flag) => quote! { #flag },
+        Value::Name(name) => quote! { #path::#name },
+        Value::Sized(name, size) if kind == Kind::RowFormat => {
+            quote! { #path::#name { group: #size } }
+        }
+        Value::Sized(name, size) => quote! { #path::#name(#size) },
+    }
+}
+
+/// What the sizes of one kernel must fulfil, each with the numbers in its message.
+fn assertions(kernel: &Kernel) -> Vec<TokenStream> {
+    let mut assertions = Vec::new();
+    let size = |parameter| match argument(kernel, Some(parameter)) {
+        Some(Value::Size(size)) => Some(size),
+        _ => None,
+    };
+    for (field, value) in kernel.op.fields.iter().zip(&kernel.fields) {
+        let Some(given) = field.parameter.and_then(size) else { continue };
+        let parameter = field.parameter.unwrap_or_default();
+        match (field.kind, value) {
+            (Kind::Size, Value::Size(wanted)) | (Kind::RowFormat, Value::Sized(_, wanted)) => {
+                let what = format!("{parameter} {given} is not the spec's {} {wanted}", field.name);
+                assertions.push(assertion(
+                    kernel,
+                    given.span(),
+                    quote! { #given == #wanted },
+                    &what,
+                ));
+            }
+            (Kind::RowFormat, _) => {
+                let what = format!("{parameter} {given} is not 0, which float32 rows have");
+                assertions.push(assertion(kernel, given.span(), quote! { #given == 0 }, &what));
+            }
+            (Kind::GroupSize, Value::Sized(_, group)) => {
+                assertions.extend(divides(kernel, (parameter, given), (field.name, group)));
+            }
+            _ => {}
+        }
+    }
+    let pairs =
+        [("GROUP", "K"), ("GROUP", "HIDDEN"), ("GROUP", "INTERMEDIATE"), ("KV_HEADS", "HEADS")];
+    for (small, large) in pairs {
+        if let (Some(divisor), Some(number)) = (size(small), size(large)) {
+            assertions.extend(divides(kernel, (small, divisor), (large, number)));
+        }
+    }
+    for (name, declared) in [("ROWS", &kernel.rows), ("COLS", &kernel.cols)] {
+        if let Some(given) = size(name) {
+            let what = format!("{name} {given} is not the declared {declared}");
+            assertions.push(assertion(kernel, given.span(), quote! { #given == #declared }, &what));
+        }
+    }
+    assertions
+}
+
+/// `divisor` divides `number`; 0 stands for "no groups".
+fn divides(
+    kernel: &Kernel,
+    (divisor_name, divisor): (&str, &LitInt),
+    (number_name, number): (&str, &LitInt),
+) -> Option<TokenStream> {
+    if divisor.base10_digits() == "0" {
+        return None;
+    }
+    let what = format!("{divisor_name} {divisor} does not divide {number_name} {number}");
+    Some(assertion(kernel, divisor.span(), quote! { #number % #divisor == 0 }, &what))
+}
+
+fn assertion(kernel: &Kernel, span: Span, condition: TokenStream, what: &str) -> TokenStream {
+    let symbol: &Ident = &kernel.symbol;
+    let message = format!("{symbol}: {what}");
+    quote_spanned! { span => ::core::assert!(#condition, #message); }
+}

@@ -1,0 +1,112 @@
+//! Expansions and errors of `kernels!`, as text.
+
+use proc_macro2::TokenStream;
+
+use crate::error::Errors;
+use crate::{expand, kernels_tokens, model, parse};
+
+const GOOD: &str = r#"
+kernel awq_gemm_n960_k576_g64_int8_few__avx512 {
+    run: awq_gemm::int8_few<S = Avx512, N = 960, K = 576, GROUP = 64, COLS = 4, ROWS = 8>,
+    spec: AwqGemm { n: 960, k: 576, group: Of(64), activation: Int8 },
+    regime: Few,
+    target: Avx512,
+    features: "avx512f,avx512vnni",
+    rows: 8,
+    cols: 4,
+    scratch_bytes: 0,
+    reduction_class: "awq_gemm_int8.avx512",
+    provenance: "default",
+    source_hash: "0123",
+}
+kernel rms_norm_h576_int8_g64__portable {
+    run: rms_norm::run<S = Portable, HIDDEN = 576, GROUP = 64>,
+    spec: RmsNorm { hidden: 576, out: I8 { group: 64 } },
+    regime: Any,
+    target: Portable,
+    features: "",
+    rows: 1,
+    cols: 0,
+    scratch_bytes: 0,
+    reduction_class: "rms_norm.portable",
+    provenance: "default",
+    source_hash: "4567",
+}
+"#;
+
+fn tokens(text: &str) -> TokenStream {
+    text.parse().expect("the cases are tokens")
+}
+
+/// The errors of an input, one a line, with their places.
+fn errors(text: &str) -> String {
+    let mut errors = Errors::default();
+    let declarations = parse::parse(tokens(text), &mut errors);
+    let kernels = model::check(declarations, &mut errors);
+    expand::expand(&kernels);
+    errors.print()
+}
+
+/// `GOOD` with one piece of text replaced by another.
+fn with(old: &str, new: &str) -> String {
+    assert!(GOOD.contains(old), "{old} is not in the good case");
+    GOOD.replacen(old, new, 1)
+}
+
+#[test]
+fn expansion() {
+    let file = syn::parse2(kernels_tokens(tokens(GOOD))).expect("the expansion is a file");
+    insta::assert_snapshot!(prettyplease::unparse(&file));
+}
+
+#[test]
+fn a_right_input_has_no_errors() {
+    assert_eq!(errors(GOOD), "");
+}
+
+#[test]
+fn wrong_names_are_reported_at_their_place() {
+    let cases = [
+        with("awq_gemm::int8_few", "awk_gemm::int8_few"),
+        with("awq_gemm::int8_few", "awq_gemm::int8_lots"),
+        with("awq_gemm::int8_few", "int8_few"),
+        with("K = 576, ", ""),
+        with("K = 576", "K = \"576\""),
+        with("K = 576", "DEPTH = 576"),
+        with("K = 576", "K = 576, K = 576"),
+        with("S = Avx512", "S = V3"),
+        with("AwqGemm {", "Gemm {"),
+        with("Of(64)", "64"),
+        with("group: Of(64), ", ""),
+        with("n: 960", "rows: 960"),
+        with("activation: Int8", "activation: Float"),
+        with("regime: Few", "regime: Many"),
+        with("target: Avx512", "target: Sse2"),
+        with("\"avx512f,avx512vnni\"", "\"\""),
+        with("cols: 4,", ""),
+        with("cols: 4", "columns: 4"),
+        with("cols: 4", "rows: 4"),
+        with("kernel rms", "kernal rms"),
+        with("rms_norm_h576_int8_g64__portable", "awq_gemm_n960_k576_g64_int8_few__avx512"),
+    ];
+    let text: String = cases.iter().map(|case| errors(case)).collect();
+    insta::assert_snapshot!(text);
+}
+
+#[test]
+fn all_errors_are_reported_at_once() {
+    let text = with("K = 576", "DEPTH = 576").replace("regime: Any", "regime: One");
+    let reported = errors(&text);
+    assert_eq!(reported.lines().count(), 2, "{reported}");
+}
+
+/// Sizes are compared by the compiler: the assertion carries both numbers.
+#[test]
+fn sizes_become_assertions() {
+    let expansion = kernels_tokens(tokens(&with("GROUP = 64", "GROUP = 128"))).to_string();
+    let expected = "assert ! (576 % 128 == 0 , \
+        \"awq_gemm_n960_k576_g64_int8_few__avx512: GROUP 128 does not divide K 576\")";
+    assert!(expansion.contains(expected), "{expansion}");
+    let expansion = kernels_tokens(tokens(&with("N = 960", "N = 961"))).to_string();
+    assert!(expansion.contains("N 961 is not the spec's n 960"), "{expansion}");
+}

@@ -1,0 +1,5 @@
+//! The engine: requests, scheduling, sampling.
+
+mod requests;
+mod sampling;
+mod simulation;

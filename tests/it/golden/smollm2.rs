@@ -1,0 +1,97 @@
+//! SmolLM2-135M-Instruct, a real model, against llama.cpp in float32.
+
+use std::path::PathBuf;
+
+use bespoke::config::{BackendChoice, EngineOptions};
+use bespoke::engine::Engine;
+use bespoke::import::environment;
+use bespoke::kernels::KernelTable;
+use bespoke::request::{Request, RequestId, RequestOutput};
+use bespoke_kernel_gen::spec::KvDType;
+use serde_json::Value;
+
+use super::golden_dir;
+
+/// Steps with a smaller gap to the runner-up may go either way.
+const MARGIN_MIN: f64 = 0.02;
+/// Largest difference of a log-probability.
+const LOGPROB: f64 = 0.02;
+
+/// The model's folder in the model cache. Without it a test has nothing to check, which is a
+/// failure where `BESPOKE_REQUIRE_MODEL` is 1.
+fn model_dir() -> Option<PathBuf> {
+    let dir = environment::cache().unwrap().models_dir().join("smollm2-135m");
+    if dir.join("config.json").is_file() {
+        return Some(dir);
+    }
+    let required = std::env::var("BESPOKE_REQUIRE_MODEL").is_ok_and(|value| value == "1");
+    assert!(!required, "BESPOKE_REQUIRE_MODEL is 1, but {} holds no model", dir.display());
+    println!("skipped: no model");
+    None
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    let ids = value.as_array().unwrap().iter();
+    ids.map(|id| u32::try_from(id.as_u64().unwrap()).unwrap()).collect()
+}
+
+/// Greedy continuations give llama.cpp's tokens up to the first near tie, and its probabilities.
+fn check_greedy(options: &EngineOptions) {
+    let Some(dir) = model_dir() else { return };
+    let text = std::fs::read_to_string(golden_dir().join("smollm2-135m-greedy.json")).unwrap();
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    let cases = golden["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 13);
+    let mut engine = Engine::load(&dir, options, &mut |_| {}).unwrap();
+    let mut outputs = Vec::new();
+    for case in cases {
+        let request = Request {
+            prompt_ids: ids(&case["prompt_ids"]),
+            max_tokens: case["steps"].as_array().unwrap().len(),
+            ..Request::default()
+        };
+        engine.add_request(request).unwrap();
+    }
+    while !engine.is_idle() {
+        engine.step(&mut outputs).unwrap();
+    }
+    for (case_idx, case) in cases.iter().enumerate() {
+        let of_case = outputs.iter().filter(|output| output.id == RequestId(case_idx as u64));
+        check_case(case_idx, case["steps"].as_array().unwrap(), of_case);
+    }
+}
+
+fn check_case<'a>(
+    case_idx: usize,
+    steps: &[Value],
+    mut outputs: impl Iterator<Item = &'a RequestOutput>,
+) {
+    for (step_idx, step) in steps.iter().enumerate() {
+        let place = format!("case {case_idx}, step {step_idx}");
+        let output = outputs.next();
+        let token = output.and_then(|output| output.token).map(u64::from);
+        if token != step["id"].as_u64() {
+            let margin = step["margin"].as_f64().unwrap();
+            assert!(margin <= MARGIN_MIN, "{place}: found {token:?}, expected {step}");
+            return;
+        }
+        let logprob = f64::from(output.map_or(f32::NAN, |output| output.logprob));
+        let difference = (logprob - step["logprob"].as_f64().unwrap()).abs();
+        assert!(difference <= LOGPROB, "{place}: log-probability {logprob}, expected {step}");
+    }
+    assert_eq!(outputs.next(), None, "case {case_idx}: more tokens than expected");
+}
+
+fn options(backend: BackendChoice, kernels: KernelTable) -> EngineOptions {
+    EngineOptions {
+        backend,
+        kv_dtype: KvDType::F32,
+        max_context: Some(256),
+        ..EngineOptions::new(kernels)
+    }
+}
+
+#[test]
+fn greedy_reference() {
+    check_greedy(&options(BackendChoice::Reference, KernelTable { kernels: &[] }));
+}

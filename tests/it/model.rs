@@ -1,0 +1,6 @@
+//! Model folders: sound ones load, damaged and hostile ones are refused with a message.
+
+mod checkpoint;
+mod folder;
+mod rope;
+mod weights;
