@@ -13,12 +13,10 @@
 pub trait Simd: Copy + 'static {
     /// float32 lanes; also the columns of a packed weight tile.
     const LANES: usize;
-    /// Vector registers: what a tile of sums may take, less a few for its operands.
-    const REGISTERS: usize;
     /// What [`Simd::dot_i8`] adds per activation: its weights are bytes `w + 128`, and the result is
     /// `Σ w·a + DOT_I8_BIAS · Σ a`.
     const DOT_I8_BIAS: i32;
-    /// Largest register block of a matmul: rows, and weight tiles beside each other.
+    /// Largest register block: rows, and vectors beside each other.
     const BLOCK_ROWS: usize;
     const BLOCK_TILES: usize;
     type F32: Copy;

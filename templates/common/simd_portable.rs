@@ -22,8 +22,6 @@ macro_rules! lanes {
 #[allow(clippy::undocumented_unsafe_blocks, reason = "pointer reads the trait's contract covers")]
 impl Simd for Portable {
     const LANES: usize = L;
-    // NOTE: eight lanes are two registers of the sixteen that any 64-bit machine has.
-    const REGISTERS: usize = 8;
     const DOT_I8_BIAS: i32 = 0;
     const BLOCK_ROWS: usize = 2;
     const BLOCK_TILES: usize = 1;

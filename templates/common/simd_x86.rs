@@ -14,7 +14,6 @@ pub struct Avx512;
 #[allow(clippy::undocumented_unsafe_blocks, reason = "intrinsics the trait's contract covers")]
 impl Simd for V3 {
     const LANES: usize = 8;
-    const REGISTERS: usize = 16;
     const DOT_I8_BIAS: i32 = 0;
     const BLOCK_ROWS: usize = 6;
     const BLOCK_TILES: usize = 2;
@@ -230,7 +229,6 @@ unsafe fn first_lanes(n: usize) -> __m256i {
 #[allow(clippy::undocumented_unsafe_blocks, reason = "intrinsics the trait's contract covers")]
 impl Simd for Avx512 {
     const LANES: usize = 16;
-    const REGISTERS: usize = 32;
     const DOT_I8_BIAS: i32 = 128;
     const BLOCK_ROWS: usize = 6;
     const BLOCK_TILES: usize = 4;

@@ -179,7 +179,7 @@ impl<
     /// Whether pages are first converted to float32: where register tiles are too small to hide the
     /// conversion, and for heads shorter than a vector, whose last rows cannot be loaded in place.
     const fn copies(many: bool) -> bool {
-        let tile = S::REGISTERS >= if many { 32 } else { 16 };
+        let tile = S::BLOCK_TILES >= if many { 4 } else { 2 };
         (!tile && KV::SIZE != KvF32::SIZE) || HEAD_DIM < S::LANES
     }
 
@@ -262,7 +262,7 @@ impl<
             if first < end {
                 let rows = Rows { first: unit.first + first, num: end - first, ..unit };
                 // NOTE: a few rows would leave most of prefill's large tiles empty.
-                let many = S::REGISTERS < 16 || rows.num > 4;
+                let many = S::BLOCK_TILES == 1 || rows.num > 4;
                 // SAFETY: as the caller promises.
                 unsafe {
                     if MANY && many {
@@ -465,11 +465,11 @@ impl<
         unsafe {
             let mut row = 0;
             while row < rows.num {
-                row += match (MANY, S::REGISTERS, rows.num - row) {
-                    (true, 32, _) => Self::score_tile::<L, 12>(state, row, page),
-                    (true, 16, _) => Self::score_tile::<L, 6>(state, row, page),
+                row += match (MANY, S::BLOCK_TILES, rows.num - row) {
+                    (true, 4.., _) => Self::score_tile::<L, 12>(state, row, page),
+                    (true, 2.., _) => Self::score_tile::<L, 6>(state, row, page),
                     (false, _, 1) => Self::score_tile::<L, 1>(state, row, page),
-                    (_, ..16, _) | (_, _, 2) => Self::score_tile::<L, 2>(state, row, page),
+                    (_, ..2, _) | (_, _, 2) => Self::score_tile::<L, 2>(state, row, page),
                     (_, _, 3) => Self::score_tile::<L, 3>(state, row, page),
                     _ => Self::score_tile::<L, 4>(state, row, page),
                 };
@@ -669,10 +669,10 @@ impl<
         unsafe {
             let mut row = 0;
             while row < rows.num {
-                row += match (MANY, S::REGISTERS, rows.num - row) {
-                    (true, 16.., _) => Self::out_tile::<L, 6>(rows, state, row, page),
+                row += match (MANY, S::BLOCK_TILES, rows.num - row) {
+                    (true, 2.., _) => Self::out_tile::<L, 6>(rows, state, row, page),
                     (false, _, 1) => Self::out_tile::<L, 1>(rows, state, row, page),
-                    (_, ..16, _) | (_, _, 2) => Self::out_tile::<L, 2>(rows, state, row, page),
+                    (_, ..2, _) | (_, _, 2) => Self::out_tile::<L, 2>(rows, state, row, page),
                     (_, _, 3) => Self::out_tile::<L, 3>(rows, state, row, page),
                     _ => Self::out_tile::<L, 4>(rows, state, row, page),
                 };
@@ -696,7 +696,7 @@ impl<
         // SAFETY: vectors below VECS.
         unsafe {
             let mut vec = 0;
-            while S::REGISTERS == 32 && vec + 4 <= Self::VECS {
+            while S::BLOCK_TILES >= 4 && vec + 4 <= Self::VECS {
                 Self::out_vecs::<L, R, 4>(state, row, page, tokens, vec);
                 vec += 4;
             }
