@@ -61,8 +61,7 @@ impl Limits {
         stream.bytes_mut().fill(1);
         let (bytes, floats) = (byte_operands(loops.lanes), float_operands(loops.lanes));
         let per_thread = STREAM_BYTES / num_threads / 1024 * 1024;
-        let parts: Vec<&[u8]> =
-            stream.bytes_mut().chunks_exact(per_thread).map(|part| &part[..]).collect();
+        let parts: Vec<&[u8]> = stream.bytes_mut().chunks_exact(per_thread).collect();
         // SAFETY: `best_loops` checked the instructions, a slice holds its length.
         let read = |part: &[u8]| keep(unsafe { (loops.read)(part.as_ptr(), part.len()) });
         let memory_s = best_seconds(team, &|idx| read(parts[idx]));

@@ -52,6 +52,7 @@ pub struct Memory {
 }
 
 /// A decoder on one of the backends.
+#[allow(clippy::large_enum_variant, reason = "there is one, and it never moves")]
 enum Model {
     Reference(Decoder<ReferenceBackend>),
     Cpu(Decoder<CpuBackend>),

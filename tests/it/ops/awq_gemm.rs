@@ -2,7 +2,9 @@
 //! against itself over row regimes and thread counts.
 
 use super::Random;
-use super::matmul::{ROWS, Regimes, assert_same_rows, quantize_rows, regimes, run_shares};
+use super::matmul::{
+    ROWS, Regimes, assert_near, assert_same_rows, quantize_rows, regimes, run_shares,
+};
 use bespoke::backend::cpu::pack::{self, Panels};
 use bespoke::kernels::abi::{AwqGemmArgs, RowsIn, int8_stride};
 use bespoke::kernels::awq_gemm;
@@ -92,6 +94,7 @@ impl Case {
         let rows_max = *ROWS.last().unwrap();
         let x: Vec<f32> = (0..rows_max * k).map(|_| rng.float()).collect();
         let (q, scales, sums) = quantize_rows(&x, k, self.kernel_group);
+        let expected = self.expected(&x, (&q, &scales), &bias);
         let mut alone: Vec<f32> = Vec::new();
         for rows in ROWS {
             for count in [1, 2, 3] {
@@ -120,38 +123,32 @@ impl Case {
                     out: out.as_mut_ptr(),
                 };
                 run_shares(&self.regimes, rows, &args, count);
-                self.compare(rows, &out, &x, (&q, &scales), &bias);
+                assert_near(&out, &expected, tolerance(k));
                 assert_same_rows(&mut alone, &out, rows, n);
             }
         }
     }
 
-    fn compare(&self, rows: usize, out: &[f32], x: &[f32], int8: (&[i8], &[f32]), bias: &[f32]) {
+    /// `(value, Σ |term|)` of every row and output, in f64.
+    fn expected(&self, x: &[f32], int8: (&[i8], &[f32]), bias: &[f32]) -> Vec<(f64, f64)> {
         let Weights { n, k, .. } = self.weights;
-        for row in 0..rows {
-            for col in 0..n {
-                let (mut sum, mut size) = (0.0, 0.0);
-                for i in 0..k {
-                    let value = match self.int8 {
-                        true => {
-                            let scale =
-                                int8.1[row * (k / self.kernel_group) + i / self.kernel_group];
-                            f64::from(int8.0[row * int8_stride(k) + i]) * f64::from(scale)
-                        }
-                        false => f64::from(x[row * k + i]),
-                    };
-                    let term = value * self.weights.value(col, i);
-                    sum += term;
-                    size += term.abs();
+        let weights: Vec<f64> = (0..n * k).map(|at| self.weights.value(at / k, at % k)).collect();
+        let mut expected = Vec::new();
+        for row in 0..x.len() / k {
+            let value = |i: usize| match self.int8 {
+                true => {
+                    let scale = int8.1[row * (k / self.kernel_group) + i / self.kernel_group];
+                    f64::from(int8.0[row * int8_stride(k) + i]) * f64::from(scale)
                 }
-                if self.bias {
-                    sum += f64::from(bias[col]);
-                    size += f64::from(bias[col]).abs();
-                }
-                let (got, limit) = (f64::from(out[row * n + col]), tolerance(k) * size + 1e-30);
-                assert!((got - sum).abs() <= limit, "[{row}, {col}] of {rows}: {got}, not {sum}");
+                false => f64::from(x[row * k + i]),
+            };
+            let values: Vec<f64> = (0..k).map(value).collect();
+            for (weights, bias) in weights.chunks_exact(k).zip(bias) {
+                let bias = if self.bias { f64::from(*bias) } else { 0.0 };
+                expected.push(super::matmul::dot(&values, weights, bias));
             }
         }
+        expected
     }
 }
 

@@ -2,7 +2,9 @@
 //! against itself over row regimes and thread counts.
 
 use super::Random;
-use super::matmul::{ROWS, Regimes, assert_same_rows, quantize_rows, regimes, run_shares};
+use super::matmul::{
+    ROWS, Regimes, assert_near, assert_same_rows, quantize_rows, regimes, run_shares,
+};
 use bespoke::backend::cpu::pack::{self, Panels};
 use bespoke::kernels::abi::{GemmArgs, RowsIn, int8_stride};
 use bespoke::kernels::{gemm, simd};
@@ -77,6 +79,7 @@ impl Case {
             let (q, scales, sums) = (q.as_ptr(), scales.as_ptr(), sums.as_ptr());
             x_in = RowsIn { f32: std::ptr::null(), q, scales, sums };
         }
+        let expected = self.expected(&x, &weights, &bias);
         let mut alone: Vec<f32> = Vec::new();
         for rows in ROWS {
             for count in [1, 2, 3] {
@@ -90,27 +93,24 @@ impl Case {
                     out: out.as_mut_ptr(),
                 };
                 run_shares(&self.regimes, rows, &args, count);
-                self.compare(rows, &out, &x, &weights, &bias);
+                assert_near(&out, &expected, tolerance(k));
                 assert_same_rows(&mut alone, &out, rows, n);
             }
         }
     }
 
-    fn compare(&self, rows: usize, out: &[f32], x: &[f32], weights: &[f32], bias: &[f32]) {
-        let (n, k) = (self.n, self.k);
-        for row in 0..rows {
-            for col in 0..n {
-                let bias = if self.bias { f64::from(bias[col]) } else { 0.0 };
-                let (mut sum, mut size) = (bias, bias.abs());
-                for i in 0..k {
-                    let term = f64::from(x[row * k + i]) * f64::from(weights[col * k + i]);
-                    sum += term;
-                    size += term.abs();
-                }
-                let (got, limit) = (f64::from(out[row * n + col]), tolerance(k) * size + 1e-30);
-                assert!((got - sum).abs() <= limit, "[{row}, {col}] of {rows}: {got}, not {sum}");
+    /// `(value, Σ |term|)` of every row and output, in f64.
+    fn expected(&self, x: &[f32], weights: &[f32], bias: &[f32]) -> Vec<(f64, f64)> {
+        let wide = |values: &[f32]| values.iter().map(|v| f64::from(*v)).collect::<Vec<f64>>();
+        let (x, weights) = (wide(x), wide(weights));
+        let mut expected = Vec::new();
+        for row in x.chunks_exact(self.k) {
+            for (weights, bias) in weights.chunks_exact(self.k).zip(bias) {
+                let bias = if self.bias { f64::from(*bias) } else { 0.0 };
+                expected.push(super::matmul::dot(row, weights, bias));
             }
         }
+        expected
     }
 }
 

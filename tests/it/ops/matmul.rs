@@ -47,6 +47,21 @@ pub(super) fn assert_same_rows(known: &mut Vec<f32>, out: &[f32], rows: usize, n
     }
 }
 
+/// `(bias + Σ a·b, |bias| + Σ |a·b|)`
+pub(super) fn dot(a: &[f64], b: &[f64], bias: f64) -> (f64, f64) {
+    let terms = a.iter().zip(b).map(|(a, b)| a * b);
+    terms.fold((bias, bias.abs()), |(sum, size), term| (sum + term, size + term.abs()))
+}
+
+/// Panics unless every value lies within `tolerance · Σ |term|` of the expected one; `out` may hold
+/// fewer rows.
+pub(super) fn assert_near(out: &[f32], expected: &[(f64, f64)], tolerance: f64) {
+    for (at, (got, (sum, size))) in out.iter().zip(expected).enumerate() {
+        let error = (f64::from(*got) - sum).abs();
+        assert!(error <= tolerance * size + 1e-30, "element {at}: {got}, expected {sum}");
+    }
+}
+
 /// int8 rows by a plain loop: `(q, scales, sums)` as `quantize` lays them out.
 pub(super) fn quantize_rows(x: &[f32], k: usize, group: usize) -> (Vec<i8>, Vec<f32>, Vec<i32>) {
     let rows = x.len() / k;

@@ -39,6 +39,9 @@ impl Panels {
     }
 }
 
+/// Packs one panel: `(panel, its part of the packed data)`.
+type PackPanel<'a> = dyn Fn(usize, &mut [u8]) -> Result<(), Error> + Sync + 'a;
+
 /// Splits `data` into the panels' parts, `per_column` bytes a column, and calls `pack` for each, on
 /// all threads.
 fn for_panels(
@@ -46,7 +49,7 @@ fn for_panels(
     data: &mut [u8],
     per_column: usize,
     num_threads: usize,
-    pack: &(dyn Fn(usize, &mut [u8]) -> Result<(), Error> + Sync),
+    pack: &PackPanel<'_>,
 ) -> Result<(), Error> {
     let panel_bytes = panels.cols * panels.lanes * per_column;
     let per_thread = panels.num_panels().div_ceil(num_threads).max(1);
