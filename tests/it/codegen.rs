@@ -4,7 +4,7 @@ use bespoke_kernel_gen::config::KernelConfig;
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::plan::{self, KernelVariant};
 use bespoke_kernel_gen::presets::{self, PRESETS};
-use bespoke_kernel_gen::spec::{ActivationType, GroupSize, KernelSpec, LinearRole, ModelShape};
+use bespoke_kernel_gen::spec::{ActivationType, GroupSize, LinearRole, ModelShape};
 use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::{generate, name, render};
 use proptest::prelude::*;
@@ -80,7 +80,7 @@ fn rendered_kernels() {
         let variant = variant.unwrap_or_else(|| panic!("{symbol} is not planned"));
         render::render(variant).declaration("0")
     };
-    insta::assert_snapshot!(symbols.map(declaration).concat());
+    insta::assert_snapshot!(format!("kernels! {{\n{}}}\n", symbols.map(declaration).concat()));
 }
 
 /// What a model's `config.json` must not ask for, and what is said then.
