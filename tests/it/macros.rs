@@ -1,4 +1,5 @@
-//! The tables that `kernels!` declares; what it refuses is tested beside it, with the cases in `ui/`.
+//! The tables that `kernels!` declares. What it refuses is tested in its crate, on the cases in
+//! `ui/`.
 
 use std::collections::BTreeSet;
 
