@@ -110,3 +110,9 @@ fn sizes_become_assertions() {
     let expansion = kernels_tokens(tokens(&with("N = 960", "N = 961"))).to_string();
     assert!(expansion.contains("N 961 is not the spec's n 960"), "{expansion}");
 }
+
+/// What rustc says to wrong declarations, each at its place in the source.
+#[test]
+fn wrong_declarations_do_not_compile() {
+    trybuild::TestCases::new().compile_fail("../tests/it/ui/*.rs");
+}

@@ -80,7 +80,7 @@ fn rendered_kernels() {
         let variant = variant.unwrap_or_else(|| panic!("{symbol} is not planned"));
         render::render(variant).declaration("0")
     };
-    insta::assert_snapshot!(symbols.map(declaration).concat());
+    insta::assert_snapshot!(format!("kernels! {{\n{}}}\n", symbols.map(declaration).concat()));
 }
 
 /// What a model's `config.json` must not ask for, and what is said then.
@@ -216,7 +216,11 @@ fn symbols_read_back() {
 
 proptest! {
     #[test]
-    fn strange_symbols_are_not_read(text in "[a-z0-9_]{0,40}", at in 0usize..40, byte in 32u8..127) {
+    fn strange_symbols_are_not_read(
+        text in "[a-z0-9_]{0,40}",
+        at in 0usize..40,
+        byte in 32u8..127,
+    ) {
         if let Some(variant) = name::parse(&text) {
             prop_assert_eq!(variant.symbol(), text);
         }

@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::spec::GroupSize;
 
 const SUPPORTED: &str = "supported is quant_method awq, version gemm, 4 bits";
-const PATTERNS_MAX: usize = 8192;
+const PATTERNS_MAX: usize = 2048;
 
 pub(super) fn parse(config: &Fields<'_>) -> Result<Option<AwqConfig>, Error> {
     let Some(fields) = config.object("quantization_config", "quantization_config.")? else {

@@ -1,5 +1,12 @@
 //! All wrong names are reported, each at its place.
 
+extern crate self as bespoke;
+
+#[path = "stub/mod.rs"]
+mod kernels;
+#[allow(unused_imports)]
+use kernels as kernel_gen;
+
 bespoke_macros::kernels! {
     kernel sample_v512__portable {
         run: sampel::run<S = Portable, VOCAB = 512>,

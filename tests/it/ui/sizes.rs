@@ -1,5 +1,12 @@
 //! Sizes that do not fit each other fail to compile, with both numbers in the message.
 
+extern crate self as bespoke;
+
+#[path = "stub/mod.rs"]
+mod kernels;
+#[allow(unused_imports)]
+use kernels as kernel_gen;
+
 bespoke_macros::kernels! {
     kernel quantize_k576_g128__portable {
         run: quantize::run<S = Portable, K = 576, GROUP = 128>,
