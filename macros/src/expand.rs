@@ -36,6 +36,7 @@ fn expand_function(kernel: &Kernel) -> TokenStream {
     let generics = entry.parameters.iter().zip(&kernel.arguments).map(generic);
     quote! {
         #condition
+        #[allow(clippy::modulo_one, reason = "a size may be 1")]
         const _: () = { #(#assertions)* };
 
         #condition
