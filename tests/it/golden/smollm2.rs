@@ -1,13 +1,17 @@
 //! SmolLM2-135M-Instruct, a real model, against llama.cpp in float32.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bespoke::config::{BackendChoice, EngineOptions};
 use bespoke::engine::Engine;
+use bespoke::files::IfExists;
 use bespoke::import::environment;
-use bespoke::kernels::KernelTable;
+use bespoke::kernels::{KernelTable, generated};
+use bespoke::perplexity;
+use bespoke::quantize::{self, RtnOptions};
 use bespoke::request::{Request, RequestId, RequestOutput};
-use bespoke_kernel_gen::spec::KvDType;
+use bespoke::tokenizer::{SpecialTokens, Tokenizer};
+use bespoke_kernel_gen::spec::{ActivationType, GroupSize, KvDType};
 use serde_json::Value;
 
 use super::golden_dir;
@@ -94,4 +98,67 @@ fn options(backend: BackendChoice, kernels: KernelTable) -> EngineOptions {
 #[test]
 fn greedy_reference() {
     check_greedy(&options(BackendChoice::Reference, KernelTable { kernels: &[] }));
+}
+
+#[test]
+fn greedy_cpu() {
+    check_greedy(&options(BackendChoice::Cpu, generated::table()));
+}
+
+/// Perplexity over the first `num_chunks_max` chunks of the evaluation text.
+fn perplexity(dir: &Path, options: &EngineOptions, num_chunks_max: usize) -> f64 {
+    const CTX: usize = 512;
+    let text = std::fs::read_to_string(golden_dir().join("wikitext2-eval.txt")).unwrap();
+    let tokenizer = Tokenizer::load(dir).unwrap();
+    let mut ids = tokenizer.encode(&text, SpecialTokens::Omit).unwrap();
+    ids.truncate(num_chunks_max.saturating_mul(CTX));
+    let options = EngineOptions { max_context: Some(CTX), ..*options };
+    let mut engine = Engine::load(dir, &options, &mut |_| {}).unwrap();
+    perplexity::measure(&mut engine, &ids, CTX, &mut |_, _, _| {}).unwrap().ppl
+}
+
+#[track_caller]
+fn assert_near(found: f64, expected: f64, allowed: f64) {
+    assert!((found - expected).abs() <= allowed, "{found}, expected {expected} ± {allowed}");
+}
+
+#[test]
+fn perplexity_cpu() {
+    let Some(dir) = model_dir() else { return };
+    let options = EngineOptions::new(generated::table());
+    assert_near(perplexity(&dir, &options, usize::MAX), 17.60, 0.05);
+}
+
+/// The reference backend is too slow for the whole text; on a chunk it must agree with the kernels,
+/// whose figure for the whole text is published.
+#[test]
+fn perplexity_reference() {
+    let Some(dir) = model_dir() else { return };
+    let reference = options(BackendChoice::Reference, KernelTable { kernels: &[] });
+    let expected = perplexity(&dir, &options(BackendChoice::Cpu, generated::table()), 1);
+    assert_near(perplexity(&dir, &reference, 1), expected, 1e-3 * expected);
+}
+
+/// Quantizes by rounding to nearest and measures with both kinds of activations.
+fn check_rounded(group_size: usize, expected: f64) {
+    let Some(dir) = model_dir() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let quantized = folder.path().join("quantized");
+    let group_size = GroupSize::Of(group_size);
+    let rtn_options = RtnOptions { group_size, if_exists: IfExists::Refuse };
+    quantize::rtn(&dir, &quantized, &rtn_options, &mut |_| {}).unwrap();
+    for (activation, allowed) in [(ActivationType::Float, 0.10), (ActivationType::Int8, 0.30)] {
+        let options = EngineOptions { activation, ..EngineOptions::new(generated::table()) };
+        assert_near(perplexity(&quantized, &options, usize::MAX), expected, allowed);
+    }
+}
+
+#[test]
+fn perplexity_rounded_in_groups_of_64() {
+    check_rounded(64, 21.60);
+}
+
+#[test]
+fn perplexity_rounded_in_groups_of_32() {
+    check_rounded(32, 21.06);
 }
