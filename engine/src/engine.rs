@@ -357,7 +357,7 @@ impl Loader<'_> {
 }
 
 /// Positions that the model's rotary embedding is meant for.
-fn position_max(config: &ModelConfig) -> usize {
+pub fn position_max(config: &ModelConfig) -> usize {
     match config.rope_scaling {
         RopeScaling::Dynamic { factor, .. } => (config.max_position as f64 * factor) as usize,
         _ => config.max_position,

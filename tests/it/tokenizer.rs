@@ -11,6 +11,8 @@ use bespoke::tokenizer::stream::TextStream;
 use bespoke::tokenizer::{SpecialTokens, Tokenizer};
 use serde_json::{Map, Value, json};
 
+use crate::golden::{golden_dir, smollm2};
+
 /// The character that stands for `byte` in byte-level vocabularies.
 fn byte_char(byte: u8) -> char {
     let is_plain = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
@@ -307,4 +309,35 @@ fn reads_messages() {
     check(r#"[{"role": "user"}]"#, "\"content\" must be");
     check(r#"[{"role": "user", "content": [{"type": "image_url"}]}]"#, "parts must be");
     check(r#"["x"]"#, "expected an object");
+}
+
+/// Text to ids and back as llama.cpp does it, for every published prompt and answer.
+#[test]
+fn agrees_on_smollm2() {
+    let Some(dir) = smollm2::model_dir() else { return };
+    let tokenizer = Arc::new(Tokenizer::load(&dir).unwrap());
+    assert!(tokenizer.check_vocab_size(49_152).is_ok());
+    let text = fs::read_to_string(golden_dir().join("smollm2-135m-greedy.json")).unwrap();
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    let options = ChatOptions { add_generation_prompt: true, tools: Value::Null, now: UNIX_EPOCH };
+    for case in golden["cases"].as_array().unwrap() {
+        let ids = match case["kind"].as_str().unwrap() {
+            "chat" => {
+                let messages = parse_messages(&case["messages"].to_string()).unwrap();
+                let template = tokenizer.chat_template().unwrap();
+                let prompt = template.render(&messages, &options).unwrap();
+                assert_eq!(prompt, case["rendered"]);
+                tokenizer.encode(&prompt, SpecialTokens::Omit).unwrap()
+            }
+            _ => tokenizer.encode(case["text"].as_str().unwrap(), SpecialTokens::Add).unwrap(),
+        };
+        assert_eq!(ids, smollm2::ids(&case["prompt_ids"]));
+        let mut stream = TextStream::new(tokenizer.clone());
+        let mut answer = String::new();
+        for step in case["steps"].as_array().unwrap() {
+            answer += &stream.push(step["id"].as_u64().unwrap() as u32).unwrap();
+        }
+        answer += &stream.flush().unwrap();
+        assert_eq!(answer, case["output_text"]);
+    }
 }

@@ -37,8 +37,10 @@ struct Report {
 struct Cpu {
     name: Option<String>,
     threads: usize,
-    /// Instruction sets that kernels can be made for and this machine has.
-    instruction_sets: Vec<&'static str>,
+    /// Extensions that matter to inference, as the operating system names them.
+    features: Vec<&'static str>,
+    /// Instruction sets that kernels are made for and this machine has.
+    targets: Vec<&'static str>,
     /// The one whose kernels are used, null where this binary holds none of them.
     target: Option<&'static str>,
 }
@@ -54,7 +56,27 @@ struct Gpu {
     /// The NVIDIA driver's own words, null without a driver.
     driver: Option<String>,
     devices: usize,
+    /// The CUDA compiler, null where none is on the PATH.
+    nvcc: Option<PathBuf>,
 }
+
+/// CPU extensions worth telling.
+const FEATURES: [&str; 14] = [
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512dq",
+    "avx512vl",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+];
 
 #[derive(Serialize)]
 struct CacheReport {
@@ -92,9 +114,10 @@ fn report(console: &Console<'_>) -> Report {
     Report {
         version: env!("CARGO_PKG_VERSION"),
         cpu: Cpu {
-            name: cpu_name(),
+            name: cpu_field("model name"),
             threads: thread::available_parallelism().map_or(1, usize::from),
-            instruction_sets: available.map(Target::name).collect(),
+            features: cpu_features(),
+            targets: available.map(Target::name).collect(),
             target: cpu::best_target(&console.kernels).map(Target::name),
         },
         memory: MemoryReport {
@@ -116,10 +139,17 @@ fn existing(path: &Path) -> Option<&Path> {
     path.ancestors().find(|path| path.exists())
 }
 
-fn cpu_name() -> Option<String> {
+/// A field of the first CPU, as the operating system tells it.
+fn cpu_field(name: &str) -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    let line = text.lines().find(|line| line.starts_with(name))?;
     Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+fn cpu_features() -> Vec<&'static str> {
+    let flags = cpu_field("flags").unwrap_or_default();
+    let flags: Vec<&str> = flags.split(' ').collect();
+    FEATURES.into_iter().filter(|feature| flags.contains(feature)).collect()
 }
 
 /// What the driver's files say: asking the driver itself would load its library.
@@ -127,7 +157,9 @@ fn gpu() -> Gpu {
     let version = fs::read_to_string("/proc/driver/nvidia/version").ok();
     let driver = version.as_deref().and_then(|text| text.lines().next()).map(str::to_owned);
     let devices = fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, Iterator::count);
-    Gpu { driver, devices }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let nvcc = std::env::split_paths(&path).map(|dir| dir.join("nvcc")).find(|file| file.is_file());
+    Gpu { driver, devices, nvcc }
 }
 
 fn text(report: &Report) -> String {
@@ -146,6 +178,10 @@ fn text(report: &Report) -> String {
             report.gpu.devices
         ),
     };
+    let nvcc = match &report.gpu.nvcc {
+        None => "no nvcc on the PATH".to_owned(),
+        Some(path) => path.display().to_string(),
+    };
     let models = match report.cache.models.as_slice() {
         [] => "none; bespoke pull smollm2-135m fetches one".to_owned(),
         names => names.join(", "),
@@ -161,13 +197,15 @@ fn text(report: &Report) -> String {
     table.add_rows([
         ["version", report.version],
         ["CPU", &format!("{name}, {} threads", cpu.threads)],
-        ["instruction sets", &cpu.instruction_sets.join(", ")],
+        ["CPU features", &cpu.features.join(" ")],
+        ["targets", &cpu.targets.join(", ")],
         ["kernels used", target],
         [
             "memory",
             &format!("{}, {} available", bytes(memory.total_bytes), bytes(memory.available_bytes)),
         ],
         ["GPU", &gpu],
+        ["CUDA compiler", &nvcc],
         ["model cache", &cache],
         ["cached models", &models],
         ["kernels by target", &counts(&report.kernels.by_target)],

@@ -255,9 +255,9 @@ fn timing(
     num_prompt: usize,
     num_output: usize,
 ) -> Timing {
-    let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    let ms = |time: Duration| round(time.as_secs_f64() * 1e3);
     // The first token comes with the prompt.
-    let rate = |count: usize, time: Duration| count as f64 / time.as_secs_f64().max(1e-9);
+    let rate = |count: usize, time: Duration| round(count as f64 / time.as_secs_f64().max(1e-9));
     Timing {
         load_ms: ms(load),
         first_token_ms: ms(first_token),
@@ -266,6 +266,11 @@ fn timing(
         decode_tokens_per_s: (num_output > 1)
             .then(|| rate(num_output - 1, total.saturating_sub(first_token))),
     }
+}
+
+/// To three decimals: clocks tell no more.
+fn round(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
 }
 
 fn summary(num_prompt: usize, answer: &Answer) -> String {

@@ -1,6 +1,7 @@
 //! Prompts as arguments: text, token ids, or a file of chat messages.
 
-use std::fs;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::SystemTime;
@@ -12,8 +13,8 @@ use crate::error::Error;
 use crate::tokenizer::SpecialTokens;
 use crate::tokenizer::chat::{self, ChatOptions, Message};
 
-/// Largest text or message file that is read.
-pub(super) const FILE_BYTES_MAX: u64 = 1 << 30;
+/// Largest text or message file that is read; its tokens take about forty times that.
+const FILE_BYTES_MAX: u64 = 64 << 20;
 
 /// What the model goes on from.
 #[derive(clap::Args, Clone, Debug)]
@@ -102,11 +103,12 @@ pub(super) fn chat_ids(files: &ModelFiles, messages: &[Message]) -> anyhow::Resu
 /// The text of a file.
 pub(super) fn read_text(path: &Path) -> anyhow::Result<String> {
     let name = || path.display().to_string();
-    let len = fs::metadata(path).with_context(name)?.len();
-    if len > FILE_BYTES_MAX {
-        bail!("{}: {len} bytes; a text file may have {FILE_BYTES_MAX}", path.display());
+    let file = File::open(path).with_context(name)?;
+    let mut bytes = Vec::new();
+    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).with_context(name)?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        bail!("{}: more than {FILE_BYTES_MAX} bytes; give a part of the text", path.display());
     }
-    let bytes = fs::read(path).with_context(name)?;
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         anyhow::anyhow!("{}: not UTF-8 text: byte {at} belongs to no character", path.display())

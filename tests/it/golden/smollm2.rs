@@ -23,7 +23,7 @@ const LOGPROB: f64 = 0.02;
 
 /// The model's folder in the model cache. Without it a test has nothing to check, which is a
 /// failure where `BESPOKE_REQUIRE_MODEL` is 1.
-fn model_dir() -> Option<PathBuf> {
+pub(crate) fn model_dir() -> Option<PathBuf> {
     let dir = environment::cache().unwrap().models_dir().join("smollm2-135m");
     if dir.join("config.json").is_file() {
         return Some(dir);
@@ -34,7 +34,7 @@ fn model_dir() -> Option<PathBuf> {
     None
 }
 
-fn ids(value: &Value) -> Vec<u32> {
+pub(crate) fn ids(value: &Value) -> Vec<u32> {
     let ids = value.as_array().unwrap().iter();
     ids.map(|id| u32::try_from(id.as_u64().unwrap()).unwrap()).collect()
 }
