@@ -18,7 +18,8 @@
 
 use super::abi::{AwqGemmArgs, Share, int8_stride};
 use super::gemm::{
-    K_BLOCK, TileRun, add_bias, float_block, for_row_blocks, for_tile_runs, split_many, store_block, tile_range, tile_unit,
+    K_BLOCK, TileRun, add_bias, float_block, for_row_blocks, for_tile_runs, split_many,
+    store_block, tile_range, tile_unit,
 };
 use super::simd::{Element, F16, Simd};
 

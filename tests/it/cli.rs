@@ -343,8 +343,16 @@ fn lists_kernels() {
     assert_eq!(
         keys(row),
         [
-            "symbol", "op", "sizes", "dtype", "group_size", "target", "config", "reduction_class",
-            "provenance", "bytes",
+            "symbol",
+            "op",
+            "sizes",
+            "dtype",
+            "group_size",
+            "target",
+            "config",
+            "reduction_class",
+            "provenance",
+            "bytes",
         ]
     );
     assert_eq!(row["op"], "awq_gemm");

@@ -217,7 +217,7 @@ fn parse_rotary_dim(
     let rotary_dim = (head_dim as f64 * rope.partial_rotary_factor) as usize;
     // NOTE: dynamic scaling raises the base to the power d / (d − 2).
     let min = if matches!(rope.scaling, RopeScaling::Dynamic { .. }) { 4 } else { 2 };
-    if rotary_dim % 2 != 0 || !(min..=head_dim).contains(&rotary_dim) {
+    if !rotary_dim.is_multiple_of(2) || !(min..=head_dim).contains(&rotary_dim) {
         let message = format!(
             "{} of head_dim {head_dim} is {rotary_dim}; an even number from {min} to {head_dim} \
              expected",
