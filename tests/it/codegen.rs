@@ -216,7 +216,11 @@ fn symbols_read_back() {
 
 proptest! {
     #[test]
-    fn strange_symbols_are_not_read(text in "[a-z0-9_]{0,40}", at in 0usize..40, byte in 32u8..127) {
+    fn strange_symbols_are_not_read(
+        text in "[a-z0-9_]{0,40}",
+        at in 0usize..40,
+        byte in 32u8..127,
+    ) {
         if let Some(variant) = name::parse(&text) {
             prop_assert_eq!(variant.symbol(), text);
         }

@@ -113,9 +113,17 @@ fn sliding_windows() {
     assert_eq!(mistral(json!({"sliding_window": null})), None);
     let qwen = |fields| parse(qwen(fields)).sliding_window;
     assert_eq!(qwen(json!({"sliding_window": 8, "use_sliding_window": false})), None);
-    let used = |layers: u32| json!({"sliding_window": 8, "use_sliding_window": true, "max_window_layers": layers});
+    let used = |layers: u32| {
+        json!({
+            "sliding_window": 8, "use_sliding_window": true, "max_window_layers": layers
+        })
+    };
     assert_eq!((qwen(used(4)), qwen(used(0))), (None, Some(8)));
-    let types = |kinds: [&str; 4]| json!({"sliding_window": 8, "use_sliding_window": true, "layer_types": kinds});
+    let types = |kinds: [&str; 4]| {
+        json!({
+            "sliding_window": 8, "use_sliding_window": true, "layer_types": kinds
+        })
+    };
     assert_eq!(qwen(types(["full_attention"; 4])), None);
     assert_eq!(qwen(types(["sliding_attention"; 4])), Some(8));
     let mixed = ["full_attention", "full_attention", "full_attention", "sliding_attention"];
