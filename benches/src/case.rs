@@ -40,7 +40,9 @@ pub struct Case {
 impl Case {
     /// `rows` rows for `kernel`, whose regime must serve that many.
     pub fn new(kernel: &Kernel, rows: usize) -> Result<Case, Error> {
-        let mut setup = Setup { buffers: Vec::new() };
+        // As the backend does: one row of a small op is not worth waking anybody.
+        let is_alone = rows == 1 && kernel.regime == RowRegime::Any;
+        let mut setup = Setup { buffers: Vec::new(), is_alone };
         let (call, work) = match kernel.run {
             KernelFn::Embed(run) => embed(&mut setup, kernel, run, rows)?,
             KernelFn::RmsNorm(run) => rms_norm(&mut setup, kernel, run, rows)?,
@@ -114,6 +116,8 @@ struct Call<A> {
     run: Run<A>,
     args: Vec<A>,
     next: usize,
+    /// Whether only the calling thread takes part.
+    is_alone: bool,
     /// What the arguments point into.
     _buffers: Vec<Memory>,
 }
@@ -131,15 +135,19 @@ unsafe impl<A> Sync for Shared<'_, A> {}
 impl<A> Invoke for Call<A> {
     fn invoke(&mut self, team: &mut Team, scratch: &mut Scratch) {
         let run = self.run;
-        let count = team.len();
+        let count = if self.is_alone { 1 } else { team.len() };
         let places: Vec<*mut u8> = scratch.0.iter_mut().map(Memory::ptr_mut).collect();
         let shared = &Shared { args: &self.args[self.next], scratch: &places };
-        team.run(&move |idx| {
+        let job = move |idx: usize| {
             let share = Share { idx, count, scratch: shared.scratch[idx] };
             // SAFETY: `Case::new` made the arguments for this kernel, its target was chosen by what
             // the machine has, and scratch is as large as the largest kernel wants.
             unsafe { run(shared.args, share) }
-        });
+        };
+        match self.is_alone {
+            true => job(0),
+            false => team.run(&job),
+        }
         self.next = (self.next + 1) % self.args.len();
     }
 }
@@ -149,6 +157,7 @@ type Made = Result<(Box<dyn Invoke>, Work), Error>;
 /// Allocates what arguments point to.
 struct Setup {
     buffers: Vec<Memory>,
+    is_alone: bool,
 }
 
 impl Setup {
@@ -198,7 +207,8 @@ impl Setup {
     }
 
     fn call<A: 'static>(&mut self, run: Run<A>, args: Vec<A>) -> Box<dyn Invoke> {
-        Box::new(Call { run, args, next: 0, _buffers: std::mem::take(&mut self.buffers) })
+        let is_alone = self.is_alone;
+        Box::new(Call { run, args, next: 0, is_alone, _buffers: std::mem::take(&mut self.buffers) })
     }
 }
 

@@ -1,8 +1,8 @@
-//! Fused AWQ-dequant matmul `[rows, K] × [N, K]ᵀ`: 4-bit weights, a float16 scale and a 4-bit zero per
-//! group, float32 or int8 rows.
+//! Fused AWQ-dequant matmul `[rows, K] × [N, K]ᵀ`: 4-bit weights, a float16 scale and a 4-bit zero
+//! per group, float32 or int8 rows.
 //!
-//! Bound: one row streams (0.5 + 3 / GROUP) · N · K bytes; many int8 rows are bound by the dot rate.
-//! Packed weights are panels of `COLS` tiles of `LANES` columns, the last panel narrower:
+//! Bound: one row streams (0.5 + 3 / GROUP) · N · K bytes; many int8 rows are bound by the dot
+//! rate. Packed weights are panels of `COLS` tiles of `LANES` columns, the last panel narrower:
 //!
 //! ```text
 //! weight         [panel][k / 8][tile][lane][4]   byte j: input k+j low nibble, input k+4+j high
@@ -12,9 +12,9 @@
 //! so that `line & 0x0f` and `line >> 4 & 0x0f` are at once the unsigned operands of two byte dot
 //! products with inputs k..k+4 and k+4..k+8 broadcast as one word each.
 //!
-//! int8 rows: Σ (q − z)·a is exact in integers (Σ q·a − z·Σ a), then scaled and added in group order.
-//! Float rows: weights become float32 `(q − z) · scale` and one chain over k adds them in order.
-//! Neither depends on the number of rows or on the split over threads.
+//! int8 rows: Σ (q − z)·a is exact in integers (Σ q·a − z·Σ a), then scaled and added in group
+//! order. Float rows: weights become float32 `(q − z) · scale` and one chain over k adds them in
+//! order. Neither depends on the number of rows or on the split over threads.
 
 use super::abi::{AwqGemmArgs, Share, int8_stride};
 use super::gemm::{

@@ -1,8 +1,9 @@
 //! Vector types that kernels are written over: one template body serves every instruction set.
 //!
-//! A kernel body is an `#[inline(always)]` function generic over [`Simd`]; the generated shell around
-//! it carries the `#[target_feature]`, so that all of these methods become single instructions there.
-//! Bodies use plain loops and no closures: a closure would be a function without those features.
+//! A kernel body is an `#[inline(always)]` function generic over [`Simd`]; the generated shell
+//! around it carries the `#[target_feature]`, so that all of these methods become single
+//! instructions there. Bodies use plain loops and no closures: a closure would be a function
+//! without those features.
 
 /// A float32 vector register, its integer twin, and what kernels do with them.
 ///
@@ -13,8 +14,8 @@
 pub trait Simd: Copy + 'static {
     /// float32 lanes; also the columns of a packed weight tile.
     const LANES: usize;
-    /// What [`Simd::dot_i8`] adds per activation: its weights are bytes `w + 128`, and the result is
-    /// `Σ w·a + DOT_I8_BIAS · Σ a`.
+    /// What [`Simd::dot_i8`] adds per activation: its weights are bytes `w + 128`, and the result
+    /// is `Σ w·a + DOT_I8_BIAS · Σ a`.
     const DOT_I8_BIAS: i32;
     /// Largest register block: rows, and vectors beside each other.
     const BLOCK_ROWS: usize;

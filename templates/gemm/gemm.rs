@@ -1,16 +1,16 @@
 //! Dense matmul `[rows, K] × [N, K]ᵀ`, float rows with f32, f16 or bf16 weights, or int8 rows with
 //! int8 weights per output channel.
 //!
-//! Bound: one row reads every weight once (bytes / bandwidth); many rows are bound by the dot or FMA
-//! rate. Packed weights are panels of `COLS` tiles of `LANES` columns, the last panel narrower:
+//! Bound: one row reads every weight once (bytes / bandwidth); many rows are bound by the dot or
+//! FMA rate. Packed weights are panels of `COLS` tiles of `LANES` columns, the last panel narrower:
 //!
 //! ```text
 //! float  [panel][k][tile][lane]                 elements of E
 //! int8   [panel][k / 4][tile][lane][4]          bytes w + 128
 //! ```
 //!
-//! Every output is one chain over k in order, so its bits depend neither on the number of rows nor on
-//! how columns and rows are split over threads.
+//! Every output is one chain over k in order, so its bits depend neither on the number of rows nor
+//! on how columns and rows are split over threads.
 
 use super::abi::{GemmArgs, Share, int8_stride};
 use super::simd::{Element, Simd};
@@ -90,8 +90,8 @@ macro_rules! for_row_blocks {
 }
 pub(crate) use for_row_blocks;
 
-/// Tiles that threads share out together: pairs where there are pairs, because every size of a block
-/// is code of its own.
+/// Tiles that threads share out together: pairs where there are pairs, because every size of a
+/// block is code of its own.
 pub const fn tile_unit<S: Simd, const N: usize>() -> usize {
     if N.div_ceil(S::LANES).is_multiple_of(2) { 2 } else { 1 }
 }
@@ -274,8 +274,8 @@ unsafe fn unpack<S: Simd, E: Element, const K: usize, const C: usize>(
     }
 }
 
-/// Adds inputs `k0..k1` of `R` rows times an unpacked panel `[k][C tiles]` to `out`, which starts at
-/// zero for `k0 == 0`.
+/// Adds inputs `k0..k1` of `R` rows times an unpacked panel `[k][C tiles]` to `out`, which starts
+/// at zero for `k0 == 0`.
 ///
 /// # Safety
 /// `x` is `[rows, K]`, `out` is `[rows, N]`, both with `row + R` rows.

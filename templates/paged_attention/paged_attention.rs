@@ -1,7 +1,8 @@
 //! Causal attention over KV pages with an online softmax, page by page.
 //!
-//! A unit of work is a run of query rows of one sequence that share a KV head: row `r` is query head
-//! `r % GROUP` of token `r / GROUP`, so the query heads of a KV head read its pages once for all.
+//! A unit of work is a run of query rows of one sequence that share a KV head: row `r` is query
+//! head `r % GROUP` of token `r / GROUP`, so the query heads of a KV head read its pages once for
+//! all.
 //!
 //! Reduction order: a row visits its pages in ascending order from the first it sees; scores add
 //! over dimensions, outputs over tokens, one after the other in separate lanes. A token that a row
@@ -688,7 +689,8 @@ impl<
         row: usize,
         page: Page,
     ) -> usize {
-        // NOTE: the tokens that any of the tile's rows sees; the others may never have been written.
+        // NOTE: the tokens that any of the tile's rows sees; the others may never have been
+        // written.
         let last = (row + R).min(rows.num) - 1;
         let (first, _) = Self::places(rows, row, page.begin);
         let (_, end) = Self::places(rows, last, page.begin);

@@ -43,7 +43,8 @@ pub unsafe fn quantize_row<S: Simd, const K: usize, const GROUP: usize>(
             let x = x.add(group * GROUP);
             let q = q.add(group * GROUP);
             let absmax = group_absmax::<S, GROUP>(x);
-            // NOTE: a group of zeros keeps scale 0 and q 0; a NaN or infinity spreads through the scale.
+            // NOTE: a group of zeros keeps scale 0 and q 0; a NaN or infinity spreads through the
+            // scale.
             let inverse = if absmax > 0.0 { 127.0 / absmax } else { 0.0 };
             *scales.add(group) = absmax * (1.0 / 127.0);
             *sums.add(group) = quantize_group::<S, GROUP>(x, q, inverse);

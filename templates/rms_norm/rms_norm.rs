@@ -9,8 +9,8 @@ use super::abi::{RmsNormArgs, Share};
 use super::quantize::quantize_row;
 use super::simd::Simd;
 
-/// Normalizes rows `share.idx, share.idx + share.count, …`; `GROUP` 0 writes float32, else int8 with
-/// that group.
+/// Normalizes rows `share.idx, share.idx + share.count, …`; `GROUP` 0 writes float32, else int8
+/// with that group.
 ///
 /// # Safety
 /// `args` as documented on its fields; the instruction set of `S`.

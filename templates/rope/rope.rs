@@ -3,9 +3,9 @@
 //! Rotation as in Hugging Face models: element `i` of the first half of the rotary dimensions pairs
 //! with element `i` of the second half; dimensions beyond them pass through.
 //!
-//! Bound: reads a row of q, k, v and writes q and the pages once. K is stored transposed, so a token
-//! touches `head_dim` cache lines; consecutive tokens of a page touch the same ones, hence threads
-//! take consecutive rows.
+//! Bound: reads a row of q, k, v and writes q and the pages once. K is stored transposed, so a
+//! token touches `head_dim` cache lines; consecutive tokens of a page touch the same ones, hence
+//! threads take consecutive rows.
 
 use super::abi::{RopeArgs, Share};
 use super::pages::{KvElement, head_bytes, page_bytes, params_offset, v_offset};
@@ -188,7 +188,8 @@ unsafe fn scatter<T: Copy>(x: *const T, at: *mut T, len: usize, stride: usize) {
     }
 }
 
-/// Replaces a head by its levels 0..=255 and returns scale and zero: value = (level − zero) · scale.
+/// Replaces a head by its levels 0..=255 and returns scale and zero: value = (level − zero) ·
+/// scale.
 #[inline(always)]
 unsafe fn quantize<S: Simd, const HEAD_DIM: usize>(x: *mut f32) -> (f32, f32) {
     // SAFETY: x holds HEAD_DIM values and room for a vector beyond.

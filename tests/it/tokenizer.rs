@@ -29,10 +29,14 @@ pub(crate) fn byte_tokenizer() -> Value {
         (0..=255u8).map(|byte| (byte_char(byte).to_string(), byte.into())).collect();
     vocab.insert("he".into(), 256.into());
     vocab.insert("ll".into(), 257.into());
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let byte_level = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true
+    });
     json!({
         "version": "1.0",
-        "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+        "truncation": {
+            "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0
+        },
         "padding": null,
         "added_tokens": [{
             "id": 258, "content": "<|end|>", "single_word": false, "lstrip": false,
@@ -215,7 +219,8 @@ fn renders_as_hugging_face_does() {
     check_render("{{ tools is none }} {{ tools is defined }}", "True True");
     check_render("{{ strftime_now('%d %b %Y') }}", "14 Nov 2023");
     check_render(
-        "{% for m in messages[::-1] %}{% generation %}{{ m.role }}{%- endgeneration -%} {% endfor %}",
+        "{% for m in messages[::-1] %}{% generation %}{{ m.role }}\
+         {%- endgeneration -%} {% endfor %}",
         "assistantuser",
     );
     check_render("{{ '{% generation %}' | length }}{% if '%}' == '%}' %}y{% endif %}", "16y");

@@ -11,8 +11,9 @@ use bespoke_kernel_gen::spec::LinearRole;
 
 /// Weights, activations and KV cache of one device, and the ops over them.
 ///
-/// Everything is allocated by the `load_*` and `new_*` methods; the ops allocate nothing. Row counts
-/// are passed with each op: buffers hold `rows_max` rows and ops use the first `num_rows` of them.
+/// Everything is allocated by the `load_*` and `new_*` methods; the ops allocate nothing. Row
+/// counts are passed with each op: buffers hold `rows_max` rows and ops use the first `num_rows` of
+/// them.
 pub trait Backend {
     /// A linear's weights in the layout its kernel wants.
     type Linear;

@@ -2,8 +2,8 @@
 //! parts of the same output.
 //!
 //! Every kernel is `unsafe fn(&Args, Share)`. It computes the part of the output that `Share` names
-//! and nothing else; calling it once for every `idx` in `0..count` computes all of it. Which part is
-//! computed by whom never changes a result.
+//! and nothing else; calling it once for every `idx` in `0..count` computes all of it. Which part
+//! is computed by whom never changes a result.
 
 /// The part of one kernel call that one thread computes, and that thread's scratch memory.
 #[derive(Clone, Copy, Debug)]

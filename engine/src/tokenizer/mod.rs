@@ -32,8 +32,8 @@ pub enum SpecialTokens {
     Omit,
 }
 
-/// A model's tokenizer: `tokenizer.json` with what `tokenizer_config.json`, `chat_template.jinja` and
-/// `generation_config.json` add to it.
+/// A model's tokenizer: `tokenizer.json` with what `tokenizer_config.json`, `chat_template.jinja`
+/// and `generation_config.json` add to it.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,
@@ -120,8 +120,8 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The text of `ids` without special tokens. Bytes that are no UTF-8 become U+FFFD, ids that the
-    /// tokenizer does not know become nothing.
+    /// The text of `ids` without special tokens. Bytes that are no UTF-8 become U+FFFD, ids that
+    /// the tokenizer does not know become nothing.
     pub fn decode(&self, ids: &[u32]) -> Result<String, Error> {
         self.contain("decode these tokens", || self.inner.decode(ids, true))
     }

@@ -93,7 +93,8 @@ impl TextStream {
     }
 }
 
-/// Cuts a stream of text before the first stop string in it, also where the string arrives in parts.
+/// Cuts a stream of text before the first stop string in it, also where the string arrives in
+/// parts.
 #[derive(Clone, Debug, Default)]
 pub struct StopStrings {
     stops: Vec<String>,

@@ -94,7 +94,11 @@ fn hostile_entries_are_refused() {
 #[test]
 fn overlaps_and_holes_are_refused() {
     let two = |first: [u64; 2], second: [u64; 2]| {
-        let entry = |[start, end]: [u64; 2]| json!({"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]});
+        let entry = |[start, end]: [u64; 2]| {
+            json!({
+                "dtype": "U8", "shape": [end - start], "data_offsets": [start, end]
+            })
+        };
         open_header(&json!({"a": entry(first), "b": entry(second)}).to_string(), 8)
     };
     two([0, 4], [4, 8]).unwrap();

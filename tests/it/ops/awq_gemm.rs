@@ -1,5 +1,5 @@
-//! `awq_gemm` against a naive loop in f64, on every instruction set of this machine, and bit for bit
-//! against itself over row regimes and thread counts.
+//! `awq_gemm` against a naive loop in f64, on every instruction set of this machine, and bit for
+//! bit against itself over row regimes and thread counts.
 
 use super::Random;
 use super::matmul::{
@@ -64,7 +64,8 @@ impl Weights {
     }
 }
 
-/// Relative to Σ |x·w|: float32 rounding of a chain of K terms, K · 2⁻²⁴ at worst, its root as a rule.
+/// Relative to Σ |x·w|: float32 rounding of a chain of K terms, K · 2⁻²⁴ at worst, its root as a
+/// rule.
 fn tolerance(k: usize) -> f64 {
     8.0 * (k as f64).sqrt() * f64::from(f32::EPSILON)
 }

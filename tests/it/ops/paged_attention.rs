@@ -1,4 +1,5 @@
-//! `paged_attention`: decode and prefill against a naive softmax, and against each other bit by bit.
+//! `paged_attention`: decode and prefill against a naive softmax, and against each other bit by
+//! bit.
 
 use bespoke::kernels::abi::{PagedAttentionArgs, SequenceSpan};
 use bespoke::kernels::paged_attention;
@@ -8,9 +9,9 @@ use half::f16;
 use super::{Instance, Random, assert_close, assert_same_bits, instances, run};
 
 /// Values, queries and keys lie in −1..1, and the naive loop reads the stored K and V, so that one
-/// bound holds for all types of them. A score sums `head_dim` products within 2⁻²⁴ each; with random
-/// signs its error is about √128 · 2⁻²⁴ · max score, twice that in the output, and the exponentials
-/// add 2e-7 each.
+/// bound holds for all types of them. A score sums `head_dim` products within 2⁻²⁴ each; with
+/// random signs its error is about √128 · 2⁻²⁴ · max score, twice that in the output, and the
+/// exponentials add 2e-7 each.
 const TOLERANCE: f64 = 1e-5;
 
 const DECODE_SCRATCH_BYTES: usize = 64 * 1024;

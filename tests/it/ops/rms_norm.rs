@@ -7,8 +7,8 @@ use super::{
     Instance, Int8Rows, Random, assert_close, assert_same_bits, float_out, instances, run,
 };
 
-/// Outputs are of the order of 4; the sum of squares and two products round to 2⁻²⁴ each, in sums of
-/// up to `hidden / 8` terms a lane: 4 · 16 · 2⁻²⁴.
+/// Outputs are of the order of 4; the sum of squares and two products round to 2⁻²⁴ each, in sums
+/// of up to `hidden / 8` terms a lane: 4 · 16 · 2⁻²⁴.
 const F32_TOLERANCE: f64 = 4e-6;
 
 struct Input {

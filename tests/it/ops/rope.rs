@@ -61,8 +61,8 @@ impl Shape {
         x
     }
 
-    /// K (`part` 0) or V (1) of a slot as the layout's description says, with the largest error that
-    /// the element type may make of `expected`.
+    /// K (`part` 0) or V (1) of a slot as the layout's description says, with the largest error
+    /// that the element type may make of `expected`.
     fn stored(
         &self,
         pages: &[u8],

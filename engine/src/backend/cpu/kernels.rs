@@ -270,9 +270,9 @@ impl Lookup<'_> {
             return Ok(());
         }
         let message = format!(
-            "this binary was not built for {}: {} of its kernels for {} are missing; build one that \
-             has them with `BESPOKE_MODEL=<model folder> cargo build --release`, or run without \
-             generated kernels, slowly, with `--backend reference`",
+            "this binary was not built for {}: {} of its kernels for {} are missing; build one \
+             that has them with `BESPOKE_MODEL=<model folder> cargo build --release`, or run \
+             without generated kernels, slowly, with `--backend reference`",
             shape.name,
             self.missing.len(),
             self.target.name()

@@ -217,7 +217,8 @@ impl Backend for CpuBackend {
             (Packed::Dense { weight }, Matmul::Gemm(regimes)) => {
                 let weight = weight.ptr();
                 let args = GemmArgs { rows, x, weight, scales: std::ptr::null(), bias, out };
-                // SAFETY: sizes and formats were compared above, the weights packed for this kernel.
+                // SAFETY: sizes and formats were compared above, the weights packed for this
+                // kernel.
                 unsafe { run_team(team, scratch, regimes.of(rows), &args) }
             }
             (Packed::Int8 { weight, scales }, Matmul::Gemm(regimes)) => {

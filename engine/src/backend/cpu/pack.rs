@@ -133,8 +133,8 @@ struct Overflow {
 impl Overflow {
     fn at(self, n: usize, k: usize) -> Error {
         Error::Unsupported(format!(
-            "weight [{n}, {k}] = {} does not fit {}, the dtype of config.json; set dtype to the type \
-             the weights are stored in",
+            "weight [{n}, {k}] = {} does not fit {}, the dtype of config.json; set dtype to the \
+             type the weights are stored in",
             self.value,
             self.dtype.name()
         ))

@@ -1,8 +1,8 @@
 //! A persistent team of threads that enters a parallel region in a fraction of a microsecond.
 //!
-//! Workers wait for the next region by spinning for a bounded time and then park; so does the caller
-//! while it waits for them. An unbounded spin would cost milliseconds a region as soon as two threads
-//! share a core, which CPU quotas make common.
+//! Workers wait for the next region by spinning for a bounded time and then park; so does the
+//! caller while it waits for them. An unbounded spin would cost milliseconds a region as soon as
+//! two threads share a core, which CPU quotas make common.
 
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -73,8 +73,8 @@ impl Team {
         false
     }
 
-    /// Calls `job(idx)` once for every `idx` in `0..len()`, each on its own thread, `job(0)` here, and
-    /// returns when all have returned. Panics if any of them did; the team stays usable.
+    /// Calls `job(idx)` once for every `idx` in `0..len()`, each on its own thread, `job(0)` here,
+    /// and returns when all have returned. Panics if any of them did; the team stays usable.
     pub fn run(&mut self, job: &(dyn Fn(usize) + Sync)) {
         if self.workers.is_empty() {
             return job(0);

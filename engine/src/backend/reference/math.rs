@@ -18,7 +18,8 @@ pub(crate) struct Matrix<'a> {
 }
 
 impl Matrix<'_> {
-    /// `out[i, row] = weight[i] · x[row] + bias[i]` with `x` `[num_rows, k]`, `out` `[n, num_rows]`.
+    /// `out[i, row] = weight[i] · x[row] + bias[i]` with `x` `[num_rows, k]`,
+    /// `out` `[n, num_rows]`.
     pub(crate) fn multiply(&self, x: &[f32], out: &mut [f32], num_threads: usize) {
         let num_rows = x.len() / self.k;
         let work = num_rows * self.n * self.k;
