@@ -148,7 +148,8 @@ fn sizes_change_the_generated_kernels() {
     let shape = preset("smollm2-135m-awq");
     let before = generated(&shape);
     assert!(before.kernels_rs.contains("awq_gemm_n3072_k576_g64_int8_few__avx512"));
-    let changes: [(fn(&mut ModelShape), &str); 3] = [
+    type Change = fn(&mut ModelShape);
+    let changes: [(Change, &str); 3] = [
         (|shape| shape.gate_up.format = awq(GroupSize::Of(32)), "awq_gemm_n3072_k576_g32_int8_few"),
         (|shape| shape.gate_up.n = 3136, "awq_gemm_n3136_k576_g64_int8_few"),
         (|shape| shape.head_dim = 72, "rope_h9_v3_d72_r64_p32_f16"),

@@ -29,7 +29,7 @@ impl Input {
             1 => Some((0..rows as u32).rev().collect()),
             _ => Some(vec![rows as u32 - 1]),
         };
-        let delta = (seed % 2 == 0).then(|| random.floats(rows * hidden));
+        let delta = seed.is_multiple_of(2).then(|| random.floats(rows * hidden));
         let weight = random.floats(hidden);
         Input { residual: random.floats(rows * hidden), delta, weight, select }
     }
