@@ -48,7 +48,8 @@ pub struct PackedLinear {
 impl PackedLinear {
     /// All zeros. `n` must be a multiple of 8 and `k` one of `group`.
     pub fn new(n: usize, k: usize, group: usize) -> PackedLinear {
-        assert!(n % PACK == 0 && group > 0 && k % group == 0, "{n} × {k} in groups of {group}");
+        assert!(n.is_multiple_of(PACK), "{n} outputs do not fill words");
+        assert!(group > 0 && k.is_multiple_of(group), "{k} inputs in groups of {group}");
         let blocks = n / PACK;
         PackedLinear {
             n,

@@ -337,7 +337,7 @@ fn read_tensor_info<R: Read + Seek>(cursor: &mut Cursor<R>) -> Result<(String, T
 fn tensor_bytes(dims: &[u64], format: BlockFormat) -> Option<u64> {
     let elements = dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d))?;
     let per_block = format.elements() as u64;
-    if elements == 0 || dims[0] % per_block != 0 {
+    if elements == 0 || !dims[0].is_multiple_of(per_block) {
         return None;
     }
     (elements / per_block).checked_mul(format.bytes() as u64)
