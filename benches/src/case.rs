@@ -219,20 +219,51 @@ fn wrong_spec(kernel: &Kernel) -> ! {
     panic!("{}: the entry is for another op than {:?}", kernel.symbol, kernel.spec)
 }
 
+/// Packed weights of a linear with its scales and zeros, and its operations on `rows` rows.
+/// Activations are not counted.
+///
+/// Panics for other ops.
+pub fn linear_work(kernel: &Kernel, rows: usize) -> Work {
+    let lanes = kernel.target.lanes();
+    match kernel.spec {
+        KernelSpec::AwqGemm { n, k, group, activation } => {
+            let group = activation_group(k, group).expect("a plan has no group it cannot pack");
+            let panels = Panels { n, k, lanes, cols: kernel.cols };
+            // Half a byte a weight, a float16 scale and a byte for the zero of a group.
+            let memory_bytes = panels.padded_n() * (k / 2 + k / group * 3);
+            let ops = 2 * rows * n * k;
+            match activation {
+                ActivationType::Float => Work { memory_bytes, fma_ops: ops, ..Work::default() },
+                ActivationType::Int8 => Work { memory_bytes, dot_ops: ops, ..Work::default() },
+            }
+        }
+        KernelSpec::Gemm { n, k, weight } => {
+            let panels = Panels { n, k, lanes, cols: kernel.cols };
+            let memory_bytes = panels.padded_n() * k * weight.size();
+            let ops = 2 * rows * n * k;
+            match weight {
+                DType::I8 => Work { memory_bytes, dot_ops: ops, ..Work::default() },
+                _ => Work { memory_bytes, fma_ops: ops, ..Work::default() },
+            }
+        }
+        _ => wrong_spec(kernel),
+    }
+}
+
 fn awq_gemm(setup: &mut Setup, kernel: &Kernel, run: Run<AwqGemmArgs>, rows: usize) -> Made {
     let KernelSpec::AwqGemm { n, k, group, activation } = kernel.spec else { wrong_spec(kernel) };
-    let group = activation_group(k, group).expect("a plan has no group that cannot be packed");
+    let group = activation_group(k, group).expect("a plan has no group it cannot pack");
     let format = match activation {
         ActivationType::Float => RowFormat::F32,
         ActivationType::Int8 => RowFormat::I8 { group },
     };
     let panels = Panels { n, k, lanes: kernel.target.lanes(), cols: kernel.cols };
     let num_params = panels.padded_n() * (k / group);
-    let weight_bytes = panels.padded_n() * k / 2 + num_params * 3;
+    let work = linear_work(kernel, rows);
     let x = setup.rows_in(rows, k, format)?;
     let out = setup.floats(rows * n)?;
     let mut args = Vec::new();
-    for _ in 0..num_copies(weight_bytes) {
+    for _ in 0..num_copies(work.memory_bytes) {
         let weight = setup.bytes(panels.padded_n() * k / 2)?;
         let scales = setup.bytes(num_params * 2)?.cast();
         let zeros = setup.bytes(num_params)?;
@@ -240,17 +271,8 @@ fn awq_gemm(setup: &mut Setup, kernel: &Kernel, run: Run<AwqGemmArgs>, rows: usi
         unsafe { zeros.write_bytes(8, num_params) };
         args.push(AwqGemmArgs { rows, x, weight, scales, zeros, bias: std::ptr::null(), out });
     }
-    let ops = 2 * rows * n * k;
-    let mut work = Work {
-        memory_bytes: weight_bytes,
-        cache_bytes: row_bytes(rows, k, format) + rows * n * 4,
-        ..Work::default()
-    };
-    match activation {
-        ActivationType::Float => work.fma_ops = ops,
-        ActivationType::Int8 => work.dot_ops = ops,
-    }
-    Ok((setup.call(run, args), work))
+    let cache_bytes = row_bytes(rows, k, format) + rows * n * 4;
+    Ok((setup.call(run, args), Work { cache_bytes, ..work }))
 }
 
 fn gemm(setup: &mut Setup, kernel: &Kernel, run: Run<GemmArgs>, rows: usize) -> Made {
@@ -261,7 +283,7 @@ fn gemm(setup: &mut Setup, kernel: &Kernel, run: Run<GemmArgs>, rows: usize) -> 
         None => RowFormat::F32,
     };
     let panels = Panels { n, k, lanes: kernel.target.lanes(), cols: kernel.cols };
-    let weight_bytes = panels.padded_n() * k * dtype.size();
+    let work = linear_work(kernel, rows);
     let x = setup.rows_in(rows, k, format)?;
     let out = setup.floats(rows * n)?;
     let scales = match is_int8 {
@@ -269,21 +291,16 @@ fn gemm(setup: &mut Setup, kernel: &Kernel, run: Run<GemmArgs>, rows: usize) -> 
         false => std::ptr::null_mut(),
     };
     let mut args = Vec::new();
-    for _ in 0..num_copies(weight_bytes) {
-        let weight = setup.bytes(weight_bytes)?;
+    for _ in 0..num_copies(work.memory_bytes) {
+        let weight = setup.bytes(work.memory_bytes)?;
         args.push(GemmArgs { rows, x, weight, scales, bias: std::ptr::null(), out });
     }
-    let ops = 2 * rows * n * k;
-    let work = Work {
-        memory_bytes: weight_bytes,
-        cache_bytes: row_bytes(rows, k, format) + rows * n * 4,
-        dot_ops: if is_int8 { ops } else { 0 },
-        fma_ops: if is_int8 { 0 } else { ops },
-    };
-    Ok((setup.call(run, args), work))
+    let cache_bytes = row_bytes(rows, k, format) + rows * n * 4;
+    Ok((setup.call(run, args), Work { cache_bytes, ..work }))
 }
 
-fn kv_page_bytes(kv: KvDType, num_kv_heads: usize, head_dim: usize, page_size: usize) -> usize {
+/// Bytes of a page of one layer.
+pub fn kv_page_bytes(kv: KvDType, num_kv_heads: usize, head_dim: usize, page_size: usize) -> usize {
     let (element_size, quantized) = match kv {
         KvDType::F32 => (4, false),
         KvDType::F16 => (2, false),

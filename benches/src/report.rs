@@ -36,8 +36,13 @@ impl Samples {
             call();
         }
         let total = start.elapsed();
-        self.0.push(total.div_f64(num_calls.max(1) as f64));
+        self.add(total.div_f64(num_calls.max(1) as f64));
         total
+    }
+
+    /// Remembers the time of one call.
+    pub fn add(&mut self, time: Duration) {
+        self.0.push(time);
     }
 
     /// The middle of the samples; `None` without any.
@@ -75,8 +80,8 @@ impl Report {
         let _ = write!(
             text,
             "{}.\n\
-             The limits were measured in this run; the share is the time that the binding one allows \
-             over the median time of a call.\n\n\
+             The limits were measured in this run; the share is the time that the binding one \
+             allows over the median time of a call.\n\n\
              | group | kernel | rows | µs | GB/s | GOP/s | share | bound |\n\
              |---|---|---|---|---|---|---|---|\n",
             self.limits.line()

@@ -18,17 +18,17 @@ use crate::target::Target;
 pub fn build() {
     println!("cargo::rerun-if-env-changed=BESPOKE_MODEL");
     let models = std::env::var("BESPOKE_MODEL").unwrap_or_default();
-    finish(shapes(&models).and_then(|shapes| generate_into_out_dir(&shapes)));
+    finish(shapes(&models).and_then(|shapes| generate_into_out_dir(&shapes, &Target::ALL)));
 }
 
 /// Generates kernels for `config.json` files, such as those of a test's models, into `OUT_DIR`.
-pub fn build_configs(configs: &[PathBuf]) {
+pub fn build_configs(configs: &[PathBuf], targets: &[Target]) {
     let shape = |path: &PathBuf| {
         rerun_if_changed(path);
         presets::shape(&path.to_string_lossy(), &[PathBuf::new()])
     };
     let shapes: Result<Vec<ModelShape>, Error> = configs.iter().map(shape).collect();
-    finish(shapes.and_then(|shapes| generate_into_out_dir(&shapes)));
+    finish(shapes.and_then(|shapes| generate_into_out_dir(&shapes, targets)));
 }
 
 fn finish(result: Result<(), Error>) {
@@ -63,12 +63,12 @@ fn shapes(models: &str) -> Result<Vec<ModelShape>, Error> {
     names.iter().map(shape).collect()
 }
 
-fn generate_into_out_dir(shapes: &[ModelShape]) -> Result<(), Error> {
+fn generate_into_out_dir(shapes: &[ModelShape], targets: &[Target]) -> Result<(), Error> {
     let Some(folder) = std::env::var_os("OUT_DIR").map(PathBuf::from) else {
         let message = "OUT_DIR is not set; call this from a build script".to_string();
         return Err(Error::Source { position: "environment".to_string(), message });
     };
-    let Generated { kernels_rs, kernels_json } = crate::generate(shapes, &Target::ALL)?;
+    let Generated { kernels_rs, kernels_json } = crate::generate(shapes, targets)?;
     write_if_changed(&folder.join("kernels.rs"), &kernels_rs)?;
     write_if_changed(&folder.join("kernels.json"), &kernels_json)
 }

@@ -16,7 +16,7 @@ pub trait Simd: Copy + 'static {
     /// What [`Simd::dot_i8`] adds per activation: its weights are bytes `w + 128`, and the result is
     /// `Σ w·a + DOT_I8_BIAS · Σ a`.
     const DOT_I8_BIAS: i32;
-    /// Largest register block of a matmul: rows, and weight tiles beside each other.
+    /// Largest register block: rows, and vectors beside each other.
     const BLOCK_ROWS: usize;
     const BLOCK_TILES: usize;
     type F32: Copy;

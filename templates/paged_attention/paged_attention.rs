@@ -108,6 +108,19 @@ struct State {
     kv: *mut f32,
 }
 
+/// One KV head of a page, as stored or converted.
+#[derive(Clone, Copy)]
+struct Page {
+    k: *const u8,
+    v: *const u8,
+    /// int8 only: `[4, PAGE]`.
+    params: *const f32,
+    /// The page's first token.
+    begin: usize,
+    /// Bytes from here to the sequence's next page, 0 behind the last.
+    next: isize,
+}
+
 /// The order of all rows of a step, cut into `count` parts of equal cost.
 struct Split {
     idx: u64,
@@ -153,19 +166,21 @@ impl<
     const GROUP: usize = HEADS / KV_HEADS;
     /// Vectors of a head.
     const VECS: usize = HEAD_DIM.div_ceil(S::LANES);
-    /// Rows that a register tile of prefill takes: scores, then outputs.
-    const SCORE_ROWS: usize = if S::LANES == 16 { 12 } else { 6 };
-    const OUT_ROWS: usize = 6;
 
-    /// Most rows of a unit.
+    /// Most rows of a unit: the more, the more use is made of a page in cache.
     const fn rows_max(many: bool) -> usize {
-        if many { 48 } else { 16 }
+        match (many, HEAD_DIM) {
+            (true, ..=128) => 96,
+            (true, _) => 48,
+            (false, _) => 16,
+        }
     }
 
-    /// Whether pages are first converted to float32: for the many rows of prefill, and for heads
-    /// shorter than a vector, whose last rows cannot be loaded in place.
+    /// Whether pages are first converted to float32: where register tiles are too small to hide the
+    /// conversion, and for heads shorter than a vector, whose last rows cannot be loaded in place.
     const fn copies(many: bool) -> bool {
-        (many && KV::SIZE != KvF32::SIZE) || HEAD_DIM < S::LANES
+        let tile = S::BLOCK_TILES >= if many { 4 } else { 2 };
+        (!tile && KV::SIZE != KvF32::SIZE) || HEAD_DIM < S::LANES
     }
 
     #[inline(always)]
@@ -246,9 +261,11 @@ impl<
             let (first, end) = split.next(unit.num, Self::row_cost(&unit));
             if first < end {
                 let rows = Rows { first: unit.first + first, num: end - first, ..unit };
-                // SAFETY: as the caller promises; few rows do not pay for a converted page.
+                // NOTE: a few rows would leave most of prefill's large tiles empty.
+                let many = S::BLOCK_TILES == 1 || rows.num > 4;
+                // SAFETY: as the caller promises.
                 unsafe {
-                    if MANY && rows.num > 4 {
+                    if MANY && many {
                         Self::attend::<true>(args, &rows, share.scratch);
                     } else {
                         Self::attend::<false>(args, &rows, share.scratch);
@@ -290,10 +307,14 @@ impl<
             let (first, _) = Self::visible(rows, 0);
             let (_, end) = Self::visible(rows, rows.num - 1);
             let mut page_idx = first / PAGE;
+            let mut head = Self::head(args, rows, *table.add(page_idx));
             while page_idx * PAGE < end {
-                let head = Self::head(args, rows, *table.add(page_idx));
-                Self::page::<MANY>(rows, &state, page_idx * PAGE, head);
+                let begin = page_idx * PAGE;
                 page_idx += 1;
+                let more = page_idx * PAGE < end;
+                let next = if more { Self::head(args, rows, *table.add(page_idx)) } else { head };
+                Self::page::<MANY>(rows, &state, begin, head, next);
+                head = next;
             }
             Self::finish(args, rows, &state);
         }
@@ -368,21 +389,30 @@ impl<
 
     /// Adds one page, whose first token is `begin`, to the rows of a unit.
     #[inline(always)]
-    unsafe fn page<const MANY: bool>(rows: &Rows, state: &State, begin: usize, head: *const u8) {
+    unsafe fn page<const MANY: bool>(
+        rows: &Rows,
+        state: &State,
+        begin: usize,
+        head: *const u8,
+        next: *const u8,
+    ) {
         // SAFETY: `head` is a head's block in a page.
         unsafe {
             let v = head.add(v_offset(KV::SIZE, HEAD_DIM, PAGE));
             let params: *const f32 = head.add(params_offset(KV::SIZE, HEAD_DIM, PAGE)).cast();
+            let next = (next as isize).wrapping_sub(head as isize);
+            let page = Page { k: head, v, params, begin, next };
             if Self::copies(MANY) {
                 Self::convert(head, params, state.kv);
-                Self::scores::<MANY, KvF32>(rows, state, state.kv.cast(), params);
-                Self::probabilities(rows, state, begin, params);
                 let v = state.kv.add(PAGE * HEAD_DIM).cast();
-                Self::outputs::<MANY, KvF32>(rows, state, begin, v, params);
-            } else {
-                Self::scores::<MANY, KV>(rows, state, head, params);
+                let copy = Page { k: state.kv.cast(), v, next: 0, ..page };
+                Self::scores::<MANY, KvF32>(rows, state, copy);
                 Self::probabilities(rows, state, begin, params);
-                Self::outputs::<MANY, KV>(rows, state, begin, v, params);
+                Self::outputs::<MANY, KvF32>(rows, state, copy);
+            } else {
+                Self::scores::<MANY, KV>(rows, state, page);
+                Self::probabilities(rows, state, begin, params);
+                Self::outputs::<MANY, KV>(rows, state, page);
             }
         }
     }
@@ -430,69 +460,55 @@ impl<
 
     /// Scores of all rows against the page's keys.
     #[inline(always)]
-    unsafe fn scores<const MANY: bool, L: KvElement>(
-        rows: &Rows,
-        state: &State,
-        k: *const u8,
-        params: *const f32,
-    ) {
+    unsafe fn scores<const MANY: bool, L: KvElement>(rows: &Rows, state: &State, page: Page) {
         // SAFETY: rows below rows_max.
         unsafe {
             let mut row = 0;
-            while MANY && row < rows.num {
-                if S::LANES == 16 {
-                    Self::score_tile::<L, 12>(state, row, k, params);
-                } else {
-                    Self::score_tile::<L, 6>(state, row, k, params);
-                }
-                row += Self::SCORE_ROWS;
-            }
-            while row + 4 <= rows.num {
-                Self::score_tile::<L, 4>(state, row, k, params);
-                row += 4;
-            }
-            if row + 3 == rows.num {
-                Self::score_tile::<L, 3>(state, row, k, params);
-            } else if row + 2 == rows.num {
-                Self::score_tile::<L, 2>(state, row, k, params);
-            } else if row + 1 == rows.num {
-                Self::score_tile::<L, 1>(state, row, k, params);
+            while row < rows.num {
+                row += match (MANY, S::BLOCK_TILES, rows.num - row) {
+                    (true, 4.., _) => Self::score_tile::<L, 12>(state, row, page),
+                    (true, 2.., _) => Self::score_tile::<L, 6>(state, row, page),
+                    (false, _, 1) => Self::score_tile::<L, 1>(state, row, page),
+                    (_, ..2, _) | (_, _, 2) => Self::score_tile::<L, 2>(state, row, page),
+                    (_, _, 3) => Self::score_tile::<L, 3>(state, row, page),
+                    _ => Self::score_tile::<L, 4>(state, row, page),
+                };
             }
         }
     }
 
+    /// Scores of `R` rows with all tokens of the page; returns `R`.
     #[inline(always)]
     unsafe fn score_tile<L: KvElement, const R: usize>(
         state: &State,
         row: usize,
-        k: *const u8,
-        params: *const f32,
-    ) {
+        page: Page,
+    ) -> usize {
         // SAFETY: offsets stay inside the page and the rows of scratch.
         unsafe {
-            let (q, p) = (state.q.add(row * HEAD_DIM), state.p.add(row * PAGE));
             let mut token = 0;
             while token + 2 * S::LANES <= PAGE {
-                Self::score_vecs::<L, R, 2>(q, k, params, p, token);
+                Self::score_vecs::<L, R, 2>(state, row, page, token);
                 token += 2 * S::LANES;
             }
             if token < PAGE {
-                Self::score_vecs::<L, R, 1>(q, k, params, p, token);
+                Self::score_vecs::<L, R, 1>(state, row, page, token);
             }
         }
+        R
     }
 
-    /// Scores of `R` rows with `C` vectors of tokens.
+    /// Scores of `R` rows with `C` vectors of tokens from `token` on.
     #[inline(always)]
     unsafe fn score_vecs<L: KvElement, const R: usize, const C: usize>(
-        q: *const f32,
-        k: *const u8,
-        params: *const f32,
-        p: *mut f32,
+        state: &State,
+        row: usize,
+        page: Page,
         token: usize,
     ) {
-        // SAFETY: k is [HEAD_DIM, PAGE], q [R, HEAD_DIM], p [R, PAGE].
+        // SAFETY: k is [HEAD_DIM, PAGE], q [rows, HEAD_DIM], p [rows, PAGE].
         unsafe {
+            let (q, p) = (state.q.add(row * HEAD_DIM), state.p.add(row * PAGE));
             let mut sums = [[S::zero(); C]; R];
             let mut dim = 0;
             while dim < HEAD_DIM {
@@ -500,9 +516,11 @@ impl<
                 let mut c = 0;
                 while c < C {
                     let place = token + c * S::LANES;
-                    keys[c] = L::load::<S>(k.add((dim * PAGE + place) * L::SIZE));
+                    let k = page.k.add((dim * PAGE + place) * L::SIZE);
+                    Self::prefetch::<L, R>(page, k, c);
+                    keys[c] = L::load::<S>(k);
                     if L::QUANTIZED {
-                        keys[c] = S::sub(keys[c], S::load(params.add(PAGE + place)));
+                        keys[c] = S::sub(keys[c], S::load(page.params.add(PAGE + place)));
                     }
                     c += 1;
                 }
@@ -527,6 +545,17 @@ impl<
                 }
                 r += 1;
             }
+        }
+    }
+
+    /// Asks for what vector `c` at `p` is in the next page: decode waits for memory, and pages lie
+    /// anywhere.
+    #[inline(always)]
+    unsafe fn prefetch<L: KvElement, const R: usize>(page: Page, p: *const u8, c: usize) {
+        // NOTE: tiles of more than four rows are prefill's, which uses a page many times.
+        if R <= 4 && (c * S::LANES * L::SIZE).is_multiple_of(64) {
+            // SAFETY: a prefetch does not access memory.
+            unsafe { S::prefetch(p.wrapping_offset(page.next)) }
         }
     }
 
@@ -635,69 +664,51 @@ impl<
 
     /// Adds probability · value of the page to the outputs of all rows.
     #[inline(always)]
-    unsafe fn outputs<const MANY: bool, L: KvElement>(
-        rows: &Rows,
-        state: &State,
-        begin: usize,
-        v: *const u8,
-        params: *const f32,
-    ) {
-        // SAFETY: rows below rows_max; tokens that some row of the tile sees are written.
+    unsafe fn outputs<const MANY: bool, L: KvElement>(rows: &Rows, state: &State, page: Page) {
+        // SAFETY: rows below rows_max.
         unsafe {
-            let zeros = params.add(3 * PAGE);
             let mut row = 0;
-            while MANY && row < rows.num {
-                let tokens = Self::tile_places(rows, row, Self::OUT_ROWS, begin);
-                Self::out_tile::<L, 6>(state, row, v, zeros, tokens);
-                row += Self::OUT_ROWS;
-            }
-            while row + 4 <= rows.num {
-                let tokens = Self::tile_places(rows, row, 4, begin);
-                Self::out_tile::<L, 4>(state, row, v, zeros, tokens);
-                row += 4;
-            }
-            if row < rows.num {
-                let tokens = Self::tile_places(rows, row, 4, begin);
-                match rows.num - row {
-                    3 => Self::out_tile::<L, 3>(state, row, v, zeros, tokens),
-                    2 => Self::out_tile::<L, 2>(state, row, v, zeros, tokens),
-                    _ => Self::out_tile::<L, 1>(state, row, v, zeros, tokens),
-                }
+            while row < rows.num {
+                row += match (MANY, S::BLOCK_TILES, rows.num - row) {
+                    (true, 2.., _) => Self::out_tile::<L, 6>(rows, state, row, page),
+                    (false, _, 1) => Self::out_tile::<L, 1>(rows, state, row, page),
+                    (_, ..2, _) | (_, _, 2) => Self::out_tile::<L, 2>(rows, state, row, page),
+                    (_, _, 3) => Self::out_tile::<L, 3>(rows, state, row, page),
+                    _ => Self::out_tile::<L, 4>(rows, state, row, page),
+                };
             }
         }
     }
 
-    /// The places of a page that any of `num` rows sees.
-    #[inline(always)]
-    fn tile_places(rows: &Rows, row: usize, num: usize, begin: usize) -> (usize, usize) {
-        let (first, _) = Self::places(rows, row, begin);
-        let (_, end) = Self::places(rows, (row + num).min(rows.num) - 1, begin);
-        (first, end)
-    }
-
+    /// Outputs of `R` rows; returns `R`.
     #[inline(always)]
     unsafe fn out_tile<L: KvElement, const R: usize>(
+        rows: &Rows,
         state: &State,
         row: usize,
-        v: *const u8,
-        zeros: *const f32,
-        tokens: (usize, usize),
-    ) {
+        page: Page,
+    ) -> usize {
+        // NOTE: the tokens that any of the tile's rows sees; the others may never have been written.
+        let last = (row + R).min(rows.num) - 1;
+        let (first, _) = Self::places(rows, row, page.begin);
+        let (_, end) = Self::places(rows, last, page.begin);
+        let tokens = (first, end);
         // SAFETY: vectors below VECS.
         unsafe {
             let mut vec = 0;
-            while S::LANES == 16 && vec + 4 <= Self::VECS {
-                Self::out_vecs::<L, R, 4>(state, row, v, zeros, tokens, vec);
+            while S::BLOCK_TILES >= 4 && vec + 4 <= Self::VECS {
+                Self::out_vecs::<L, R, 4>(state, row, page, tokens, vec);
                 vec += 4;
             }
             while vec + 2 <= Self::VECS {
-                Self::out_vecs::<L, R, 2>(state, row, v, zeros, tokens, vec);
+                Self::out_vecs::<L, R, 2>(state, row, page, tokens, vec);
                 vec += 2;
             }
             if vec < Self::VECS {
-                Self::out_vecs::<L, R, 1>(state, row, v, zeros, tokens, vec);
+                Self::out_vecs::<L, R, 1>(state, row, page, tokens, vec);
             }
         }
+        R
     }
 
     /// Outputs of `R` rows, `C` vectors of each from `vec` on.
@@ -705,8 +716,7 @@ impl<
     unsafe fn out_vecs<L: KvElement, const R: usize, const C: usize>(
         state: &State,
         row: usize,
-        v: *const u8,
-        zeros: *const f32,
+        page: Page,
         tokens: (usize, usize),
         vec: usize,
     ) {
@@ -732,9 +742,12 @@ impl<
                 let mut c = 0;
                 while c < C {
                     let offset = token * HEAD_DIM + Self::vec_offset(vec + c);
-                    values[c] = L::load::<S>(v.add(offset * L::SIZE));
+                    let v = page.v.add(offset * L::SIZE);
+                    Self::prefetch::<L, R>(page, v, vec + c);
+                    values[c] = L::load::<S>(v);
                     if L::QUANTIZED {
-                        values[c] = S::sub(values[c], S::splat(*zeros.add(token)));
+                        let zero = *page.params.add(3 * PAGE + token);
+                        values[c] = S::sub(values[c], S::splat(zero));
                     }
                     c += 1;
                 }

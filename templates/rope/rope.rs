@@ -193,13 +193,7 @@ unsafe fn scatter<T: Copy>(x: *const T, at: *mut T, len: usize, stride: usize) {
 unsafe fn quantize<S: Simd, const HEAD_DIM: usize>(x: *mut f32) -> (f32, f32) {
     // SAFETY: x holds HEAD_DIM values and room for a vector beyond.
     unsafe {
-        let (mut min, mut max) = (*x, *x);
-        let mut i = 1;
-        while i < HEAD_DIM {
-            min = min.min(*x.add(i));
-            max = max.max(*x.add(i));
-            i += 1;
-        }
+        let (min, max) = range::<S, HEAD_DIM>(x);
         let mut scale = (max - min) * (1.0 / 255.0);
         let mut inverse = 1.0 / scale;
         if scale < f32::MIN_POSITIVE {
@@ -215,5 +209,30 @@ unsafe fn quantize<S: Simd, const HEAD_DIM: usize>(x: *mut f32) -> (f32, f32) {
             i += S::LANES;
         }
         (scale, -min / scale)
+    }
+}
+
+/// Minimum and maximum of a head.
+#[inline(always)]
+unsafe fn range<S: Simd, const HEAD_DIM: usize>(x: *const f32) -> (f32, f32) {
+    // SAFETY: reads x[0..HEAD_DIM].
+    unsafe {
+        // NOTE: minima are maxima of the negated values.
+        let mut lows = S::sub(S::zero(), S::splat(*x));
+        let mut highs = S::splat(*x);
+        let mut i = 0;
+        while i + S::LANES <= HEAD_DIM {
+            let value = S::load(x.add(i));
+            lows = S::max(S::sub(S::zero(), value), lows);
+            highs = S::max(value, highs);
+            i += S::LANES;
+        }
+        let (mut min, mut max) = (-S::reduce_max(lows), S::reduce_max(highs));
+        while i < HEAD_DIM {
+            min = min.min(*x.add(i));
+            max = max.max(*x.add(i));
+            i += 1;
+        }
+        (min, max)
     }
 }

@@ -4,7 +4,7 @@ use bespoke_kernel_gen::config::KernelConfig;
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::plan::{self, KernelVariant};
 use bespoke_kernel_gen::presets::{self, PRESETS};
-use bespoke_kernel_gen::spec::{ActivationType, GroupSize, KernelSpec, LinearRole, ModelShape};
+use bespoke_kernel_gen::spec::{ActivationType, GroupSize, LinearRole, ModelShape};
 use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::{generate, name, render};
 use proptest::prelude::*;

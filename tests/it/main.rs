@@ -4,12 +4,16 @@
 
 /// The command line, run inside the test's process.
 mod cli;
+/// The generator's stages, from `config.json` to emitted text.
+mod codegen;
 /// Requests, scheduling and sampling.
 mod engine;
 /// Tiny models and SmolLM2 against reference results computed elsewhere.
 mod golden;
 /// GGUF files, the Hub, packages and the model cache.
 mod import;
+/// Declarations of kernels, as the compiler takes or refuses them.
+mod macros;
 /// Model folders, sound and hostile.
 mod model;
 /// Kernel templates against naive loops, instantiated for every instruction set of this machine.

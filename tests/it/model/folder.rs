@@ -10,22 +10,22 @@ use tempfile::TempDir;
 
 /// A tensor: name, type, shape, bytes.
 #[derive(Clone, Debug)]
-pub struct TestTensor {
-    pub name: String,
-    pub dtype: String,
-    pub shape: Vec<u64>,
-    pub bytes: Vec<u8>,
+pub(super) struct TestTensor {
+    pub(super) name: String,
+    pub(super) dtype: String,
+    pub(super) shape: Vec<u64>,
+    pub(super) bytes: Vec<u8>,
 }
 
 /// The files of a tiny model in memory.
 #[derive(Clone, Debug)]
-pub struct Folder {
-    pub config: Map<String, Value>,
-    pub tensors: Vec<TestTensor>,
+pub(super) struct Folder {
+    pub(super) config: Map<String, Value>,
+    pub(super) tensors: Vec<TestTensor>,
 }
 
 impl Folder {
-    pub fn read(case: &str) -> Folder {
+    pub(super) fn read(case: &str) -> Folder {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden/tiny").join(case);
         let config = std::fs::read_to_string(dir.join("config.json")).unwrap();
         let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
@@ -43,17 +43,17 @@ impl Folder {
         Folder { config: serde_json::from_str(&config).unwrap(), tensors }
     }
 
-    pub fn tensor(&mut self, name: &str) -> &mut TestTensor {
+    pub(super) fn tensor(&mut self, name: &str) -> &mut TestTensor {
         self.tensors.iter_mut().find(|tensor| tensor.name == name).unwrap()
     }
 
-    pub fn remove(&mut self, name: &str) -> TestTensor {
+    pub(super) fn remove(&mut self, name: &str) -> TestTensor {
         let idx = self.tensors.iter().position(|tensor| tensor.name == name).unwrap();
         self.tensors.remove(idx)
     }
 
     /// The folder on disk with one weights file.
-    pub fn write(&self) -> TempDir {
+    pub(super) fn write(&self) -> TempDir {
         let dir = tempfile::tempdir().unwrap();
         let config = serde_json::to_string(&self.config).unwrap();
         std::fs::write(dir.path().join("config.json"), config).unwrap();
@@ -63,7 +63,7 @@ impl Folder {
 }
 
 /// The header's JSON for tensors that lie one after another.
-pub fn header(tensors: &[TestTensor]) -> Map<String, Value> {
+pub(super) fn header(tensors: &[TestTensor]) -> Map<String, Value> {
     let mut end = 0;
     let mut map = Map::new();
     for TestTensor { name, dtype, shape, bytes } in tensors {
@@ -76,21 +76,21 @@ pub fn header(tensors: &[TestTensor]) -> Map<String, Value> {
 }
 
 /// A safetensors file of any header and data.
-pub fn assemble(header: &str, data: &[u8]) -> Vec<u8> {
+pub(super) fn assemble(header: &str, data: &[u8]) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend_from_slice(header.as_bytes());
     file.extend_from_slice(data);
     file
 }
 
-pub fn serialize(tensors: &[TestTensor]) -> Vec<u8> {
+pub(super) fn serialize(tensors: &[TestTensor]) -> Vec<u8> {
     let header = serde_json::to_string(&header(tensors)).unwrap();
     let data: Vec<u8> = tensors.iter().flat_map(|tensor| tensor.bytes.clone()).collect();
     assemble(&header, &data)
 }
 
 /// Validates a folder's weights against its config, reading no tensor.
-pub fn open(dir: &Path) -> Result<(), Error> {
+pub(super) fn open(dir: &Path) -> Result<(), Error> {
     let config = std::fs::read_to_string(dir.join("config.json")).unwrap();
     let config = ModelConfig::parse(&config)?;
     let shape = config.shape("test")?;
@@ -99,7 +99,7 @@ pub fn open(dir: &Path) -> Result<(), Error> {
 
 /// The error is about the model and names all of `words`.
 #[track_caller]
-pub fn assert_refused(result: Result<(), Error>, words: &[&str]) {
+pub(super) fn assert_refused(result: Result<(), Error>, words: &[&str]) {
     let error = result.expect_err("the folder was accepted");
     assert!(matches!(error, Error::Model { .. }), "{error:?}");
     let message = error.to_string();

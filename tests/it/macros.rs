@@ -1,0 +1,65 @@
+//! `kernels!` as the compiler sees it: what must not compile, and the tables that do.
+
+use std::collections::BTreeSet;
+
+use bespoke::kernels::{Kernel, KernelTable, generated};
+use bespoke_kernel_gen::name;
+use bespoke_kernel_gen::plan::{self, KernelVariant};
+use bespoke_kernel_gen::presets;
+use bespoke_kernel_gen::target::Target;
+
+#[test]
+fn wrong_declarations_do_not_compile() {
+    trybuild::TestCases::new().compile_fail("it/ui/*.rs");
+}
+
+fn variant(kernel: &Kernel) -> KernelVariant {
+    let variant = name::parse(kernel.symbol);
+    variant.unwrap_or_else(|| panic!("{} is not a symbol", kernel.symbol))
+}
+
+/// Targets whose kernels exist on this architecture.
+fn targets() -> &'static [Target] {
+    if cfg!(target_arch = "x86_64") { &Target::ALL } else { &[Target::Portable] }
+}
+
+fn check_table(table: &KernelTable) {
+    let symbols: BTreeSet<&str> = table.kernels.iter().map(|kernel| kernel.symbol).collect();
+    assert_eq!(symbols.len(), table.kernels.len());
+    for kernel in table.kernels {
+        let variant = variant(kernel);
+        assert_eq!((kernel.spec, kernel.regime), (variant.spec, variant.regime));
+        assert_eq!((kernel.rows, kernel.cols), (variant.config.rows, variant.config.cols));
+        assert_eq!(kernel.scratch_bytes, variant.scratch_bytes());
+        assert_eq!(kernel.reduction_class, variant.reduction_class());
+        let found = table.find(&kernel.spec, kernel.regime, kernel.target);
+        assert_eq!(found.map(|found| found.symbol), Some(kernel.symbol));
+    }
+}
+
+#[test]
+fn the_built_in_table_says_what_its_symbols_say() {
+    check_table(&generated::table());
+}
+
+#[test]
+fn the_table_of_tiny_models_says_what_its_symbols_say() {
+    check_table(&bespoke_tests::tiny_kernels());
+}
+
+/// Unless the build names other models, the table is the plan of the default ones.
+#[test]
+fn the_built_in_table_is_complete() {
+    let variants = presets::default_shapes().and_then(|shapes| plan::plan(&shapes, targets()));
+    let planned: BTreeSet<String> = variants
+        .unwrap_or_else(|error| panic!("{error}"))
+        .iter()
+        .map(KernelVariant::symbol)
+        .collect();
+    let built: BTreeSet<String> =
+        generated::table().kernels.iter().map(|kernel| kernel.symbol.to_string()).collect();
+    match option_env!("BESPOKE_MODEL") {
+        None | Some("") => assert_eq!(built, planned),
+        Some(_) => assert!(!built.is_empty()),
+    }
+}
