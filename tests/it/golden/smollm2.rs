@@ -1,6 +1,7 @@
 //! SmolLM2-135M-Instruct, a real model, against llama.cpp in float32.
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use bespoke::config::{BackendChoice, EngineOptions};
 use bespoke::engine::Engine;
@@ -10,6 +11,7 @@ use bespoke::kernels::{KernelTable, generated};
 use bespoke::perplexity;
 use bespoke::quantize::{self, RtnOptions};
 use bespoke::request::{Request, RequestId, RequestOutput};
+use bespoke::tokenizer::chat::{ChatOptions, parse_messages};
 use bespoke::tokenizer::{SpecialTokens, Tokenizer};
 use bespoke_kernel_gen::spec::{ActivationType, GroupSize, KvDType};
 use serde_json::Value;
@@ -92,6 +94,31 @@ fn options(backend: BackendChoice, kernels: KernelTable) -> EngineOptions {
         kv_dtype: KvDType::F32,
         max_context: Some(256),
         ..EngineOptions::new(kernels)
+    }
+}
+
+/// The imported tokenizer gives the ids of the reference, and the chat template its text.
+#[test]
+fn prompts_have_their_ids() {
+    let Some(dir) = model_dir() else { return };
+    let tokenizer = Tokenizer::load(&dir).unwrap();
+    let text = std::fs::read_to_string(golden_dir().join("smollm2-135m-greedy.json")).unwrap();
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    for case in golden["cases"].as_array().unwrap() {
+        let prompt = match &case["rendered"] {
+            Value::String(rendered) => {
+                let messages = parse_messages(&case["messages"].to_string()).unwrap();
+                let template = tokenizer.chat_template().unwrap();
+                let (tools, now) = (Value::Null, SystemTime::UNIX_EPOCH);
+                let options = ChatOptions { add_generation_prompt: true, tools, now };
+                let found = template.render(&messages, &options).unwrap();
+                assert_eq!(&found, rendered);
+                rendered
+            }
+            _ => case["text"].as_str().unwrap(),
+        };
+        let found = tokenizer.encode(prompt, SpecialTokens::Add).unwrap();
+        assert_eq!(found, ids(&case["prompt_ids"]), "{prompt:?}");
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use bespoke::Error;
 use bespoke::import::gguf::{BlockFormat, Gguf, convert, dequantize, import};
 use bespoke::quantize::checkpoint::Checkpoint;
+use bespoke::tokenizer::{SpecialTokens, Tokenizer};
 use bespoke_kernel_gen::model::ModelConfig;
 use half::f16;
 use proptest::prelude::*;
@@ -110,6 +111,167 @@ fn rotary_pairs_come_apart() {
     assert_eq!((values[1], values[17]), (2.5, -4.0));
 }
 
+/// What the tokenizer of the tiny model makes of `text` when its split has this name.
+fn pieces(split: &'static str, text: &str) -> Vec<String> {
+    let mut file = tiny_llama();
+    file.set("tokenizer.ggml.pre", Meta::Text(split));
+    let dir = import_bytes(&file.bytes()).expect("a sound file");
+    let tokenizer = Tokenizer::load(dir.path()).expect("a sound tokenizer");
+    let vocab = json(dir.path(), "tokenizer.json")["model"]["vocab"].clone();
+    let spelled = |id: u32| {
+        let found = vocab.as_object().expect("a vocabulary").iter().find(|entry| *entry.1 == id);
+        found.expect("a token of the vocabulary").0.clone()
+    };
+    let ids = tokenizer.encode(text, SpecialTokens::Add).expect("tokens");
+    ids.into_iter().map(spelled).collect()
+}
+
+#[test]
+fn text_is_cut_as_the_file_says() {
+    let cases: [(&str, &str, &[&str]); 9] = [
+        ("smollm", "hello world", &["hello", "Ġw", "o", "r", "l", "d"]),
+        ("smollm", "hello 123", &["hello", "Ġ", "1", "2", "3"]),
+        ("gpt-2", "hello1234", &["hello", "123", "4"]),
+        ("default", "a\nhello", &["a", "Ċ", "hello"]),
+        ("llama-bpe", "1234", &["123", "4"]),
+        ("dbrx", "4123", &["4", "12", "3"]),
+        ("qwen2", "12 hello", &["1", "2", "Ġ", "hello"]),
+        ("smollm", "<|turn|>hello<|end|>", &["<|turn|>", "hello", "<|end|>"]),
+        ("qwen2", "<|turn|>", &["<|turn|>"]),
+    ];
+    for (split, text, expected) in cases {
+        assert_eq!(pieces(split, text), expected, "{split} {text:?}");
+    }
+}
+
+#[test]
+fn a_beginning_is_added_only_when_asked_for() {
+    for (add, num_tokens) in [(false, 1), (true, 2)] {
+        let mut file = tiny_llama();
+        file.set("tokenizer.ggml.add_bos_token", Meta::Bool(add));
+        let dir = import_bytes(&file.bytes()).expect("a sound file");
+        let tokenizer = Tokenizer::load(dir.path()).expect("a sound tokenizer");
+        let ids = |special| tokenizer.encode("hello", special).expect("tokens");
+        assert_eq!(ids(SpecialTokens::Add).len(), num_tokens);
+        assert_eq!(ids(SpecialTokens::Omit).len(), 1);
+        assert_eq!(json(dir.path(), "tokenizer_config.json")["add_bos_token"], add);
+    }
+}
+
+/// The tiny Llama, renamed to another family: keys, and tensors where they differ.
+fn renamed(family: &'static str) -> GgufFile {
+    let mut file = tiny_llama();
+    file.set("general.architecture", Meta::Text(family));
+    for (key, _) in &mut file.metadata {
+        if let Some(rest) = key.strip_prefix("llama.") {
+            *key = format!("{family}.{rest}");
+        }
+    }
+    file
+}
+
+fn add_tensor(file: &mut GgufFile, name: &str, dims: &[usize]) {
+    let values = 0..dims.iter().product::<usize>();
+    let data = values.flat_map(|i| (i as f32).to_le_bytes()).collect();
+    let dims = dims.iter().map(|&dim| dim as u64).collect();
+    file.tensors.push(GgufTensor { name: name.to_owned(), dims, kind: F32, data });
+}
+
+#[test]
+fn qwen_keeps_its_rows_and_brings_its_extras() {
+    let mut qwen2 = renamed("qwen2");
+    for (name, len) in [("q", 64), ("k", 32), ("v", 32)] {
+        add_tensor(&mut qwen2, &format!("blk.0.attn_{name}.bias"), &[len]);
+    }
+    let mut qwen3 = renamed("qwen3");
+    for name in ["q", "k"] {
+        add_tensor(&mut qwen3, &format!("blk.0.attn_{name}_norm.weight"), &[HEAD_DIM]);
+    }
+    let cases =
+        [(qwen2, "self_attn.k_proj.bias", 32), (qwen3, "self_attn.q_norm.weight", HEAD_DIM)];
+    for (mut file, extra, len) in cases {
+        add_tensor(&mut file, "output.weight", &[HIDDEN, 105]);
+        let dir = import_bytes(&file.bytes()).expect("a sound file");
+        let config = ModelConfig::from_file(&dir.path().join("config.json")).expect("a config");
+        assert!(!config.tie_word_embeddings);
+        let rows_of_q = rows(dir.path(), "model.layers.0.self_attn.q_proj.weight");
+        assert!(rows_of_q.iter().enumerate().all(|(i, &value)| value == (i / HIDDEN) as f32));
+        let expected: Vec<f32> = (0..len).map(|i| i as f32).collect();
+        assert_eq!(rows(dir.path(), &format!("model.layers.0.{extra}")), expected);
+    }
+    assert!(refusal(&renamed("qwen2")).contains("attn_q.bias"));
+    assert!(refusal(&renamed("qwen3")).contains("attn_q_norm"));
+}
+
+#[test]
+fn phi3_is_fused_and_rotates_in_part() {
+    let mut file = renamed("phi3");
+    let split = ["attn_q.", "attn_k.", "attn_v.", "ffn_gate.", "ffn_up."];
+    file.tensors.retain(|tensor| !split.iter().any(|name| tensor.name.contains(name)));
+    add_tensor(&mut file, "blk.0.attn_qkv.weight", &[HIDDEN, 128]);
+    add_tensor(&mut file, "blk.0.ffn_up.weight", &[HIDDEN, 192]);
+    file.set("phi3.rope.dimension_count", Meta::U32(8));
+    let dir = import_bytes(&file.bytes()).expect("a sound file");
+    let config = ModelConfig::from_file(&dir.path().join("config.json")).expect("a config");
+    assert_eq!((config.head_dim, config.rotary_dim), (HEAD_DIM, 8));
+    assert_eq!(rows(dir.path(), "model.layers.0.mlp.gate_up_proj.weight").len(), HIDDEN * 192);
+}
+
+#[test]
+fn biases_of_a_llama_come_apart_like_their_rows() {
+    let mut file = tiny_llama();
+    for (name, len) in [("q", 64), ("k", 32), ("v", 32), ("output", HIDDEN)] {
+        add_tensor(&mut file, &format!("blk.0.attn_{name}.bias"), &[len]);
+    }
+    let dir = import_bytes(&file.bytes()).expect("a sound file");
+    let config = ModelConfig::from_file(&dir.path().join("config.json")).expect("a config");
+    assert!(config.qkv_bias && config.o_bias && !config.mlp_bias);
+    let bias = rows(dir.path(), "model.layers.0.self_attn.q_proj.bias");
+    assert_eq!(bias[..3], [0.0, 2.0, 4.0]);
+    assert_eq!(bias[8..10], [1.0, 3.0]);
+    assert_eq!(rows(dir.path(), "model.layers.0.self_attn.v_proj.bias")[..3], [0.0, 1.0, 2.0]);
+}
+
+/// The divisors that Llama 3.2 has, at the tiny model's eight frequencies.
+#[test]
+fn llama3_scaling_is_read_off_its_divisors() {
+    let with_divisors = |divisors: [f32; 8]| {
+        let mut file = tiny_llama();
+        file.set("llama.rope.freq_base", Meta::F32(500_000.0));
+        let data = divisors.iter().flat_map(|d| d.to_le_bytes()).collect();
+        let (name, dims) = ("rope_freqs.weight".to_owned(), vec![8]);
+        file.tensors.push(GgufTensor { name, dims, kind: F32, data });
+        file
+    };
+    // Wavelengths: 6, 32, 167, 861, 4443, 22914, … ; between 2048 and 8192 they blend.
+    let smooth = (8192.0 / (std::f64::consts::TAU * 500_000f64.powf(0.5)) - 1.0) / 3.0;
+    let blended = (1.0 / ((1.0 - smooth) / 32.0 + smooth)) as f32;
+    let divisors = [1.0, 1.0, 1.0, 1.0, blended, 32.0, 32.0, 32.0];
+    let dir = import_bytes(&with_divisors(divisors).bytes()).expect("a sound file");
+    let scaling = &json(dir.path(), "config.json")["rope_scaling"];
+    assert_eq!(scaling["rope_type"], "llama3");
+    assert_eq!(scaling["factor"], 32.0);
+    assert_eq!(scaling["original_max_position_embeddings"], 8192);
+    let other = [1.0, 1.0, 1.0, 5.0, blended, 32.0, 32.0, 32.0];
+    assert!(refusal(&with_divisors(other)).contains("rope_freqs.weight"));
+}
+
+#[test]
+fn yarn_and_linear_scaling_go_into_the_config() {
+    let mut file = tiny_llama();
+    file.set("llama.rope.scaling.type", Meta::Text("yarn"));
+    file.set("llama.rope.scaling.factor", Meta::F32(4.0));
+    file.set("llama.rope.scaling.original_context_length", Meta::U32(32));
+    let dir = import_bytes(&file.bytes()).expect("a sound file");
+    let scaling = json(dir.path(), "config.json")["rope_scaling"].clone();
+    assert_eq!((&scaling["rope_type"], &scaling["factor"]), (&"yarn".into(), &4.0.into()));
+    assert_eq!(scaling["original_max_position_embeddings"], 32);
+    assert!(scaling.get("attention_factor").is_none());
+    file.set("llama.rope.scaling.type", Meta::Text("linear"));
+    let dir = import_bytes(&file.bytes()).expect("a sound file");
+    assert_eq!(json(dir.path(), "config.json")["rope_scaling"]["rope_type"], "linear");
+}
+
 #[test]
 fn numbers_that_do_not_fit_are_refused() {
     for value in [1e6f32, 65520.0, f32::INFINITY, f32::NAN] {
@@ -169,7 +331,7 @@ fn contradictions_are_refused_with_their_name() {
         ("types", set("tokenizer.ggml.token_type", Meta::I32s(vec![1])), "token_type"),
         ("merge", set("tokenizer.ggml.merges", Meta::Texts(vec!["h x".into()])), "h x"),
         ("one part", set("tokenizer.ggml.merges", Meta::Texts(vec!["he".into()])), "he"),
-        ("same token", set("tokenizer.ggml.tokens", Meta::Texts(vec!["a".into(); 103])), "both"),
+        ("same token", set("tokenizer.ggml.tokens", Meta::Texts(vec!["a".into(); 105])), "both"),
         ("tokens", set("tokenizer.ggml.tokens", Meta::Texts(vec!["a".into(); 200])), "200"),
         ("alignment", set("general.alignment", Meta::U32(24)), "24"),
         ("no alignment", set("general.alignment", Meta::U32(0)), "alignment"),

@@ -121,11 +121,12 @@ pub(crate) fn tiny_llama() -> GgufFile {
         .into_iter()
         .map(str::to_owned)
         .chain(('!'..='~').map(String::from))
-        .chain(["Ġ", "Ċ", "he", "ll", "hell", "hello", "Ġw"].map(str::to_owned))
+        .chain(["Ġ", "Ċ", "he", "ll", "hell", "hello", "Ġw", "12", "123"].map(str::to_owned))
         .collect();
     let mut types = vec![1; tokens.len()];
     types[..2].fill(3);
-    let merges = ["h e", "l l", "he ll", "hell o", "Ġ w"].map(str::to_owned).to_vec();
+    let merges =
+        ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "12 3"].map(str::to_owned).to_vec();
     let vocab = tokens.len();
     let prefixed = [
         ("block_count", Meta::U32(1)),
