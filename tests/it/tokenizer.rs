@@ -177,7 +177,7 @@ fn check_render(source: &str, expect: &str) {
 
 #[track_caller]
 fn check_refused(source: &str, expect: &str) {
-    let error = render(source, &[Message::new("user", "Hi")]).err().expect(source).to_string();
+    let error = render(source, &[Message::new("user", "Hi")]).expect_err(source).to_string();
     assert!(error.contains(expect), "{error}");
 }
 
