@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use bespoke::Error;
 use bespoke::config::{BackendChoice, EngineOptions};
 use bespoke::engine::Engine;
-use bespoke::kernels::KernelTable;
+use bespoke::kernels::{Kernel, KernelTable};
 use bespoke::request::{FinishReason, Generation, Request, RequestOutput};
 use bespoke::sampling::SamplingParams;
+use bespoke_kernel_gen::spec::{ActivationType, KvDType};
 
 fn options() -> EngineOptions {
     EngineOptions {
@@ -217,4 +218,32 @@ fn a_binary_without_kernels_names_what_is_missing() {
     let Err(error) = load_case("llama-gqa2", &options) else { panic!("loaded") };
     let Error::MissingKernels { symbols, .. } = error else { panic!("{error:?}") };
     assert!(!symbols.is_empty());
+}
+
+/// A table without one kernel: loading a model that needs it names it, and nothing else fails.
+#[test]
+fn a_kernel_taken_from_the_table_is_missed_by_name() {
+    let all = bespoke_tests::tiny_kernels().kernels;
+    let mut num_missed = 0;
+    for missing in all {
+        let kernels: Vec<Kernel> =
+            all.iter().filter(|kernel| kernel.symbol != missing.symbol).copied().collect();
+        let options = EngineOptions {
+            backend: BackendChoice::Cpu,
+            kv_dtype: KvDType::F32,
+            activation: ActivationType::Float,
+            num_threads: Some(1),
+            ..EngineOptions::new(KernelTable { kernels: kernels.leak() })
+        };
+        match load_case("llama-gqa2", &options) {
+            Ok(_) => {}
+            Err(Error::MissingKernels { symbols, .. }) => {
+                assert_eq!(symbols, [missing.symbol]);
+                num_missed += 1;
+            }
+            Err(error) => panic!("{}: {error}", missing.symbol),
+        }
+    }
+    // Five linears in three row regimes; embed, norm, rope, two attentions, activation, sample.
+    assert_eq!(num_missed, 5 * 3 + 7);
 }
