@@ -113,7 +113,11 @@ fn sliding_windows() {
     assert_eq!(mistral(json!({"sliding_window": null})), None);
     let qwen = |fields| parse(qwen(fields)).sliding_window;
     assert_eq!(qwen(json!({"sliding_window": 8, "use_sliding_window": false})), None);
-    let windowed = |field: &str, value: Value| json!({"sliding_window": 8, "use_sliding_window": true, (field): value});
+    let windowed = |field: &str, value: Value| {
+        json!({
+            "sliding_window": 8, "use_sliding_window": true, (field): value
+        })
+    };
     let used = |layers: u32| windowed("max_window_layers", layers.into());
     assert_eq!((qwen(used(4)), qwen(used(0))), (None, Some(8)));
     let types = |kinds: [&str; 4]| windowed("layer_types", json!(kinds));
