@@ -10,9 +10,7 @@ use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::backend::reference::ReferenceBackend;
 use crate::batch::Batch;
-use crate::config::{
-    BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, Progress, context_max,
-};
+use crate::config::{BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, Progress, context_max};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
 use crate::kv_cache::{Page, PagePool, num_pages};
