@@ -1,5 +1,6 @@
 //! How an engine is set up.
 
+use bespoke_kernel_gen::model::{CONTEXT_MAX, ModelConfig, RopeScaling};
 use bespoke_kernel_gen::spec::{ActivationType, KvDType};
 use bespoke_kernel_gen::target::Target;
 
@@ -44,6 +45,15 @@ pub struct EngineOptions {
 
 /// Largest KV cache that is allocated when no size is asked for.
 pub const KV_CACHE_BYTES_DEFAULT: usize = 2 << 30;
+
+/// Tokens that one sequence of a model can have: its positions, or, under dynamic scaling, which
+/// has no last position, as many as of any model.
+pub fn context_max(config: &ModelConfig) -> usize {
+    match config.rope_scaling {
+        RopeScaling::Dynamic { .. } => CONTEXT_MAX,
+        _ => config.max_position,
+    }
+}
 
 impl EngineOptions {
     /// The defaults over the kernels of this build.

@@ -10,7 +10,7 @@ use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::backend::reference::ReferenceBackend;
 use crate::batch::Batch;
-use crate::config::{BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, Progress};
+use crate::config::{BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, Progress, context_max};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
 use crate::kv_cache::{Page, PagePool, num_pages};
@@ -160,7 +160,8 @@ impl Engine {
         self.scheduler.is_idle()
     }
 
-    /// Runs one request to its end. `on_output` sees every token and may break off.
+    /// Runs one request to its end. `on_output` sees its every token and may break off. Requests
+    /// that were added before run along, and what they give is dropped.
     pub fn generate(
         &mut self,
         request: Request,
@@ -357,20 +358,19 @@ impl Loader<'_> {
 }
 
 /// Positions that the model's rotary embedding is meant for.
-pub fn position_max(config: &ModelConfig) -> usize {
+fn position_max(config: &ModelConfig) -> usize {
     match config.rope_scaling {
         RopeScaling::Dynamic { factor, .. } => (config.max_position as f64 * factor) as usize,
         _ => config.max_position,
     }
 }
 
-/// Refuses a context beyond the model's positions; dynamic scaling has no last position.
+/// Refuses a context beyond the model's positions.
 fn check_context(config: &ModelConfig, max_context: usize) -> Result<(), Error> {
-    let is_dynamic = matches!(config.rope_scaling, RopeScaling::Dynamic { .. });
-    if max_context > config.max_position && !is_dynamic {
+    let context_max = context_max(config);
+    if max_context > context_max {
         return Err(Error::Request(format!(
-            "max_context is {max_context}, the model has positions for {} tokens",
-            config.max_position
+            "max_context is {max_context}, the model has positions for {context_max} tokens"
         )));
     }
     Ok(())

@@ -11,8 +11,8 @@ use clap::ValueEnum;
 
 use super::console::Console;
 use super::progress::Meter;
-use crate::config::{BackendChoice, EngineOptions};
-use crate::engine::{Engine, position_max};
+use crate::config::{BackendChoice, EngineOptions, context_max};
+use crate::engine::Engine;
 use crate::tokenizer::Tokenizer;
 
 /// Which model, and how it runs.
@@ -144,7 +144,7 @@ impl ModelFiles {
             },
             num_threads: run.threads,
             max_sequences: 1,
-            max_context: Some(context_len.min(position_max(&self.config)).max(2)),
+            max_context: Some(context_len.min(context_max(&self.config)).max(2)),
             ..EngineOptions::new(console.kernels)
         };
         let mut meter = Meter::new(console);
