@@ -19,6 +19,15 @@ pub struct Batch {
     pub page_table: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+    /// Pages to be copied before any row is computed, in this order.
+    pub copies: Vec<PageCopy>,
+}
+
+/// The content of one page of the KV cache, over all layers, for another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageCopy {
+    pub from: u32,
+    pub to: u32,
 }
 
 impl Batch {
@@ -38,5 +47,6 @@ impl Batch {
         self.spans.clear();
         self.page_table.clear();
         self.logit_rows.clear();
+        self.copies.clear();
     }
 }
