@@ -34,6 +34,8 @@ pub struct EngineOptions {
     pub kernels: KernelTable,
     /// Token rows of one step: decode rows and prefill chunks together.
     pub max_batch_tokens: usize,
+    /// Rows of one prompt in one step; `None`: as many as the step has.
+    pub max_chunk_tokens: Option<usize>,
     /// Sequences that run at once.
     pub max_sequences: usize,
     /// Tokens of one sequence, prompt and output together; `None`: as many as the model was
@@ -41,6 +43,12 @@ pub struct EngineOptions {
     pub max_context: Option<usize>,
     /// Pages of the KV cache; `None`: enough for one sequence of `max_context` tokens.
     pub num_pages: Option<usize>,
+    /// Whether requests find the keys and values of earlier ones with the same beginning.
+    pub prefix_cache: bool,
+    /// Key of the prefix index's hashes; `None`: a random one.
+    pub hash_key: Option<[u8; 32]>,
+    /// Sessions that are kept at once.
+    pub max_sessions: usize,
 }
 
 /// Largest KV cache that is allocated when no size is asked for.
@@ -66,9 +74,13 @@ impl EngineOptions {
             num_threads: None,
             kernels,
             max_batch_tokens: 512,
-            max_sequences: 16,
+            max_chunk_tokens: None,
+            max_sequences: 64,
             max_context: None,
             num_pages: None,
+            prefix_cache: true,
+            hash_key: None,
+            max_sessions: 256,
         }
     }
 }

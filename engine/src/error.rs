@@ -14,6 +14,8 @@ pub enum Error {
     MissingKernels { symbols: Vec<String>, message: String },
     /// A request asks for something impossible.
     Request(String),
+    /// What is asked for is in use; it can be had later.
+    Busy(String),
     /// Not enough memory or disk: what was needed and what there is.
     Resources(String),
     /// A download failed.
@@ -40,6 +42,7 @@ impl fmt::Display for Error {
             Error::Model { path, message } => write!(f, "{}: {message}", path.display()),
             Error::Unsupported(message)
             | Error::Request(message)
+            | Error::Busy(message)
             | Error::Resources(message)
             | Error::Download(message) => f.write_str(message),
             Error::MissingKernels { symbols, message } => {

@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod error;
+mod fault;
 pub mod files;
 pub mod import;
 pub mod kernels;
@@ -23,6 +24,7 @@ pub mod safetensors_writer;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
+pub mod session;
 pub mod tokenizer;
 
 /// The generator, whose specs, targets and model shapes the engine shares.

@@ -1,15 +1,18 @@
 //! What a user asks of the engine, and what comes back.
 
 use crate::error::Error;
+use crate::kv_cache::Namespace;
 use crate::sampling::SamplingParams;
+use crate::session::SessionTurn;
 
-/// Names a request within one engine.
+/// Names a request within one engine. Ids ascend in the order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u64);
 
 /// A prompt and how to go on from it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Request {
+    /// With a session, the tokens that follow its history.
     pub prompt_ids: Vec<u32>,
     /// Tokens to generate at most; the context may end earlier.
     pub max_tokens: usize,
@@ -18,22 +21,34 @@ pub struct Request {
     pub ignore_eos: bool,
     /// Further tokens that end the output.
     pub stop_token_ids: Vec<u32>,
+    /// Texts that end the output, also where they begin or end within a token.
+    pub stop_strings: Vec<String>,
+    /// Answers to generate; each has a seed of its own.
+    pub num_choices: usize,
+    /// Whose pages of the KV cache the request may use, and who may use its.
+    pub namespace: Namespace,
+    /// The session that the request continues.
+    pub session: Option<SessionTurn>,
 }
 
 /// One generated token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RequestOutput {
     pub id: RequestId,
-    /// The token; `None` where the request ended without one.
+    /// Which of the request's answers.
+    pub choice_idx: usize,
+    /// The token; `None` where the answer ended without one.
     pub token: Option<u32>,
     /// Log-probability of the token under the model's own distribution.
     pub logprob: f32,
-    /// Present on the last output of a request.
+    /// Leading tokens of the prompt that were found in the KV cache.
+    pub num_cached: usize,
+    /// Present on the last output of an answer.
     pub finish_reason: Option<FinishReason>,
 }
 
-/// Why a request ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum FinishReason {
     /// An end token, or the caller's own stop condition.
     Stop,
@@ -43,13 +58,30 @@ pub enum FinishReason {
     Failed,
 }
 
-/// All that one request generated.
-#[derive(Clone, Debug, PartialEq)]
+/// One answer to a request.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Generation {
     pub output_ids: Vec<u32>,
     /// `[output_ids.len()]`
     pub logprobs: Vec<f32>,
-    pub finish_reason: FinishReason,
+    /// `None` where the caller broke off.
+    pub finish_reason: Option<FinishReason>,
+}
+
+impl Generation {
+    /// Appends an output of the answer.
+    pub fn push(&mut self, output: &RequestOutput) {
+        if let Some(token) = output.token {
+            self.output_ids.push(token);
+            self.logprobs.push(output.logprob);
+        }
+        self.finish_reason = output.finish_reason;
+    }
+
+    /// Mean log-probability of the tokens, by which the best of several answers is chosen.
+    pub fn mean_logprob(&self) -> f32 {
+        self.logprobs.iter().sum::<f32>() / self.logprobs.len().max(1) as f32
+    }
 }
 
 impl FinishReason {
@@ -62,21 +94,104 @@ impl FinishReason {
     }
 }
 
+impl Default for Request {
+    /// Greedy, one answer, no prompt.
+    fn default() -> Request {
+        Request {
+            prompt_ids: Vec::new(),
+            max_tokens: 0,
+            sampling: SamplingParams::default(),
+            ignore_eos: false,
+            stop_token_ids: Vec::new(),
+            stop_strings: Vec::new(),
+            num_choices: 1,
+            namespace: Namespace::default(),
+            session: None,
+        }
+    }
+}
+
 impl Request {
-    /// Refuses what no engine with this vocabulary and context can serve.
-    pub fn check(&self, vocab_size: usize, max_context: usize) -> Result<(), Error> {
+    /// Largest [`Request::num_choices`].
+    pub const CHOICES_MAX: usize = 64;
+    /// Most stop strings, and bytes of each.
+    pub const STOP_STRINGS_MAX: usize = 16;
+    pub const STOP_STRING_BYTES_MAX: usize = 256;
+
+    /// Refuses what no engine with this vocabulary and context can serve after a history of
+    /// `history_len` tokens.
+    pub fn check(
+        &self,
+        vocab_size: usize,
+        max_context: usize,
+        history_len: usize,
+    ) -> Result<(), Error> {
         check_prompt(&self.prompt_ids, vocab_size)?;
-        if self.prompt_ids.len() >= max_context {
+        let len = history_len.saturating_add(self.prompt_ids.len());
+        if len >= max_context {
+            let history = match history_len {
+                0 => String::new(),
+                _ => format!(" after a history of {history_len}"),
+            };
             return Err(Error::Request(format!(
-                "the prompt has {} tokens, the context of {max_context} leaves no room for an \
-                 answer; shorten the prompt or raise the context",
+                "the prompt has {} tokens{history}, the context of {max_context} leaves no room \
+                 for an answer; shorten the prompt or raise the context",
                 self.prompt_ids.len()
             )));
         }
         if self.max_tokens == 0 {
             return Err(Error::Request("max_tokens is 0, it must be at least 1".to_owned()));
         }
+        self.check_choices()?;
+        if let Some(turn) = &self.session
+            && turn.id.namespace() != self.namespace
+        {
+            return Err(Error::Request(format!(
+                "session {} belongs to namespace {}, the request to {}",
+                turn.id,
+                turn.id.namespace().0,
+                self.namespace.0
+            )));
+        }
+        self.check_stops(vocab_size)?;
         self.sampling.check()
+    }
+
+    fn check_choices(&self) -> Result<(), Error> {
+        let num_choices_max = if self.session.is_some() { 1 } else { Request::CHOICES_MAX };
+        if (1..=num_choices_max).contains(&self.num_choices) {
+            return Ok(());
+        }
+        let whom = if self.session.is_some() { "a session" } else { "a request" };
+        Err(Error::Request(format!(
+            "{} answers to one prompt; {whom} can have 1 to {num_choices_max}",
+            self.num_choices
+        )))
+    }
+
+    fn check_stops(&self, vocab_size: usize) -> Result<(), Error> {
+        let outside = self.stop_token_ids.iter().find(|id| **id as usize >= vocab_size);
+        if let Some(id) = outside {
+            return Err(Error::Request(format!(
+                "stop token {id} is outside the vocabulary of {vocab_size} tokens"
+            )));
+        }
+        if self.stop_strings.len() > Request::STOP_STRINGS_MAX {
+            return Err(Error::Request(format!(
+                "{} stop strings; at most {} are possible",
+                self.stop_strings.len(),
+                Request::STOP_STRINGS_MAX
+            )));
+        }
+        let lengths = 1..=Request::STOP_STRING_BYTES_MAX;
+        match self.stop_strings.iter().find(|stop| !lengths.contains(&stop.len())) {
+            Some(stop) => Err(Error::Request(format!(
+                "a stop string has {} bytes, it must have 1 to {}",
+                stop.len(),
+                Request::STOP_STRING_BYTES_MAX
+            ))),
+            None => Ok(()),
+        }
     }
 }
 

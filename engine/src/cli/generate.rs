@@ -119,7 +119,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let files = ModelFiles::open(&args.model.model, console)?;
     let prompt_ids = args.prompt.ids(&files)?;
     let request = request(args, &files, prompt_ids.clone());
-    request.check(files.config.vocab_size, usize::MAX)?;
+    request.check(files.config.vocab_size, usize::MAX, 0)?;
     let writer = TextWriter::new(&files, args.stop.clone())?;
     let context_len = prompt_ids.len().saturating_add(args.max_tokens);
     let (mut engine, load_time) = files.load(&args.model.run, context_len, console)?;
@@ -169,6 +169,7 @@ fn request(args: &Args, files: &ModelFiles, prompt_ids: Vec<u32>) -> Request {
         },
         ignore_eos: args.ignore_eos,
         stop_token_ids: if args.ignore_eos { Vec::new() } else { files.eos_ids() },
+        ..Request::default()
     }
 }
 
@@ -234,7 +235,7 @@ pub(super) fn answer(
         return Err(error);
     }
     print(&writer.push(None)?)?;
-    if generation.finish_reason == FinishReason::Failed {
+    if generation.finish_reason == Some(FinishReason::Failed) {
         bail!("the model gave no finite logits; its weights are damaged or do not fit its config");
     }
     let stopped = writer.stops.is_stopped();
@@ -244,7 +245,10 @@ pub(super) fn answer(
         output_ids: generation.output_ids,
         logprobs: generation.logprobs,
         text: writer.stream.is_some().then_some(writer.text),
-        finish_reason: if stopped { FinishReason::Stop } else { generation.finish_reason },
+        finish_reason: match generation.finish_reason {
+            Some(reason) if !stopped => reason,
+            _ => FinishReason::Stop,
+        },
     })
 }
 

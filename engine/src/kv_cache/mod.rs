@@ -1,8 +1,10 @@
 //! The paged KV cache's bookkeeping: which pages belong to whom. The bytes are the backend's.
 
 pub mod page_pool;
+pub mod prefix;
 
-pub use page_pool::{Page, PagePool};
+pub use page_pool::{Keep, Page, PageCounts, PagePool, PageStamp};
+pub use prefix::{Namespace, PageHash};
 
 /// Pages that hold `num_tokens` tokens.
 pub fn num_pages(num_tokens: usize, page_size: usize) -> usize {

@@ -74,6 +74,16 @@ impl Rope {
         }
     }
 
+    /// A number that two start lengths share where the same tokens have the same keys.
+    pub fn variant(&self, start_len: usize) -> u64 {
+        match self.scaling {
+            RopeScaling::Dynamic { original_max_position, .. } => {
+                start_len.max(original_max_position) as u64
+            }
+            _ => 0,
+        }
+    }
+
     /// The frequencies of a sequence too short for dynamic scaling.
     pub fn inv_freq(&self) -> &[f32] {
         &self.inv_freq

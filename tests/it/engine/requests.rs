@@ -148,7 +148,7 @@ fn neighbours_do_not_change_the_tokens() {
 fn outputs_end_where_they_should() {
     let mut engine = load(&EngineOptions { max_context: Some(40), ..options() });
     let long = generate(&mut engine, request(30, 1000));
-    assert_eq!((long.output_ids.len(), long.finish_reason), (10, FinishReason::Length));
+    assert_eq!((long.output_ids.len(), long.finish_reason), (10, Some(FinishReason::Length)));
 
     let stop_at = long.output_ids[4];
     let first = long.output_ids.iter().position(|id| *id == stop_at).unwrap();
@@ -156,7 +156,7 @@ fn outputs_end_where_they_should() {
     stopping.stop_token_ids = vec![stop_at];
     let short = generate(&mut engine, stopping);
     assert_eq!(short.output_ids, long.output_ids[..=first]);
-    assert_eq!(short.finish_reason, FinishReason::Stop);
+    assert_eq!(short.finish_reason, Some(FinishReason::Stop));
 
     let mut num_seen = 0;
     let broken = engine

@@ -1,0 +1,198 @@
+//! Loading a model into an engine.
+
+use std::path::Path;
+
+use bespoke_kernel_gen::model::{ModelConfig, RopeScaling};
+use bespoke_kernel_gen::spec::ModelShape;
+
+use super::{Engine, LOGIT_ROWS, Model};
+use crate::backend::Backend;
+use crate::backend::cpu::{CpuBackend, CpuOptions};
+use crate::backend::reference::ReferenceBackend;
+use crate::batch::Batch;
+use crate::config::{BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, Progress, context_max};
+use crate::error::Error;
+use crate::kv_cache::{PagePool, num_pages};
+use crate::model::decoder::{Decoder, DecoderLimits};
+use crate::model::rope::Rope;
+use crate::model::safetensors::read_json_file;
+use crate::model::weights::Weights;
+use crate::sampling::Sampler;
+use crate::scheduler::{Scheduler, SchedulerLimits};
+use crate::session::Sessions;
+
+impl Engine {
+    /// Loads the model folder `dir`.
+    pub fn load(
+        dir: &Path,
+        options: &EngineOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Engine, Error> {
+        let config = ModelConfig::parse(&read_json_file(&dir.join("config.json"))?)?;
+        let name = dir.file_name().map_or("model".into(), |name| name.to_string_lossy());
+        let shape = config.shape(&name)?;
+        check_options(options)?;
+        let weights = Weights::open(dir, &config, &shape)?;
+        let loader = Loader { config: &config, shape: &shape, weights: &weights, options };
+        let (model, max_context) = match options.backend {
+            BackendChoice::Reference => {
+                let backend = match options.num_threads {
+                    None => ReferenceBackend::new(&config, &shape),
+                    Some(num) => ReferenceBackend::with_threads(&config, &shape, num),
+                };
+                let (decoder, max_context) = loader.load(backend, progress)?;
+                (Model::Reference(decoder), max_context)
+            }
+            BackendChoice::Auto | BackendChoice::Cpu => {
+                let cpu_options = CpuOptions {
+                    kv_dtype: options.kv_dtype,
+                    activation: options.activation,
+                    num_threads: options.num_threads,
+                    target: options.target,
+                };
+                let backend = CpuBackend::new(&options.kernels, &config, &shape, &cpu_options)?;
+                let (decoder, max_context) = loader.load(backend, progress)?;
+                (Model::Cpu(decoder), max_context)
+            }
+        };
+        Engine::new(model, config, shape, max_context, options)
+    }
+
+    /// An idle engine over a loaded model.
+    fn new(
+        model: Model,
+        config: ModelConfig,
+        shape: ModelShape,
+        max_context: usize,
+        options: &EngineOptions,
+    ) -> Result<Engine, Error> {
+        let limits = model.limits();
+        let scheduler = Scheduler::new(SchedulerLimits {
+            batch_tokens_max: options.max_batch_tokens,
+            chunk_tokens_max: options.max_chunk_tokens.unwrap_or(options.max_batch_tokens),
+            sequences_max: options.max_sequences,
+        });
+        Ok(Engine {
+            rope: Rope::new(&config),
+            sampler: Sampler::new(shape.vocab_size),
+            pool: PagePool::new(limits.num_pages, shape.page_size, hash_key(options)?),
+            config,
+            shape,
+            max_context,
+            model,
+            scheduler,
+            sessions: Sessions::new(options.max_sessions),
+            tokenizer: None,
+            uses_prefixes: options.prefix_cache,
+            next_id: 0,
+            batch: Batch::default(),
+            start_lens: Vec::new(),
+            stats: Vec::with_capacity(limits.logit_rows_max),
+            samples: Vec::with_capacity(limits.logit_rows_max),
+            ended: Vec::new(),
+        })
+    }
+}
+
+/// The key of the prefix index: from the system where none is given.
+fn hash_key(options: &EngineOptions) -> Result<[u8; 32], Error> {
+    if let Some(key) = options.hash_key {
+        return Ok(key);
+    }
+    let mut key = [0; 32];
+    getrandom::fill(&mut key).map_err(|error| {
+        Error::Resources(format!("the system gives no random key for the prefix cache: {error}"))
+    })?;
+    Ok(key)
+}
+
+/// What a decoder is loaded from.
+struct Loader<'a> {
+    config: &'a ModelConfig,
+    shape: &'a ModelShape,
+    weights: &'a Weights<'a>,
+    options: &'a EngineOptions,
+}
+
+impl Loader<'_> {
+    /// The decoder and the longest context it serves.
+    fn load<B: Backend>(
+        &self,
+        backend: B,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<(Decoder<B>, usize), Error> {
+        let options = self.options;
+        let page_size = self.shape.page_size;
+        let max_context = match options.max_context {
+            Some(max_context) => max_context,
+            None => {
+                let num_pages = (KV_CACHE_BYTES_DEFAULT / backend.page_bytes().max(1)).max(1);
+                position_max(self.config).min(num_pages * page_size)
+            }
+        };
+        check_context(self.config, max_context)?;
+        let num_pages = options.num_pages.unwrap_or(num_pages(max_context, page_size));
+        check_num_pages(num_pages, page_size)?;
+        let limits = DecoderLimits {
+            rows_max: options.max_batch_tokens,
+            logit_rows_max: LOGIT_ROWS.max(options.max_sequences),
+            num_pages,
+        };
+        let (config, shape) = (self.config, self.shape);
+        let decoder = Decoder::load(backend, self.weights, config, shape, limits, progress)?;
+        Ok((decoder, max_context))
+    }
+}
+
+/// Positions that the model's rotary embedding is meant for.
+fn position_max(config: &ModelConfig) -> usize {
+    match config.rope_scaling {
+        RopeScaling::Dynamic { factor, .. } => (config.max_position as f64 * factor) as usize,
+        _ => config.max_position,
+    }
+}
+
+/// Refuses a context beyond the model's positions.
+fn check_context(config: &ModelConfig, max_context: usize) -> Result<(), Error> {
+    let context_max = context_max(config);
+    if max_context > context_max {
+        return Err(Error::Request(format!(
+            "max_context is {max_context}, the model has positions for {context_max} tokens"
+        )));
+    }
+    Ok(())
+}
+
+/// Slots are numbered in 32 bits.
+fn check_num_pages(num_pages: usize, page_size: usize) -> Result<(), Error> {
+    let num_pages_max = u32::MAX as usize / page_size;
+    if num_pages > num_pages_max {
+        return Err(Error::Request(format!(
+            "the KV cache would have {num_pages} pages, at most {num_pages_max} can be addressed"
+        )));
+    }
+    Ok(())
+}
+
+fn check_options(options: &EngineOptions) -> Result<(), Error> {
+    let refuse = |name: &str, value: usize, expected: &str| {
+        Err(Error::Request(format!("{name} is {value}, it must be {expected}")))
+    };
+    if options.max_sequences == 0 {
+        return refuse("max_sequences", 0, "at least 1");
+    }
+    if options.max_batch_tokens < options.max_sequences {
+        let expected = format!("at least max_sequences, {}", options.max_sequences);
+        return refuse("max_batch_tokens", options.max_batch_tokens, &expected);
+    }
+    if options.max_chunk_tokens == Some(0) {
+        return refuse("max_chunk_tokens", 0, "at least 1");
+    }
+    if let Some(max_context) = options.max_context.filter(|max_context| *max_context < 2) {
+        return refuse("max_context", max_context, "at least 2");
+    }
+    if options.num_pages == Some(0) {
+        return refuse("num_pages", 0, "at least 1");
+    }
+    Ok(())
+}
