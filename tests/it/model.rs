@@ -2,5 +2,6 @@
 
 mod checkpoint;
 mod folder;
+mod pages;
 mod rope;
 mod weights;

@@ -3,7 +3,7 @@
 pub mod cpu;
 pub mod reference;
 
-use crate::batch::Batch;
+use crate::batch::{Batch, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
 use crate::model::linear::{DenseView, LinearSource};
@@ -41,6 +41,17 @@ pub trait Backend {
     fn page_bytes(&self) -> usize;
     /// Bytes held by weights.
     fn weights_bytes(&self) -> usize;
+
+    /// Copies whole pages over all layers, one after the other: a copy may overwrite the source of
+    /// an earlier one, and may read what an earlier one wrote.
+    fn copy_pages(&mut self, copies: &[PageCopy], kv_cache: &mut Self::KvCache);
+
+    /// Appends the bytes of a page over all layers, [`Backend::page_bytes`] of them, to `out`. Only
+    /// [`Backend::write_page`] of the same backend and model knows what they mean.
+    fn read_page(&self, page: u32, kv_cache: &Self::KvCache, out: &mut Vec<u8>);
+
+    /// Fills a page with what [`Backend::read_page`] gave.
+    fn write_page(&mut self, page: u32, bytes: &[u8], kv_cache: &mut Self::KvCache);
 
     /// `out[i] = table[tokens[i]]`
     fn embed(&mut self, table: &Self::Embedding, tokens: &[u32], out: &mut Self::Rows);

@@ -101,11 +101,13 @@ impl<B: Backend> Decoder<B> {
         self.logits(batch.logit_rows.len())
     }
 
-    /// Runs the layers and appends the rows to the KV cache; [`Decoder::head`] follows.
+    /// Copies pages as the batch asks, then runs the layers and appends the rows to the KV cache;
+    /// [`Decoder::head`] follows.
     pub fn run_layers(&mut self, batch: &Batch) {
         self.check(batch);
         let num_rows = batch.num_rows();
         let Decoder { backend, rows, kv_cache, .. } = self;
+        backend.copy_pages(&batch.copies, kv_cache);
         backend.embed(&self.embedding, &batch.tokens, &mut rows.residual);
         for (layer_idx, layer) in self.layers.iter().enumerate() {
             let delta = (layer_idx > 0).then_some(&rows.delta);
@@ -178,6 +180,28 @@ impl<B: Backend> Decoder<B> {
         self.backend.page_bytes() * self.limits.num_pages
     }
 
+    /// Appends the bytes of a page of the KV cache over all layers to `out`.
+    pub fn read_page(&self, page: u32, out: &mut Vec<u8>) {
+        self.check_page(page);
+        self.backend.read_page(page, &self.kv_cache, out);
+    }
+
+    /// Fills a page of the KV cache with what [`Decoder::read_page`] gave.
+    pub fn write_page(&mut self, page: u32, bytes: &[u8]) {
+        self.check_page(page);
+        self.backend.write_page(page, bytes, &mut self.kv_cache);
+    }
+
+    /// Bytes of one page of the KV cache over all layers.
+    pub fn page_bytes(&self) -> usize {
+        self.backend.page_bytes()
+    }
+
+    fn check_page(&self, page: u32) {
+        let num_pages = self.limits.num_pages;
+        assert!((page as usize) < num_pages, "page {page} of {num_pages}");
+    }
+
     /// Panics on a batch that would make an op read or write outside its buffers.
     fn check(&self, batch: &Batch) {
         let num_rows = batch.num_rows();
@@ -189,7 +213,11 @@ impl<B: Backend> Decoder<B> {
         assert_eq!(batch.cos_sin.len(), num_rows * shape.rotary_dim);
         let num_slots = self.limits.num_pages * shape.page_size;
         assert!(batch.slots.iter().all(|slot| (*slot as usize) < num_slots));
-        assert!(batch.page_table.iter().all(|page| (*page as usize) < self.limits.num_pages));
+        batch.page_table.iter().for_each(|page| self.check_page(*page));
+        batch.copies.iter().for_each(|copy| {
+            self.check_page(copy.from);
+            self.check_page(copy.to);
+        });
         let mut next_row = 0;
         for span in &batch.spans {
             assert_eq!(span.first_row, next_row, "spans cover the rows in order");

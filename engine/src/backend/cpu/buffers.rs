@@ -1,5 +1,7 @@
 //! What the CPU backend keeps: packed linears, activation rows and the KV cache.
 
+use std::ops::Range;
+
 use bespoke_kernel_gen::spec::{LinearRole, RowFormat};
 
 use super::memory::Memory;
@@ -149,6 +151,13 @@ impl CpuKvCache {
     pub(super) fn layer_offset(&self, layer_idx: usize) -> usize {
         assert!(layer_idx < self.num_layers, "layer {layer_idx} of {}", self.num_layers);
         layer_idx * self.num_pages * self.page_bytes
+    }
+
+    /// The bytes of one page of a layer.
+    pub(super) fn page_range(&self, layer_idx: usize, page: u32) -> Range<usize> {
+        assert!((page as usize) < self.num_pages, "page {page} of {}", self.num_pages);
+        let start = self.layer_offset(layer_idx) + page as usize * self.page_bytes;
+        start..start + self.page_bytes
     }
 }
 

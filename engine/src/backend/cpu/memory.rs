@@ -52,6 +52,10 @@ impl Memory {
         self.map.as_mut_ptr().cast()
     }
 
+    pub fn bytes(&self) -> &[u8] {
+        &self.map[..self.len]
+    }
+
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.map[..self.len]
     }

@@ -7,7 +7,7 @@ use super::kernels::{Matmul, Run};
 use super::memory::Memory;
 use super::{CpuBackend, team::Team};
 use crate::backend::Backend;
-use crate::batch::Batch;
+use crate::batch::{Batch, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::{
     AwqGemmArgs, EmbedArgs, GemmArgs, LogitStats, PagedAttentionArgs, QuantizeArgs, RmsNormArgs,
@@ -161,6 +161,30 @@ impl Backend for CpuBackend {
 
     fn weights_bytes(&self) -> usize {
         self.weights_bytes
+    }
+
+    fn copy_pages(&mut self, copies: &[PageCopy], kv_cache: &mut CpuKvCache) {
+        for copy in copies {
+            for layer_idx in 0..kv_cache.num_layers {
+                let from = kv_cache.page_range(layer_idx, copy.from);
+                let to = kv_cache.page_range(layer_idx, copy.to).start;
+                kv_cache.data.bytes_mut().copy_within(from, to);
+            }
+        }
+    }
+
+    fn read_page(&self, page: u32, kv_cache: &CpuKvCache, out: &mut Vec<u8>) {
+        for layer_idx in 0..kv_cache.num_layers {
+            out.extend_from_slice(&kv_cache.data.bytes()[kv_cache.page_range(layer_idx, page)]);
+        }
+    }
+
+    fn write_page(&mut self, page: u32, bytes: &[u8], kv_cache: &mut CpuKvCache) {
+        assert_eq!(bytes.len(), self.page_bytes(), "the bytes of one page");
+        for (layer_idx, bytes) in bytes.chunks_exact(kv_cache.page_bytes).enumerate() {
+            let page = kv_cache.page_range(layer_idx, page);
+            kv_cache.data.bytes_mut()[page].copy_from_slice(bytes);
+        }
     }
 
     fn embed(&mut self, table: &Memory, tokens: &[u32], out: &mut CpuRows) {

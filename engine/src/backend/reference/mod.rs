@@ -7,11 +7,13 @@
 mod attention;
 mod math;
 
+use std::ops::Range;
+
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
 use crate::backend::Backend;
-use crate::batch::Batch;
+use crate::batch::{Batch, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
 use crate::model::linear::{DenseView, LinearSource};
@@ -77,6 +79,12 @@ impl ReferenceBackend {
             weights_bytes: 0,
             transposed: Vec::new(),
         }
+    }
+
+    /// Where a page lies among the keys or the values of a layer.
+    fn page_values(&self, page: u32) -> Range<usize> {
+        let len = self.shape.page_size * self.shape.num_kv_heads * self.shape.head_dim;
+        page as usize * len..(page as usize + 1) * len
     }
 
     fn norm_row(
@@ -156,6 +164,31 @@ impl Backend for ReferenceBackend {
 
     fn weights_bytes(&self) -> usize {
         self.weights_bytes
+    }
+
+    fn copy_pages(&mut self, copies: &[PageCopy], kv_cache: &mut KvCache) {
+        for copy in copies {
+            let to = self.page_values(copy.to).start;
+            for values in kv_cache.layers.iter_mut().flat_map(LayerKv::both_mut) {
+                values.copy_within(self.page_values(copy.from), to);
+            }
+        }
+    }
+
+    fn read_page(&self, page: u32, kv_cache: &KvCache, out: &mut Vec<u8>) {
+        for values in kv_cache.layers.iter().flat_map(|layer| [&layer.keys, &layer.values]) {
+            let page = &values[self.page_values(page)];
+            out.extend(page.iter().flat_map(|value| value.to_le_bytes()));
+        }
+    }
+
+    fn write_page(&mut self, page: u32, bytes: &[u8], kv_cache: &mut KvCache) {
+        assert_eq!(bytes.len(), self.page_bytes(), "the bytes of one page");
+        let mut bytes = bytes.as_chunks::<4>().0.iter();
+        for values in kv_cache.layers.iter_mut().flat_map(LayerKv::both_mut) {
+            let page = &mut values[self.page_values(page)];
+            page.iter_mut().zip(&mut bytes).for_each(|(to, from)| *to = f32::from_le_bytes(*from));
+        }
     }
 
     fn embed(&mut self, table: &Linear, tokens: &[u32], out: &mut Rows) {
@@ -267,6 +300,12 @@ impl Backend for ReferenceBackend {
 
     fn read<'a>(&'a mut self, num_rows: usize, rows: &'a Rows) -> &'a [f32] {
         &rows.values[..num_rows * rows.width]
+    }
+}
+
+impl LayerKv {
+    fn both_mut(&mut self) -> [&mut Vec<f32>; 2] {
+        [&mut self.keys, &mut self.values]
     }
 }
 
