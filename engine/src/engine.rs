@@ -8,6 +8,7 @@ use bespoke_kernel_gen::spec::ModelShape;
 
 use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuOptions};
+use crate::backend::null::{NullBackend, NullOptions};
 use crate::backend::reference::ReferenceBackend;
 use crate::batch::Batch;
 use crate::config::{BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, Progress, context_max};
@@ -56,6 +57,7 @@ pub struct Memory {
 enum Model {
     Reference(Decoder<ReferenceBackend>),
     Cpu(Decoder<CpuBackend>),
+    Null(Decoder<NullBackend>),
 }
 
 /// Runs an expression on the decoder, whatever its backend.
@@ -64,6 +66,7 @@ macro_rules! on_decoder {
         match $model {
             Model::Reference($decoder) => $value,
             Model::Cpu($decoder) => $value,
+            Model::Null($decoder) => $value,
         }
     };
 }
@@ -79,15 +82,16 @@ impl Engine {
         let name = dir.file_name().map_or("model".into(), |name| name.to_string_lossy());
         let shape = config.shape(&name)?;
         check_options(options)?;
-        let weights = Weights::open(dir, &config, &shape)?;
-        let loader = Loader { config: &config, shape: &shape, weights: &weights, options };
+        let loader = Loader { config, shape, options };
+        let (config, shape) = (&loader.config, &loader.shape);
+        let weights = Weights::open(dir, config, shape)?;
         let (model, max_context) = match options.backend {
             BackendChoice::Reference => {
                 let backend = match options.num_threads {
-                    None => ReferenceBackend::new(&config, &shape),
-                    Some(num) => ReferenceBackend::with_threads(&config, &shape, num),
+                    None => ReferenceBackend::new(config, shape),
+                    Some(num) => ReferenceBackend::with_threads(config, shape, num),
                 };
-                let (decoder, max_context) = loader.load(backend, progress)?;
+                let (decoder, max_context) = loader.load(backend, &weights, progress)?;
                 (Model::Reference(decoder), max_context)
             }
             BackendChoice::Auto | BackendChoice::Cpu => {
@@ -97,32 +101,25 @@ impl Engine {
                     num_threads: options.num_threads,
                     target: options.target,
                 };
-                let backend = CpuBackend::new(&options.kernels, &config, &shape, &cpu_options)?;
-                let (decoder, max_context) = loader.load(backend, progress)?;
+                let backend = CpuBackend::new(&options.kernels, config, shape, &cpu_options)?;
+                let (decoder, max_context) = loader.load(backend, &weights, progress)?;
                 (Model::Cpu(decoder), max_context)
             }
         };
-        let limits = on_decoder!(&model, decoder => decoder.limits());
-        let scheduler = Scheduler::new(SchedulerLimits {
-            batch_tokens_max: options.max_batch_tokens,
-            sequences_max: options.max_sequences,
-            page_size: shape.page_size,
-        });
-        Ok(Engine {
-            rope: Rope::new(&config),
-            sampler: Sampler::new(shape.vocab_size),
-            config,
-            shape,
-            max_context,
-            model,
-            pool: PagePool::new(limits.num_pages),
-            scheduler,
-            next_id: 0,
-            batch: Batch::default(),
-            start_lens: Vec::new(),
-            stats: Vec::with_capacity(limits.logit_rows_max),
-            samples: Vec::with_capacity(limits.logit_rows_max),
-        })
+        drop(weights);
+        Ok(loader.finish(model, max_context))
+    }
+
+    /// An engine on the null backend, without a model's files. Of `options` only the sizes count.
+    pub fn null(null: &NullOptions, options: &EngineOptions) -> Result<Engine, Error> {
+        let config = null.config()?;
+        let shape = ModelShape { page_size: null.page_size, ..config.shape("null")? };
+        check_options(options)?;
+        let loader = Loader { config, shape, options };
+        let backend = NullBackend::new(null);
+        let (limits, max_context) = loader.limits(backend.page_bytes())?;
+        let decoder = Decoder::without_weights(backend, &loader.shape, limits)?;
+        Ok(loader.finish(Model::Null(decoder), max_context))
     }
 
     /// Queues a request.
@@ -142,6 +139,9 @@ impl Engine {
 
     /// One model forward; appends the tokens it gave to `outputs`.
     pub fn step(&mut self, outputs: &mut Vec<RequestOutput>) -> Result<(), Error> {
+        if let Model::Null(decoder) = &mut self.model {
+            decoder.backend_mut().begin_step()?;
+        }
         self.scheduler.schedule(&mut self.pool, &mut self.batch);
         if self.batch.is_empty() {
             return Ok(());
@@ -292,6 +292,7 @@ impl Engine {
         match &self.model {
             Model::Reference(_) => "reference",
             Model::Cpu(_) => "cpu",
+            Model::Null(_) => "null",
         }
     }
 
@@ -319,11 +320,10 @@ impl Engine {
     }
 }
 
-/// What a decoder is loaded from.
+/// What an engine is made from.
 struct Loader<'a> {
-    config: &'a ModelConfig,
-    shape: &'a ModelShape,
-    weights: &'a Weights<'a>,
+    config: ModelConfig,
+    shape: ModelShape,
     options: &'a EngineOptions,
 }
 
@@ -332,18 +332,27 @@ impl Loader<'_> {
     fn load<B: Backend>(
         &self,
         backend: B,
+        weights: &Weights<'_>,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Decoder<B>, usize), Error> {
+        let (limits, max_context) = self.limits(backend.page_bytes())?;
+        let (config, shape) = (&self.config, &self.shape);
+        let decoder = Decoder::load(backend, weights, config, shape, limits, progress)?;
+        Ok((decoder, max_context))
+    }
+
+    /// What a decoder is allocated for, and the longest context it serves.
+    fn limits(&self, page_bytes: usize) -> Result<(DecoderLimits, usize), Error> {
         let options = self.options;
         let page_size = self.shape.page_size;
         let max_context = match options.max_context {
             Some(max_context) => max_context,
             None => {
-                let num_pages = (KV_CACHE_BYTES_DEFAULT / backend.page_bytes().max(1)).max(1);
-                position_max(self.config).min(num_pages * page_size)
+                let num_pages = (KV_CACHE_BYTES_DEFAULT / page_bytes.max(1)).max(1);
+                position_max(&self.config).min(num_pages * page_size)
             }
         };
-        check_context(self.config, max_context)?;
+        check_context(&self.config, max_context)?;
         let num_pages = options.num_pages.unwrap_or(num_pages(max_context, page_size));
         check_num_pages(num_pages, page_size)?;
         let limits = DecoderLimits {
@@ -351,9 +360,32 @@ impl Loader<'_> {
             logit_rows_max: LOGIT_ROWS.max(options.max_sequences),
             num_pages,
         };
-        let (config, shape) = (self.config, self.shape);
-        let decoder = Decoder::load(backend, self.weights, config, shape, limits, progress)?;
-        Ok((decoder, max_context))
+        Ok((limits, max_context))
+    }
+
+    fn finish(self, model: Model, max_context: usize) -> Engine {
+        let Loader { config, shape, options } = self;
+        let limits = on_decoder!(&model, decoder => decoder.limits());
+        let scheduler = Scheduler::new(SchedulerLimits {
+            batch_tokens_max: options.max_batch_tokens,
+            sequences_max: options.max_sequences,
+            page_size: shape.page_size,
+        });
+        Engine {
+            rope: Rope::new(&config),
+            sampler: Sampler::new(shape.vocab_size),
+            config,
+            shape,
+            max_context,
+            model,
+            pool: PagePool::new(limits.num_pages),
+            scheduler,
+            next_id: 0,
+            batch: Batch::default(),
+            start_lens: Vec::new(),
+            stats: Vec::with_capacity(limits.logit_rows_max),
+            samples: Vec::with_capacity(limits.logit_rows_max),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The engine: requests, scheduling, sampling.
 
+mod null;
 mod requests;
 mod sampling;
 mod simulation;
