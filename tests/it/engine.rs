@@ -1,4 +1,5 @@
 //! The engine: requests, scheduling, sampling.
 
+mod null;
 mod requests;
 mod sampling;

@@ -1,6 +1,7 @@
 //! The ops of a decoder and where they run.
 
 pub mod cpu;
+pub mod null;
 pub mod reference;
 
 use crate::batch::{Batch, PageCopy};

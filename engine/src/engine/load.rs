@@ -8,6 +8,7 @@ use bespoke_kernel_gen::spec::ModelShape;
 use super::{Engine, LOGIT_ROWS, Model};
 use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuOptions};
+use crate::backend::null::{NullBackend, NullOptions};
 use crate::backend::reference::ReferenceBackend;
 use crate::batch::Batch;
 use crate::config::{BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, Progress, context_max};
@@ -33,14 +34,14 @@ impl Engine {
         let shape = config.shape(&name)?;
         check_options(options)?;
         let weights = Weights::open(dir, &config, &shape)?;
-        let loader = Loader { config: &config, shape: &shape, weights: &weights, options };
+        let loader = Loader { config: &config, shape: &shape, options };
         let (model, max_context) = match options.backend {
             BackendChoice::Reference => {
                 let backend = match options.num_threads {
                     None => ReferenceBackend::new(&config, &shape),
                     Some(num) => ReferenceBackend::with_threads(&config, &shape, num),
                 };
-                let (decoder, max_context) = loader.load(backend, progress)?;
+                let (decoder, max_context) = loader.load(backend, &weights, progress)?;
                 (Model::Reference(decoder), max_context)
             }
             BackendChoice::Auto | BackendChoice::Cpu => {
@@ -51,11 +52,24 @@ impl Engine {
                     target: options.target,
                 };
                 let backend = CpuBackend::new(&options.kernels, &config, &shape, &cpu_options)?;
-                let (decoder, max_context) = loader.load(backend, progress)?;
+                let (decoder, max_context) = loader.load(backend, &weights, progress)?;
                 (Model::Cpu(decoder), max_context)
             }
         };
+        drop(weights);
         Engine::new(model, config, shape, max_context, options)
+    }
+
+    /// An engine on the null backend, without a model's files. Of `options` only the sizes count.
+    pub fn null(null: &NullOptions, options: &EngineOptions) -> Result<Engine, Error> {
+        let config = null.config()?;
+        let shape = ModelShape { page_size: null.page_size, ..config.shape("null")? };
+        check_options(options)?;
+        let backend = NullBackend::new(null);
+        let loader = Loader { config: &config, shape: &shape, options };
+        let (limits, max_context) = loader.limits(backend.page_bytes())?;
+        let decoder = Decoder::without_weights(backend, &shape, limits)?;
+        Engine::new(Model::Null(decoder), config, shape, max_context, options)
     }
 
     /// An idle engine over a loaded model.
@@ -110,7 +124,6 @@ fn hash_key(options: &EngineOptions) -> Result<[u8; 32], Error> {
 struct Loader<'a> {
     config: &'a ModelConfig,
     shape: &'a ModelShape,
-    weights: &'a Weights<'a>,
     options: &'a EngineOptions,
 }
 
@@ -119,14 +132,23 @@ impl Loader<'_> {
     fn load<B: Backend>(
         &self,
         backend: B,
+        weights: &Weights<'_>,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Decoder<B>, usize), Error> {
+        let (limits, max_context) = self.limits(backend.page_bytes())?;
+        let (config, shape) = (self.config, self.shape);
+        let decoder = Decoder::load(backend, weights, config, shape, limits, progress)?;
+        Ok((decoder, max_context))
+    }
+
+    /// What a decoder is allocated for, and the longest context it serves.
+    fn limits(&self, page_bytes: usize) -> Result<(DecoderLimits, usize), Error> {
         let options = self.options;
         let page_size = self.shape.page_size;
         let max_context = match options.max_context {
             Some(max_context) => max_context,
             None => {
-                let num_pages = (KV_CACHE_BYTES_DEFAULT / backend.page_bytes().max(1)).max(1);
+                let num_pages = (KV_CACHE_BYTES_DEFAULT / page_bytes.max(1)).max(1);
                 position_max(self.config).min(num_pages * page_size)
             }
         };
@@ -138,9 +160,7 @@ impl Loader<'_> {
             logit_rows_max: LOGIT_ROWS.max(options.max_sequences),
             num_pages,
         };
-        let (config, shape) = (self.config, self.shape);
-        let decoder = Decoder::load(backend, self.weights, config, shape, limits, progress)?;
-        Ok((decoder, max_context))
+        Ok((limits, max_context))
     }
 }
 

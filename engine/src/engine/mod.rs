@@ -10,6 +10,7 @@ use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::ModelShape;
 
 use crate::backend::cpu::CpuBackend;
+use crate::backend::null::NullBackend;
 use crate::backend::reference::ReferenceBackend;
 use crate::batch::Batch;
 use crate::error::Error;
@@ -75,6 +76,7 @@ pub struct Memory {
 enum Model {
     Reference(Decoder<ReferenceBackend>),
     Cpu(Decoder<CpuBackend>),
+    Null(Decoder<NullBackend>),
 }
 
 /// Runs an expression on the decoder, whatever its backend.
@@ -83,6 +85,7 @@ macro_rules! on_decoder {
         match $model {
             Model::Reference($decoder) => $value,
             Model::Cpu($decoder) => $value,
+            Model::Null($decoder) => $value,
         }
     };
 }
@@ -130,6 +133,9 @@ impl Engine {
 
     /// One model forward; appends the tokens it gave to `outputs`.
     pub fn step(&mut self, outputs: &mut Vec<RequestOutput>) -> Result<(), Error> {
+        if let Model::Null(decoder) = &mut self.model {
+            decoder.backend_mut().begin_step()?;
+        }
         self.scheduler.schedule(&mut self.pool, &mut self.batch);
         if self.batch.is_empty() {
             return Ok(());
@@ -305,6 +311,7 @@ impl Engine {
         match &self.model {
             Model::Reference(_) => "reference",
             Model::Cpu(_) => "cpu",
+            Model::Null(_) => "null",
         }
     }
 

@@ -1,13 +1,14 @@
 //! The forward pass of a decoder-only model, about eight backend ops a layer.
 
 use bespoke_kernel_gen::model::ModelConfig;
-use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
+use bespoke_kernel_gen::spec::{DType, LinearRole, ModelShape};
 
 use crate::backend::Backend;
 use crate::batch::Batch;
 use crate::config::Progress;
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
+use crate::model::linear::{DenseView, LinearSource};
 use crate::model::weights::Weights;
 
 /// What a decoder is allocated for.
@@ -93,6 +94,28 @@ impl<B: Backend> Decoder<B> {
         Ok(Decoder { backend, shape, limits, embedding, layers, final_norm, head, kv_cache, rows })
     }
 
+    /// A decoder on a backend that needs no weights: it is given empty ones.
+    pub fn without_weights(
+        mut backend: B,
+        shape: &ModelShape,
+        limits: DecoderLimits,
+    ) -> Result<Decoder<B>, Error> {
+        let empty = DenseView { n: 0, k: 0, dtype: DType::F32, bytes: &[] };
+        let layer = |_| Layer::empty(&mut backend);
+        let layers = (0..shape.num_layers).map(layer).collect::<Result<_, _>>()?;
+        Ok(Decoder {
+            rows: RowBuffers::new(&mut backend, shape, limits)?,
+            kv_cache: backend.new_kv_cache(limits.num_pages)?,
+            embedding: backend.load_embedding(&empty)?,
+            layers,
+            final_norm: backend.load_norm(Vec::new())?,
+            head: load_empty(&mut backend, LinearRole::Head)?,
+            backend,
+            shape: shape.clone(),
+            limits,
+        })
+    }
+
     /// Runs the layers over the batch's rows and returns the logits of `batch.logit_rows`,
     /// `[num_logit_rows, vocab]`.
     pub fn forward(&mut self, batch: &Batch) -> &[f32] {
@@ -168,6 +191,10 @@ impl<B: Backend> Decoder<B> {
 
     pub fn limits(&self) -> DecoderLimits {
         self.limits
+    }
+
+    pub fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
     }
 
     /// Bytes held by weights.
@@ -253,6 +280,24 @@ impl<B: Backend> Layer<B> {
             down: linear(backend, LinearRole::Down)?,
         })
     }
+}
+
+impl<B: Backend> Layer<B> {
+    fn empty(backend: &mut B) -> Result<Self, Error> {
+        Ok(Layer {
+            attention_norm: backend.load_norm(Vec::new())?,
+            qkv: load_empty(backend, LinearRole::Qkv)?,
+            qk_norm: None,
+            o: load_empty(backend, LinearRole::O)?,
+            mlp_norm: backend.load_norm(Vec::new())?,
+            gate_up: load_empty(backend, LinearRole::GateUp)?,
+            down: load_empty(backend, LinearRole::Down)?,
+        })
+    }
+}
+
+fn load_empty<B: Backend>(backend: &mut B, role: LinearRole) -> Result<B::Linear, Error> {
+    backend.load_linear(role, &LinearSource { parts: Vec::new(), row_map: None, bias: None })
 }
 
 impl<B: Backend> RowBuffers<B> {
