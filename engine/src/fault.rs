@@ -35,6 +35,25 @@ pub(crate) enum Fault {
 }
 
 #[cfg(test)]
+impl Fault {
+    pub(crate) const ALL: [Fault; 13] = [
+        Fault::HashIgnoresParent,
+        Fault::NamespaceIgnored,
+        Fault::StaleHash,
+        Fault::StaleStamp,
+        Fault::LeakOnCancel,
+        Fault::ShareNotCounted,
+        Fault::NoCopyOnWrite,
+        Fault::NothingLeftToCompute,
+        Fault::PreemptionSkipsToken,
+        Fault::PreemptedGoesLast,
+        Fault::PageFullTooEarly,
+        Fault::PreemptsTheNeedy,
+        Fault::RewindKeepsPages,
+    ];
+}
+
+#[cfg(test)]
 thread_local! {
     static PLANTED: std::cell::Cell<Option<Fault>> = const { std::cell::Cell::new(None) };
 }

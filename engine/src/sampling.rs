@@ -229,6 +229,11 @@ fn finite_log_sum_exp(logits: &[f32]) -> f32 {
     max + sum.ln() as f32
 }
 
+/// The seed of choice `choice_idx` of a request: choice 0 has the request's own.
+pub fn choice_seed(seed: u64, choice_idx: usize) -> u64 {
+    seed.wrapping_add((choice_idx as u64).wrapping_mul(0xd1b5_4a32_d192_ed03))
+}
+
 /// A number in 0..1 that follows from the seed and the place in the sequence alone (two rounds of
 /// the SplitMix64 finalizer).
 fn uniform(seed: u64, position: u64) -> f64 {

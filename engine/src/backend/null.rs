@@ -77,12 +77,37 @@ pub struct KvCache {
 
 /// The greedy token that follows `history`, computed without an engine.
 pub fn next_token(history: &[u32], vocab_size: usize) -> u32 {
+    candidates(fold(history), vocab_size)[0]
+}
+
+/// The logits that follow `history`, `[vocab]`, and their statistics, computed without an engine.
+pub fn next_logits(history: &[u32], logits: &mut [f32]) -> LogitStats {
+    let candidates = candidates(fold(history), logits.len());
+    fill_logits(candidates, logits);
+    LogitStats { max: LOGITS[0], argmax: candidates[0], log_sum_exp: log_sum_exp(logits.len()) }
+}
+
+fn fold(history: &[u32]) -> u64 {
     let (mut slot, mut fold) = (0, 0);
     for (position, token) in history.iter().enumerate() {
         slot = slot_hash(slot, u64::from(*token), position);
         fold = mix(fold, slot);
     }
-    candidates(fold, vocab_size)[0]
+    fold
+}
+
+fn fill_logits(candidates: [u32; LOGITS.len()], logits: &mut [f32]) {
+    logits.fill(LOGIT_FLOOR);
+    for (token, logit) in candidates.into_iter().zip(LOGITS) {
+        logits[token as usize] = logit;
+    }
+}
+
+/// Of any row: all have the same logits, at other tokens.
+fn log_sum_exp(vocab_size: usize) -> f32 {
+    let num_floor = vocab_size - LOGITS.len();
+    let sum: f64 = LOGITS.iter().map(|logit| f64::from(*logit).exp()).sum();
+    (sum + num_floor as f64 * f64::from(LOGIT_FLOOR).exp()).ln() as f32
 }
 
 impl Default for NullOptions {
@@ -135,15 +160,12 @@ impl NullOptions {
 impl NullBackend {
     /// A backend for the model of `options`, which [`NullOptions::config`] accepted.
     pub fn new(options: &NullOptions) -> NullBackend {
-        let num_floor = options.vocab_size - LOGITS.len();
-        let sum: f64 = LOGITS.iter().map(|logit| f64::from(*logit).exp()).sum();
-        let sum = sum + num_floor as f64 * f64::from(LOGIT_FLOOR).exp();
         NullBackend {
             vocab_size: options.vocab_size,
             page_size: options.page_size,
             fault: options.fault,
             num_steps: 0,
-            log_sum_exp: sum.ln() as f32,
+            log_sum_exp: log_sum_exp(options.vocab_size),
         }
     }
 
@@ -280,10 +302,7 @@ impl Backend for NullBackend {
         if *role == LinearRole::Head {
             let rows = out.logits.chunks_exact_mut(self.vocab_size).zip(&out.hashes);
             for (logits, hash) in rows.take(num_rows) {
-                logits.fill(LOGIT_FLOOR);
-                for (token, logit) in candidates(*hash, self.vocab_size).into_iter().zip(LOGITS) {
-                    logits[token as usize] = logit;
-                }
+                fill_logits(candidates(*hash, self.vocab_size), logits);
             }
         }
     }

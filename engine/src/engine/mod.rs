@@ -2,6 +2,8 @@
 
 mod load;
 mod sessions;
+#[cfg(test)]
+mod simulation;
 
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
@@ -19,7 +21,7 @@ use crate::kv_cache::{Keep, Page, PageCounts, PagePool, num_pages};
 use crate::model::decoder::{Decoder, DecoderLimits};
 use crate::model::rope::Rope;
 use crate::request::{Generation, Request, RequestId, RequestOutput, check_prompt};
-use crate::sampling::{Sample, Sampler};
+use crate::sampling::{Sample, Sampler, choice_seed};
 use crate::scheduler::{Scheduler, append_span};
 use crate::sequence::{Sequence, StopCheck};
 use crate::session::Sessions;
@@ -320,6 +322,7 @@ impl Engine {
         sequence.tokens.extend_from_slice(&request.prompt_ids);
         sequence.num_prompt = sequence.tokens.len();
         sequence.sampling = request.sampling;
+        sequence.sampling.seed = choice_seed(request.sampling.seed, sequence.choice_idx);
         sequence.stop_token_ids.clone_from(&request.stop_token_ids);
         if !request.ignore_eos {
             sequence.stop_token_ids.extend_from_slice(&self.config.eos_token_ids);
