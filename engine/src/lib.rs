@@ -25,6 +25,7 @@ pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
 pub mod session;
+mod session_file;
 pub mod tokenizer;
 
 /// The generator, whose specs, targets and model shapes the engine shares.

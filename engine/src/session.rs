@@ -43,7 +43,8 @@ pub struct Session {
     /// What the keys and values depend on besides the tokens, see `Rope::variant`.
     pub(crate) variant: u64,
     pub(crate) kept: KeptPages,
-    ends: bool,
+    /// Whether the session ends with the request that runs.
+    pub(crate) ends: bool,
 }
 
 /// What is told of a session.
@@ -232,7 +233,8 @@ impl Sessions {
         }
     }
 
-    fn idle(&mut self, id: &SessionId) -> Result<&mut Session, Error> {
+    /// A session that no request runs on.
+    pub(crate) fn idle(&mut self, id: &SessionId) -> Result<&mut Session, Error> {
         match self.sessions.get_mut(id) {
             Some(session) if session.running.is_some() => Err(busy(id)),
             Some(session) => Ok(session),

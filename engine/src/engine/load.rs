@@ -21,6 +21,7 @@ use crate::model::weights::Weights;
 use crate::sampling::Sampler;
 use crate::scheduler::{Scheduler, SchedulerLimits};
 use crate::session::Sessions;
+use crate::session_file::Identity;
 
 impl Engine {
     /// Loads the model folder `dir`.
@@ -29,7 +30,8 @@ impl Engine {
         options: &EngineOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Engine, Error> {
-        let config = ModelConfig::parse(&read_json_file(&dir.join("config.json"))?)?;
+        let config_text = read_json_file(&dir.join("config.json"))?;
+        let config = ModelConfig::parse(&config_text)?;
         let name = dir.file_name().map_or("model".into(), |name| name.to_string_lossy());
         let shape = config.shape(&name)?;
         check_options(options)?;
@@ -56,8 +58,10 @@ impl Engine {
                 (Model::Cpu(decoder), max_context)
             }
         };
+        let fingerprint = weights.fingerprint()?;
         drop(weights);
-        Engine::new(model, config, shape, max_context, options)
+        let model_name = format!("{} {fingerprint}", blake3::hash(config_text.as_bytes()));
+        Engine::new(model, config, shape, max_context, options, &model_name)
     }
 
     /// An engine on the null backend, without a model's files. Of `options` only the sizes count.
@@ -69,7 +73,8 @@ impl Engine {
         let loader = Loader { config: &config, shape: &shape, options };
         let (limits, max_context) = loader.limits(backend.page_bytes())?;
         let decoder = Decoder::without_weights(backend, &shape, limits)?;
-        Engine::new(Model::Null(decoder), config, shape, max_context, options)
+        let model_name = format!("null {}", shape.vocab_size);
+        Engine::new(Model::Null(decoder), config, shape, max_context, options, &model_name)
     }
 
     /// An idle engine over a loaded model.
@@ -79,6 +84,7 @@ impl Engine {
         shape: ModelShape,
         max_context: usize,
         options: &EngineOptions,
+        model_name: &str,
     ) -> Result<Engine, Error> {
         let limits = model.limits();
         let scheduler = Scheduler::new(SchedulerLimits {
@@ -86,6 +92,10 @@ impl Engine {
             chunk_tokens_max: options.max_chunk_tokens.unwrap_or(options.max_batch_tokens),
             sequences_max: options.max_sequences,
         });
+        let identity = Identity {
+            model: blake3::hash(model_name.as_bytes()).to_string(),
+            layout: layout(&model, &shape, options),
+        };
         Ok(Engine {
             rope: Rope::new(&config),
             sampler: Sampler::new(shape.vocab_size),
@@ -98,6 +108,7 @@ impl Engine {
             sessions: Sessions::new(options.max_sessions),
             tokenizer: None,
             uses_prefixes: options.prefix_cache,
+            identity,
             next_id: 0,
             batch: Batch::default(),
             start_lens: Vec::new(),
@@ -106,6 +117,27 @@ impl Engine {
             ended: Vec::new(),
         })
     }
+}
+
+/// Names everything but the model that the bits of keys and values depend on.
+fn layout(model: &Model, shape: &ModelShape, options: &EngineOptions) -> String {
+    let mut hasher = blake3::Hasher::new();
+    let page_bytes = on_decoder!(model, decoder => decoder.page_bytes());
+    let (name, target) = match model {
+        Model::Reference(_) => ("reference", "".to_owned()),
+        Model::Cpu(decoder) => ("cpu", decoder.backend().target().name().to_owned()),
+        Model::Null(_) => ("null", "".to_owned()),
+    };
+    let EngineOptions { kv_dtype, activation, kernels, .. } = options;
+    let page_size = shape.page_size;
+    hasher.update(
+        format!("{name} {target} {kv_dtype:?} {activation:?} {page_size} {page_bytes}").as_bytes(),
+    );
+    for kernel in kernels.kernels {
+        hasher.update(kernel.symbol.as_bytes());
+        hasher.update(kernel.source_hash.as_bytes());
+    }
+    hasher.finalize().to_string()
 }
 
 /// The key of the prefix index: from the system where none is given.

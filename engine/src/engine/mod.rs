@@ -1,5 +1,16 @@
 //! The engine: a model, its KV cache and the requests it serves, owned by one thread.
 
+/// Runs an expression on the decoder, whatever its backend.
+macro_rules! on_decoder {
+    ($model:expr, $decoder:ident => $value:expr) => {
+        match $model {
+            Model::Reference($decoder) => $value,
+            Model::Cpu($decoder) => $value,
+            Model::Null($decoder) => $value,
+        }
+    };
+}
+
 mod load;
 mod sessions;
 #[cfg(test)]
@@ -25,6 +36,7 @@ use crate::sampling::{Sample, Sampler, choice_seed};
 use crate::scheduler::{Scheduler, append_span};
 use crate::sequence::{Sequence, StopCheck};
 use crate::session::Sessions;
+use crate::session_file::Identity;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::stream::{StopStrings, TextStream};
 
@@ -44,6 +56,7 @@ pub struct Engine {
     sampler: Sampler,
     tokenizer: Option<Arc<Tokenizer>>,
     uses_prefixes: bool,
+    identity: Identity,
     next_id: u64,
     /// The step at hand; its vectors are reused.
     batch: Batch,
@@ -79,17 +92,6 @@ enum Model {
     Reference(Decoder<ReferenceBackend>),
     Cpu(Decoder<CpuBackend>),
     Null(Decoder<NullBackend>),
-}
-
-/// Runs an expression on the decoder, whatever its backend.
-macro_rules! on_decoder {
-    ($model:expr, $decoder:ident => $value:expr) => {
-        match $model {
-            Model::Reference($decoder) => $value,
-            Model::Cpu($decoder) => $value,
-            Model::Null($decoder) => $value,
-        }
-    };
 }
 
 impl Model {

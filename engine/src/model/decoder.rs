@@ -193,6 +193,10 @@ impl<B: Backend> Decoder<B> {
         self.limits
     }
 
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
     pub fn backend_mut(&mut self) -> &mut B {
         &mut self.backend
     }

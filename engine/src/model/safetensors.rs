@@ -19,6 +19,8 @@ use crate::error::Error;
 const HEADER_BYTES_MAX: u64 = 100 << 20;
 /// Longest `model.safetensors.index.json` or `config.json` that is read.
 pub(crate) const JSON_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of a tensor that its fingerprint covers.
+const FINGERPRINT_BYTES: usize = 4096;
 const RANK_MAX: usize = 8;
 const NAME_LEN_MAX: usize = 512;
 
@@ -122,6 +124,22 @@ impl Checkpoint {
             return Err(Error::model(path, message));
         }
         Ok(bytes)
+    }
+
+    /// A hash of every tensor's name, type and shape, and of its first bytes: enough to tell two
+    /// models apart without reading either.
+    pub fn fingerprint(&self) -> Result<blake3::Hash, Error> {
+        let mut hasher = blake3::Hasher::new();
+        for (name, tensor) in &self.tensors {
+            let Tensor { dtype, shape, len, file_idx, start } = tensor;
+            hasher.update(format!("{name} {dtype:?} {shape:?};").as_bytes());
+            let TensorFile { path, file } = &self.files[*file_idx];
+            let mut reader: &File = file;
+            reader.seek(SeekFrom::Start(*start)).map_err(|error| Error::io(path, error))?;
+            let mut reader = reader.take((*len).min(FINGERPRINT_BYTES) as u64);
+            hasher.update_reader(&mut reader).map_err(|error| Error::io(path, error))?;
+        }
+        Ok(hasher.finalize())
     }
 
     /// Adds all tensors of one file.

@@ -97,6 +97,11 @@ impl<'a> Weights<'a> {
         Ok(weights)
     }
 
+    /// See [`Checkpoint::fingerprint`].
+    pub fn fingerprint(&self) -> Result<blake3::Hash, Error> {
+        self.checkpoint.fingerprint()
+    }
+
     /// Bytes of all tensors that will be read.
     pub fn num_bytes(&self) -> u64 {
         let wanted = self.checkpoint.tensors().filter(|(name, _)| !self.is_ignored(name));
