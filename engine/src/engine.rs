@@ -172,6 +172,7 @@ impl Engine {
         let mut generation = Generation {
             output_ids: Vec::new(),
             logprobs: Vec::new(),
+            top_logprobs: Vec::new(),
             finish_reason: FinishReason::Stop,
         };
         loop {
@@ -181,6 +182,7 @@ impl Engine {
                 if let Some(token) = output.token {
                     generation.output_ids.push(token);
                     generation.logprobs.push(output.logprob);
+                    generation.top_logprobs.push(output.top_logprobs.clone());
                 }
                 let flow = on_output(output);
                 if let Some(reason) = output.finish_reason {
@@ -313,8 +315,8 @@ impl Engine {
         let rows = logits.chunks_exact(self.shape.vocab_size).zip(&self.stats);
         self.samples.clear();
         for (sequence, (logits, stats)) in self.scheduler.sampled().zip(rows) {
-            let params = &sequence.sampling;
-            self.samples.push(self.sampler.sample(params, &sequence.tokens, logits, stats));
+            let (params, history) = (&sequence.sampling, sequence.history());
+            self.samples.push(self.sampler.sample(params, &history, logits, stats));
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What a user asks of the engine, and what comes back.
 
 use crate::error::Error;
-use crate::sampling::SamplingParams;
+use crate::sampling::{SamplingParams, TokenLogprob};
 
 /// Names a request within one engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,6 +28,8 @@ pub struct RequestOutput {
     pub token: Option<u32>,
     /// Log-probability of the token under the model's own distribution.
     pub logprob: f32,
+    /// The likeliest tokens in its place, as many as the request asked for.
+    pub top_logprobs: Vec<TokenLogprob>,
     /// Present on the last output of a request.
     pub finish_reason: Option<FinishReason>,
 }
@@ -49,6 +51,8 @@ pub struct Generation {
     pub output_ids: Vec<u32>,
     /// `[output_ids.len()]`
     pub logprobs: Vec<f32>,
+    /// `[output_ids.len()]`
+    pub top_logprobs: Vec<Vec<TokenLogprob>>,
     pub finish_reason: FinishReason,
 }
 
@@ -76,7 +80,7 @@ impl Request {
         if self.max_tokens == 0 {
             return Err(Error::Request("max_tokens is 0, it must be at least 1".to_owned()));
         }
-        self.sampling.check()
+        self.sampling.check(vocab_size)
     }
 }
 

@@ -142,12 +142,14 @@ impl Scheduler {
             if sequence.num_pending() > 0 {
                 continue;
             }
-            let sample = *samples.next().expect("one sample for each logit row");
-            sequence.push(sample);
+            let sample = samples.next().expect("one sample for each logit row").as_ref();
+            let token = sample.map(|sample| sample.token);
+            sequence.push(token);
             outputs.push(RequestOutput {
                 id: sequence.id,
-                token: sample.map(|sample| sample.token),
+                token,
                 logprob: sample.map_or(f32::NEG_INFINITY, |sample| sample.logprob),
+                top_logprobs: sample.map_or(Vec::new(), |sample| sample.top_logprobs.clone()),
                 finish_reason: sequence.finish_reason,
             });
         }

@@ -2,7 +2,7 @@
 
 use crate::kv_cache::Page;
 use crate::request::{FinishReason, Request, RequestId};
-use crate::sampling::{Sample, SamplingParams};
+use crate::sampling::{History, SamplingParams};
 
 /// Tokens of a request and how many of them are in the KV cache.
 ///
@@ -67,9 +67,18 @@ impl Sequence {
         self.len_max - 1
     }
 
+    /// What sampling sees of the sequence.
+    pub fn history(&self) -> History<'_> {
+        History {
+            tokens: &self.tokens,
+            num_prompt: self.num_prompt,
+            stop_token_ids: &self.stop_token_ids,
+        }
+    }
+
     /// Appends a sampled token, or ends the sequence where there is none.
-    pub fn push(&mut self, sample: Option<Sample>) {
-        let Some(Sample { token, .. }) = sample else {
+    pub fn push(&mut self, token: Option<u32>) {
+        let Some(token) = token else {
             self.finish_reason = Some(FinishReason::Failed);
             return;
         };

@@ -166,6 +166,7 @@ fn request(args: &Args, files: &ModelFiles, prompt_ids: Vec<u32>) -> Request {
             min_p: sampling.min_p,
             repetition_penalty: sampling.repetition_penalty,
             seed: sampling.seed,
+            ..SamplingParams::default()
         },
         ignore_eos: args.ignore_eos,
         stop_token_ids: if args.ignore_eos { Vec::new() } else { files.eos_ids() },

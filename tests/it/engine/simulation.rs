@@ -46,6 +46,10 @@ fn next_token(history: u64) -> u32 {
     (history % VOCAB) as u32
 }
 
+fn sample_of(token: u32) -> Sample {
+    Sample { token, logprob: 0.0, top_logprobs: Vec::new() }
+}
+
 /// The request's tokens when it runs alone.
 fn alone(request: &Request, max_context: usize) -> (Vec<u32>, FinishReason) {
     let mut history = request.prompt_ids.iter().fold(0, |before, token| hash(before, *token));
@@ -185,7 +189,7 @@ impl Simulation {
                 let history = hash(before, batch.tokens[row]);
                 self.slots[slot(position)] = Some(history);
                 if batch.logit_rows.contains(&(row as u32)) {
-                    samples.push(Some(Sample { token: next_token(history), logprob: 0.0 }));
+                    samples.push(Some(sample_of(next_token(history))));
                 }
             }
         }
@@ -278,7 +282,7 @@ fn decode_rows_come_first_and_prefill_is_chunked() {
             .zip(&batch.spans)
             .map(|(sequence, span)| (sequence.id.0, span.num_rows))
             .collect();
-        let samples = vec![Some(Sample { token: 2, logprob: 0.0 }); batch.logit_rows.len()];
+        let samples = vec![Some(sample_of(2)); batch.logit_rows.len()];
         scheduler.commit(&samples, pool, &mut outputs);
         spans
     };
