@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::kv_cache::Namespace;
-use crate::sampling::SamplingParams;
+use crate::sampling::{SamplingParams, TokenLogprob};
 use crate::session::SessionTurn;
 
 /// Names a request within one engine. Ids ascend in the order of arrival.
@@ -41,6 +41,8 @@ pub struct RequestOutput {
     pub token: Option<u32>,
     /// Log-probability of the token under the model's own distribution.
     pub logprob: f32,
+    /// The likeliest tokens in its place, as many as the request asked for.
+    pub top_logprobs: Vec<TokenLogprob>,
     /// Leading tokens of the prompt that were found in the KV cache.
     pub num_cached: usize,
     /// Present on the last output of an answer.
@@ -64,6 +66,8 @@ pub struct Generation {
     pub output_ids: Vec<u32>,
     /// `[output_ids.len()]`
     pub logprobs: Vec<f32>,
+    /// `[output_ids.len()]`
+    pub top_logprobs: Vec<Vec<TokenLogprob>>,
     /// `None` where the caller broke off.
     pub finish_reason: Option<FinishReason>,
 }
@@ -74,6 +78,7 @@ impl Generation {
         if let Some(token) = output.token {
             self.output_ids.push(token);
             self.logprobs.push(output.logprob);
+            self.top_logprobs.push(output.top_logprobs.clone());
         }
         self.finish_reason = output.finish_reason;
     }
@@ -154,7 +159,7 @@ impl Request {
             )));
         }
         self.check_stops(vocab_size)?;
-        self.sampling.check()
+        self.sampling.check(vocab_size)
     }
 
     fn check_choices(&self) -> Result<(), Error> {

@@ -188,6 +188,7 @@ impl Scheduler {
                 choice_idx: sequence.choice_idx,
                 token: sample.map(|sample| sample.token),
                 logprob: sample.map_or(f32::NEG_INFINITY, |sample| sample.logprob),
+                top_logprobs: sample.map_or(Vec::new(), |sample| sample.top_logprobs.clone()),
                 num_cached: sequence.num_cached,
                 finish_reason: sequence.finish_reason,
             });

@@ -6,7 +6,7 @@ use crate::batch::PageCopy;
 use crate::fault::{Fault, is_planted};
 use crate::kv_cache::{Keep, Page, PageHash, PagePool, PageStamp, num_pages};
 use crate::request::{FinishReason, RequestId};
-use crate::sampling::{Sample, SamplingParams};
+use crate::sampling::{History, Sample, SamplingParams};
 use crate::session::SessionId;
 
 /// Called with each token of an answer; true ends the answer there.
@@ -114,6 +114,15 @@ impl Sequence {
     /// Whether there is no page for the next token.
     pub(crate) fn needs_page(&self, page_size: usize) -> bool {
         self.pages.len() * page_size == self.num_computed
+    }
+
+    /// What sampling sees of the sequence.
+    pub fn history(&self) -> History<'_> {
+        History {
+            tokens: &self.tokens,
+            num_prompt: self.num_prompt,
+            stop_token_ids: &self.stop_token_ids,
+        }
     }
 
     /// Appends a sampled token, or ends the sequence where there is none.

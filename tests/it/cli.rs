@@ -190,6 +190,79 @@ fn generates_text() {
 }
 
 #[test]
+fn takes_sampling_options() {
+    let dir = tiny_with_tokenizer();
+    let model = dir.path().to_str().unwrap();
+    let generate = |more: &[&str]| {
+        let args = ["generate", "--model", model, "--max-tokens", "6", "--prompt-ids", "5,6,7"];
+        json(&[&args[..], &REFERENCE, &["--json"], more].concat())
+    };
+    let ids = |more: &[&str]| -> Vec<u64> {
+        let report = generate(&[&["--ignore-eos", "--logit-bias", "104=100"], more].concat());
+        let ids = report["output_ids"].as_array().unwrap().iter();
+        ids.map(|id| id.as_u64().unwrap()).collect()
+    };
+    // Token 104 is the byte "h"; the bias makes it win wherever nothing forbids it.
+    assert_eq!(ids(&[]), [104; 6]);
+    assert_ne!(ids(&["--logit-bias", "104=-100", "--logit-bias", "104=-100"])[0], 104);
+    assert!(!ids(&["--bad-words", "h"]).contains(&104));
+    let alternate = ids(&["--bad-words", " hh"]);
+    for (idx, id) in alternate.iter().enumerate() {
+        assert_eq!(*id == 104, idx % 2 == 0, "{alternate:?}");
+    }
+
+    // Token 258 ends an answer, as generation_config.json says.
+    fs::write(dir.path().join("generation_config.json"), r#"{"eos_token_id": 258}"#).unwrap();
+    let end = ["--logit-bias", "258=100", "--min-tokens"];
+    for (min_tokens, num_output) in [("0", 1), ("1", 2), ("4", 5)] {
+        let report = generate(&[&end[..], &[min_tokens]].concat());
+        assert_eq!(report["finish_reason"], "stop");
+        assert_eq!(report["output_ids"].as_array().unwrap().len(), num_output);
+    }
+
+    let report = generate(&["--ignore-eos", "--top-logprobs", "3"]);
+    let rows = report["top_logprobs"].as_array().unwrap();
+    assert_eq!(rows.len(), 6);
+    for ((row, id), logprob) in rows
+        .iter()
+        .zip(report["output_ids"].as_array().unwrap())
+        .zip(report["logprobs"].as_array().unwrap())
+    {
+        assert_eq!(row.as_array().unwrap().len(), 3);
+        assert_eq!(row[0], serde_json::json!([id, logprob]));
+        assert!(row[1][1].as_f64() <= row[0][1].as_f64());
+    }
+}
+
+#[test]
+fn refuses_bad_sampling_options() {
+    let dir = tiny_with_tokenizer();
+    let model = dir.path().to_str().unwrap();
+    let args = |more: &[&'static str]| {
+        [&["generate", "--model", model, "--prompt", "a"], &REFERENCE[..], more].concat()
+    };
+    let check = |more: &[&'static str], expect: &str| {
+        check_error(&args(more), Exit::Failed, expect);
+    };
+    check(&["--presence-penalty", "-3"], "presence_penalty is -3");
+    check(&["--frequency-penalty", "2.5"], "frequency_penalty is 2.5");
+    check(&["--logit-bias", "512=1"], "token id 512 is outside the vocabulary of 512 tokens");
+    check(&["--logit-bias", "5=-101"], "logit_bias of token 5 is -101");
+    check(&["--bad-words", " "], "a bad word is empty");
+    check(&["--json", "--top-logprobs", "21"], "num_top_logprobs is 21");
+    let check = |more: &[&'static str], expect: &str| {
+        check_error(&args(more), Exit::WrongUsage, expect);
+    };
+    check(&["--logit-bias", "5"], "'5' is not a token id and a bias");
+    check(&["--logit-bias", "-5=1"], "'-5=1' is not a token id and a bias");
+    check(&["--top-logprobs", "2"], "--json");
+
+    fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
+    let args = ["generate", "--model", model, "--prompt-ids", "1", "--bad-words", "a"];
+    check_error(&args, Exit::Failed, "no tokenizer.json");
+}
+
+#[test]
 fn renders_messages() {
     let dir = tiny_with_tokenizer();
     let model = dir.path().to_str().unwrap();

@@ -9,10 +9,11 @@ use serde::Serialize;
 use super::console::Console;
 use super::model::{ModelArgs, ModelFiles};
 use super::prompt::PromptArgs;
+use super::sampling::SamplingArgs;
 use crate::engine::Engine;
 use crate::memory;
 use crate::request::{FinishReason, Request, RequestOutput};
-use crate::sampling::SamplingParams;
+use crate::sampling::TokenLogprob;
 use crate::tokenizer::stream::{StopStrings, TextStream};
 
 /// Continue a prompt
@@ -47,32 +48,12 @@ Examples:
   bespoke generate --model smollm2-135m --prompt 'Once upon a time' --max-tokens 64
   bespoke generate --model ./my-model --messages chat.json --temperature 0.7 --seed 1
   bespoke generate --model smollm2-135m --prompt-ids 504,3575,282,4649,314 --json
+  bespoke generate --model smollm2-135m --prompt 'Once' --temperature 1 --min-p 0.1 \
+    --bad-words king --logit-bias 28=-5 --top-logprobs 3 --json
 
 chat.json is [{\"role\": \"user\", \"content\": \"…\"}, …].
 Times in the JSON are milliseconds; total_ms counts from the prompt to the last token, without
 loading.";
-
-#[derive(clap::Args)]
-struct SamplingArgs {
-    /// 0 takes the likeliest token, 1 follows the model's distribution
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
-    temperature: f32,
-    /// Choose among the likeliest tokens up to this share of the probability
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
-    top_p: f32,
-    /// Choose among this many of the likeliest tokens; 0 for all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    top_k: usize,
-    /// Choose among tokens with at least this share of the likeliest one's probability
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
-    min_p: f32,
-    /// Make tokens that were already seen less likely; 1 changes nothing
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
-    repetition_penalty: f32,
-    /// Start of the random numbers; the same seed gives the same answer
-    #[arg(long, value_name = "SEED", default_value_t = 0)]
-    seed: u64,
-}
 
 /// The JSON of the command.
 #[derive(Serialize)]
@@ -84,6 +65,9 @@ struct Report<'a> {
     /// Null without a tokenizer.
     text: Option<&'a str>,
     logprobs: &'a [f32],
+    /// For each output id the likeliest tokens as `[id, logprob]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    top_logprobs: Option<Vec<Vec<(u32, f32)>>>,
     finish_reason: &'a str,
     timing: Timing,
     memory: Memory,
@@ -110,6 +94,7 @@ struct Memory {
 pub(super) struct Answer {
     pub(super) output_ids: Vec<u32>,
     logprobs: Vec<f32>,
+    top_logprobs: Vec<Vec<TokenLogprob>>,
     pub(super) text: Option<String>,
     finish_reason: FinishReason,
     pub(super) timing: Timing,
@@ -118,7 +103,7 @@ pub(super) struct Answer {
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
     let files = ModelFiles::open(&args.model.model, console)?;
     let prompt_ids = args.prompt.ids(&files)?;
-    let request = request(args, &files, prompt_ids.clone());
+    let request = request(args, &files, prompt_ids.clone())?;
     request.check(files.config.vocab_size, usize::MAX, 0)?;
     let writer = TextWriter::new(&files, args.stop.clone())?;
     let context_len = prompt_ids.len().saturating_add(args.max_tokens);
@@ -140,6 +125,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
             output_ids: &answer.output_ids,
             text: answer.text.as_deref(),
             logprobs: &answer.logprobs,
+            top_logprobs: args.sampling.has_top_logprobs().then(|| pairs(&answer.top_logprobs)),
             finish_reason: answer.finish_reason.name(),
             timing: answer.timing,
             memory,
@@ -154,23 +140,20 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     Ok(())
 }
 
-fn request(args: &Args, files: &ModelFiles, prompt_ids: Vec<u32>) -> Request {
-    let sampling = &args.sampling;
-    Request {
+fn request(args: &Args, files: &ModelFiles, prompt_ids: Vec<u32>) -> anyhow::Result<Request> {
+    Ok(Request {
         prompt_ids,
         max_tokens: args.max_tokens,
-        sampling: SamplingParams {
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-            min_p: sampling.min_p,
-            repetition_penalty: sampling.repetition_penalty,
-            seed: sampling.seed,
-        },
+        sampling: args.sampling.params(files)?,
         ignore_eos: args.ignore_eos,
         stop_token_ids: if args.ignore_eos { Vec::new() } else { files.eos_ids() },
         ..Request::default()
-    }
+    })
+}
+
+fn pairs(rows: &[Vec<TokenLogprob>]) -> Vec<Vec<(u32, f32)>> {
+    let pairs = |row: &Vec<TokenLogprob>| row.iter().map(|top| (top.token, top.logprob)).collect();
+    rows.iter().map(pairs).collect()
 }
 
 /// Generated ids to text, as far as the model has a tokenizer.
@@ -244,6 +227,7 @@ pub(super) fn answer(
         timing: timing(load_time, first_token, total, num_prompt, generation.output_ids.len()),
         output_ids: generation.output_ids,
         logprobs: generation.logprobs,
+        top_logprobs: generation.top_logprobs,
         text: writer.stream.is_some().then_some(writer.text),
         finish_reason: match generation.finish_reason {
             Some(reason) if !stopped => reason,

@@ -14,6 +14,7 @@ mod prompt;
 mod pull;
 mod quantize;
 mod quickstart;
+mod sampling;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -323,7 +323,7 @@ impl Engine {
     fn prepare(&mut self, request: &Request, sequence: &mut Sequence) {
         sequence.tokens.extend_from_slice(&request.prompt_ids);
         sequence.num_prompt = sequence.tokens.len();
-        sequence.sampling = request.sampling;
+        sequence.sampling = request.sampling.clone();
         sequence.sampling.seed = choice_seed(request.sampling.seed, sequence.choice_idx);
         sequence.stop_token_ids.clone_from(&request.stop_token_ids);
         if !request.ignore_eos {
@@ -372,8 +372,8 @@ impl Engine {
         let rows = logits.chunks_exact(self.shape.vocab_size).zip(&self.stats);
         self.samples.clear();
         for (sequence, (logits, stats)) in self.scheduler.sampled().zip(rows) {
-            let params = &sequence.sampling;
-            self.samples.push(self.sampler.sample(params, &sequence.tokens, logits, stats));
+            let (params, history) = (&sequence.sampling, sequence.history());
+            self.samples.push(self.sampler.sample(params, &history, logits, stats));
         }
     }
 }

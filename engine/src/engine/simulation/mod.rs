@@ -20,7 +20,7 @@ use crate::fault::{Fault, plant};
 use crate::kernels::KernelTable;
 use crate::kv_cache::num_pages;
 use crate::request::{FinishReason, Request, RequestId, RequestOutput};
-use crate::sampling::{Sampler, choice_seed};
+use crate::sampling::{History, Sampler, choice_seed};
 use crate::session::{SessionId, SessionTurn};
 
 const VOCAB: usize = 24;
@@ -317,10 +317,15 @@ impl Simulation {
         let choice = &mut live.choices[output.choice_idx];
         assert_eq!(choice.finish_reason, None, "an ended answer is silent");
         let num_before = choice.tokens.len();
-        let mut sampling = live.request.sampling;
+        let mut sampling = live.request.sampling.clone();
         sampling.seed = choice_seed(sampling.seed, output.choice_idx);
         let stats = next_logits(&choice.tokens, &mut self.logits);
-        let expected = self.sampler.sample(&sampling, &choice.tokens, &self.logits, &stats);
+        let history = History {
+            tokens: &choice.tokens,
+            num_prompt: live.num_prompt,
+            stop_token_ids: &live.request.stop_token_ids,
+        };
+        let expected = self.sampler.sample(&sampling, &history, &self.logits, &stats);
         let expected = expected.expect("the null backend gives finite logits");
         let found = (output.token, output.logprob);
         assert_eq!(found, (Some(expected.token), expected.logprob), "{:?}", output.id);

@@ -35,12 +35,10 @@ impl Workload {
     pub(super) fn request(&mut self, random: &mut Random) -> Request {
         let prompt_ids = self.prompt(random);
         self.remember(prompt_ids.clone(), random);
-        let temperature = if random.one_in(3) { 1.0 } else { 0.0 };
-        let seed = random.below(4) as u64;
         Request {
             prompt_ids,
             max_tokens: self.max_tokens(random),
-            sampling: SamplingParams { temperature, seed, ..SamplingParams::default() },
+            sampling: sampling(random),
             stop_token_ids: if random.one_in(2) { vec![0] } else { Vec::new() },
             num_choices: if random.one_in(8) { 1 + random.below(4) } else { 1 },
             namespace: Namespace(random.below(NUM_NAMESPACES as usize) as u64),
@@ -93,6 +91,18 @@ impl Workload {
             _ => 1 + random.below(self.len_max),
         }
         .max(1)
+    }
+}
+
+/// Half of the requests take the likeliest token; some look back at what they generated.
+fn sampling(random: &mut Random) -> SamplingParams {
+    SamplingParams {
+        temperature: if random.one_in(2) { 1.0 } else { 0.0 },
+        seed: random.below(4) as u64,
+        presence_penalty: if random.one_in(6) { 1.5 } else { 0.0 },
+        repetition_penalty: if random.one_in(6) { 1.2 } else { 1.0 },
+        min_tokens: if random.one_in(6) { 3 } else { 0 },
+        ..SamplingParams::default()
     }
 }
 

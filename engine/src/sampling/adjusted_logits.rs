@@ -1,0 +1,93 @@
+//! Logits with bias, bans and penalties applied.
+
+use super::{History, SamplingParams};
+
+/// Scratch memory for one row; what it held before never shows.
+#[derive(Clone, Debug)]
+pub(super) struct AdjustedLogits {
+    /// `[vocab]`
+    logits: Vec<f32>,
+    /// `[vocab]`: all 0 between calls.
+    counts: Vec<u32>,
+}
+
+impl AdjustedLogits {
+    pub(super) fn new(vocab_size: usize) -> AdjustedLogits {
+        AdjustedLogits { logits: Vec::with_capacity(vocab_size), counts: vec![0; vocab_size] }
+    }
+
+    /// `logits` as `params` want them after `history`; `None` where they stay as they are.
+    pub(super) fn fill(
+        &mut self,
+        params: &SamplingParams,
+        history: &History<'_>,
+        logits: &[f32],
+    ) -> Option<&[f32]> {
+        let output = &history.tokens[history.num_prompt.min(history.tokens.len())..];
+        let is_too_short = output.len() < params.min_tokens && !history.stop_token_ids.is_empty();
+        let has_repetition = params.repetition_penalty != 1.0 && !history.tokens.is_empty();
+        let has_frequency = (params.presence_penalty != 0.0 || params.frequency_penalty != 0.0)
+            && !output.is_empty();
+        let has_lists = !params.logit_bias.is_empty() || !params.bad_words.is_empty();
+        if !is_too_short && !has_repetition && !has_frequency && !has_lists {
+            return None;
+        }
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        for (token, bias) in &params.logit_bias {
+            self.change(*token, |logit| logit + bias);
+        }
+        if is_too_short {
+            history.stop_token_ids.iter().for_each(|token| self.ban(*token));
+        }
+        for word in &params.bad_words {
+            if let Some((last, before)) = word.split_last()
+                && output.ends_with(before)
+            {
+                self.ban(*last);
+            }
+        }
+        if has_repetition {
+            self.penalize(history.tokens, |logit, _| match logit > 0.0 {
+                true => logit / params.repetition_penalty,
+                false => logit * params.repetition_penalty,
+            });
+        }
+        if has_frequency {
+            self.penalize(output, |logit, count| {
+                logit - params.frequency_penalty * count as f32 - params.presence_penalty
+            });
+        }
+        Some(&self.logits)
+    }
+
+    /// Applies `penalty` once to each token that occurs in `tokens`, with how often it does.
+    fn penalize(&mut self, tokens: &[u32], penalty: impl Fn(f32, u32) -> f32) {
+        for token in tokens {
+            if let Some(count) = self.counts.get_mut(*token as usize) {
+                *count += 1;
+            }
+        }
+        for token in tokens {
+            let count = self.counts.get_mut(*token as usize).map_or(0, std::mem::take);
+            if count > 0 {
+                self.change(*token, |logit| penalty(logit, count));
+            }
+        }
+    }
+
+    fn ban(&mut self, token: u32) {
+        if let Some(logit) = self.logits.get_mut(token as usize) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+
+    /// A finite logit stays finite: only a ban takes a token away for certain.
+    fn change(&mut self, token: u32, change: impl Fn(f32) -> f32) {
+        if let Some(logit) = self.logits.get_mut(token as usize)
+            && logit.is_finite()
+        {
+            *logit = change(*logit).clamp(f32::MIN, f32::MAX);
+        }
+    }
+}
