@@ -266,6 +266,11 @@ impl Engine {
         });
     }
 
+    /// Pages of the KV cache that no sequence holds.
+    pub fn num_free_pages(&self) -> usize {
+        self.pool.num_free()
+    }
+
     /// Memory held by weights and KV cache.
     pub fn memory(&self) -> Memory {
         on_decoder!(&self.model, decoder => Memory {

@@ -10,6 +10,7 @@ pub mod config;
 pub mod engine;
 pub mod error;
 pub mod files;
+pub mod handle;
 pub mod import;
 pub mod kernels;
 pub mod kv_cache;

@@ -1,5 +1,6 @@
 //! The engine: requests, scheduling, sampling.
 
+mod handle;
 mod null;
 mod requests;
 mod sampling;
