@@ -18,6 +18,8 @@ pub enum Error {
     Busy(String),
     /// Not enough memory or disk: what was needed and what there is.
     Resources(String),
+    /// The engine has died or was stopped: it has to be started anew.
+    Engine(String),
     /// A download failed.
     Download(String),
     /// The operating system refused an operation on a file.
@@ -44,6 +46,7 @@ impl fmt::Display for Error {
             | Error::Request(message)
             | Error::Busy(message)
             | Error::Resources(message)
+            | Error::Engine(message)
             | Error::Download(message) => f.write_str(message),
             Error::MissingKernels { symbols, message } => {
                 writeln!(f, "{message}")?;

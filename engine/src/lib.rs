@@ -11,6 +11,7 @@ pub mod engine;
 pub mod error;
 mod fault;
 pub mod files;
+pub mod handle;
 pub mod import;
 pub mod kernels;
 pub mod kv_cache;

@@ -7,6 +7,11 @@ pub fn peak_rss_bytes() -> Option<u64> {
     field_bytes(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
 }
 
+/// Resident size of this process now, in bytes.
+pub fn rss_bytes() -> Option<u64> {
+    field_bytes(&fs::read_to_string("/proc/self/status").ok()?, "VmRSS:")
+}
+
 /// Memory of the machine in bytes.
 pub fn total_bytes() -> Option<u64> {
     field_bytes(&fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")

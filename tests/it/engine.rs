@@ -1,5 +1,7 @@
 //! The engine: requests, scheduling, sampling.
 
+mod determinism;
+mod handle;
 mod null;
 mod requests;
 mod sampling;

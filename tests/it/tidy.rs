@@ -98,6 +98,7 @@ const RULES: &[Rule] = &[
     Rule {
         names: &[
             Name::Path("crate::engine"),
+            Name::Path("crate::handle"),
             Name::Path("crate::scheduler"),
             Name::Path("crate::sampling"),
             Name::Path("crate::model"),
