@@ -5,3 +5,4 @@ mod handle;
 mod null;
 mod requests;
 mod sampling;
+mod sessions;

@@ -247,11 +247,12 @@ fn tiny(case: &str, kernels: KernelTable, kv_dtype: KvDType) -> Setup {
             kv_dtype,
             activation: ActivationType::Int8,
             num_threads: Some(1),
+            max_context: Some(256),
             ..EngineOptions::new(kernels)
         },
         num_requests: 48,
         prompt_len_max: 90,
-        max_tokens: 24,
+        max_tokens: 60,
     }
 }
 
@@ -310,7 +311,7 @@ fn smollm2_in_any_company() {
         },
         num_requests: 16,
         prompt_len_max: 150,
-        max_tokens: 12,
+        max_tokens: 60,
     };
     setup.check().unwrap();
 }

@@ -2,14 +2,19 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bespoke::Error;
 use bespoke::config::{BackendChoice, EngineOptions};
 use bespoke::engine::Engine;
 use bespoke::kernels::{Kernel, KernelTable};
+use bespoke::kv_cache::Namespace;
 use bespoke::request::{FinishReason, Generation, Request, RequestOutput};
 use bespoke::sampling::SamplingParams;
+use bespoke::tokenizer::Tokenizer;
 use bespoke_kernel_gen::spec::{ActivationType, KvDType};
+
+use crate::tokenizer::byte_tokenizer;
 
 fn options() -> EngineOptions {
     EngineOptions {
@@ -142,6 +147,81 @@ fn neighbours_do_not_change_the_tokens() {
         let ends = of_request().filter(|output| output.finish_reason.is_some()).count();
         assert_eq!(ends, 1);
     }
+}
+
+/// Two sequences of 5 pages each in a cache of 7: the later one is preempted, and nobody sees it.
+#[test]
+fn sequences_that_do_not_fit_together_all_end() {
+    let request = |seed| {
+        let mut request = request(68, 70);
+        request.sampling.seed = seed;
+        request.prompt_ids[0] = seed as u32;
+        request
+    };
+    let mut alone = load(&options());
+    let expected: Vec<Generation> =
+        (0..6).map(|seed| generate(&mut alone, request(seed))).collect();
+    let mut engine = load(&EngineOptions { num_pages: Some(7), ..options() });
+    (0..6).for_each(|seed| drop(engine.add_request(request(seed)).unwrap()));
+    let mut found = vec![Generation::default(); 6];
+    let mut outputs = Vec::new();
+    while !engine.is_idle() {
+        engine.step(&mut outputs).unwrap();
+        engine.check().unwrap();
+        outputs.drain(..).for_each(|output| found[output.id.0 as usize].push(&output));
+    }
+    assert_eq!(found, expected);
+    assert!(engine.status().num_preemptions > 0);
+    assert_eq!(engine.status().pages.active, 0);
+}
+
+#[test]
+fn a_beginning_that_was_computed_is_found_in_its_namespace() {
+    let options = EngineOptions { num_pages: Some(32), ..options() };
+    let cached = |engine: &mut Engine, request: Request| {
+        let mut num_cached = 0;
+        engine
+            .generate(request, &mut |output| {
+                num_cached = output.num_cached;
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+        num_cached
+    };
+    let mut engine = load(&options);
+    assert_eq!(cached(&mut engine, request(100, 4)), 0);
+    assert_eq!(cached(&mut engine, request(100, 4)), 96, "three full pages");
+    assert_eq!(cached(&mut engine, request(96, 4)), 95, "a row is left to compute");
+    assert_eq!(cached(&mut engine, request(70, 4)), 64);
+    let mut other = request(100, 4);
+    other.prompt_ids[40] += 1;
+    assert_eq!(cached(&mut engine, other), 32, "up to the page that differs");
+    let foreign = Request { namespace: Namespace(1), ..request(100, 4) };
+    assert_eq!(cached(&mut engine, foreign), 0);
+    let mut without = load(&EngineOptions { prefix_cache: false, ..options });
+    assert_eq!(cached(&mut without, request(100, 4)), 0);
+    assert_eq!(cached(&mut without, request(100, 4)), 0);
+}
+
+#[test]
+fn stop_strings_end_an_answer_within_the_engine() {
+    let mut engine = load(&options());
+    let long = generate(&mut engine, request(30, 60));
+    let stopping = |stop: &str| Request { stop_strings: vec![stop.to_owned()], ..request(30, 60) };
+    assert_refused(engine.add_request(stopping("x")), &["tokenizer"]);
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), byte_tokenizer().to_string()).unwrap();
+    engine.set_tokenizer(Arc::new(Tokenizer::load(dir.path()).unwrap()));
+    assert_refused(engine.add_request(stopping("")), &["0 bytes", "1 to 256"]);
+    let many = Request { stop_strings: vec!["x".to_owned(); 17], ..request(30, 60) };
+    assert_refused(engine.add_request(many), &["17 stop strings", "16"]);
+    // Ids are bytes in this tokenizer; any printable one will do.
+    let is_printable = |id: &u32| (33..127).contains(id);
+    let stop_at = long.output_ids.iter().position(is_printable).unwrap();
+    let stop = char::from(long.output_ids[stop_at] as u8).to_string();
+    let short = generate(&mut engine, stopping(&stop));
+    assert_eq!(short.output_ids, long.output_ids[..=stop_at]);
+    assert_eq!(short.finish_reason, Some(FinishReason::Stop));
 }
 
 #[test]

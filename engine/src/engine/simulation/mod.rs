@@ -456,11 +456,11 @@ const NUM_SEEDS: u64 = 100;
 
 fn check_seeds(first: u64) {
     let counts = run_seeds(first, NUM_SEEDS, NUM_STEPS);
-    println!("{counts:?}");
     assert!(counts.steps >= NUM_SEEDS * NUM_STEPS);
     // Everything happened often.
-    assert!(counts.finished > 50_000 && counts.cancelled > 2000 && counts.refused > 5000);
-    assert!(counts.cached_tokens > 50_000 && counts.preemptions > 3000 && counts.turns > 5000);
+    let is_busy = counts.finished > 50_000 && counts.cancelled > 2000 && counts.refused > 5000;
+    assert!(is_busy && counts.preemptions > 3000, "{counts:?}");
+    assert!(counts.cached_tokens > 50_000 && counts.turns > 5000, "{counts:?}");
 }
 
 #[test]
@@ -498,8 +498,6 @@ fn planted_bugs_are_found() {
             plant(None);
             result.is_err()
         };
-        let found = (0..200).find(|seed| find(*seed));
-        println!("{fault:?}: seed {found:?}");
-        assert!(found.is_some(), "{fault:?} was not found");
+        assert!((0..200).any(find), "{fault:?} was not found");
     }
 }
