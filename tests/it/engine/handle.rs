@@ -126,6 +126,24 @@ impl Gate {
     }
 }
 
+/// Does `work` while a call holds the engine's thread, which has taken what came before.
+fn while_held<T>(handle: &EngineHandle, work: impl FnOnce() -> T) -> T {
+    let (arrived, at_call) = sync_channel(1);
+    let (release, held) = sync_channel::<()>(1);
+    let hold = move |_: &mut Engine| {
+        arrived.send(()).unwrap();
+        held.recv().unwrap();
+    };
+    let holder = handle.clone();
+    thread::scope(|scope| {
+        scope.spawn(move || holder.call(hold).unwrap());
+        at_call.recv_timeout(LONG).unwrap();
+        let done = work();
+        release.send(()).unwrap();
+        done
+    })
+}
+
 #[test]
 fn streams_give_the_oracles_tokens() {
     let handle = start();
@@ -181,6 +199,7 @@ fn a_cancel_takes_effect_within_a_step() {
         let handle = start_with(options, HandleLimits::default());
         let gate = Gate::close(&handle);
         let mut stream = accepted(handle.submit(request(prompt_len, 30)));
+        let mut next = accepted(handle.submit(request(3, 2)));
         (0..num_steps).for_each(|_| gate.step());
         stream.cancel();
         gate.step();
@@ -189,12 +208,31 @@ fn a_cancel_takes_effect_within_a_step() {
         let events: Vec<Event> = outputs.collect();
         assert_eq!(events.last(), Some(&Event::Cancelled), "{num_sequences} {num_steps}");
         assert_eq!(events.len(), num_tokens + 1, "{num_sequences} {num_steps}");
+        // The next in line has taken its place in the same step; its token comes after the gate's.
+        gate.step();
+        let has_token = next.next_timeout(Duration::ZERO).is_some();
+        assert_eq!(has_token, num_sequences == 2, "{num_steps}");
         stream.cancel();
         drop(gate);
+        assert_eq!(read(&mut next).1, Event::Finished);
         assert_eq!(handle.drain(Duration::MAX), EngineState::Stopped);
         let counts = handle.stats().counts;
-        assert_eq!((counts.num_finished, counts.num_cancelled), (1, 1));
+        assert_eq!((counts.num_finished, counts.num_cancelled), (2, 1));
     }
+}
+
+#[test]
+fn a_cancel_before_the_engine_looks_is_not_lost() {
+    let handle = start();
+    // The thread looks for cancels after the call, and at what was submitted after that.
+    let mut streams = while_held(&handle, || {
+        let streams = [20, 21].map(|max_tokens| accepted(handle.submit(request(3, max_tokens))));
+        streams[0].cancel();
+        streams
+    });
+    assert_eq!(read(&mut streams[0]), (Vec::new(), Event::Cancelled));
+    assert_eq!(read(&mut streams[1]), (expected(&request(3, 21)), Event::Finished));
+    assert_idle(&handle);
 }
 
 #[test]

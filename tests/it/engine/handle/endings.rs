@@ -146,21 +146,8 @@ fn a_failing_or_panicking_step_ends_every_stream() {
     ] {
         let load = move || engine(Some(fault), &options());
         let handle = EngineHandle::start(load, HandleLimits::default()).unwrap();
-        // The thread is held until all have been submitted.
-        let (arrived, at_call) = sync_channel(1);
-        let (release, held) = sync_channel::<()>(1);
-        let holder = handle.clone();
-        let hold = move |_: &mut Engine| {
-            arrived.send(()).unwrap();
-            held.recv().unwrap();
-        };
-        let streams = thread::scope(|scope| {
-            scope.spawn(move || holder.call(hold).unwrap());
-            at_call.recv_timeout(LONG).unwrap();
-            let streams: Vec<_> = (0..7).map(|_| accepted(handle.submit(request(3, 50)))).collect();
-            release.send(()).unwrap();
-            streams
-        });
+        let submit = |_| accepted(handle.submit(request(3, 50)));
+        let streams = while_held(&handle, || (0..7).map(submit).collect());
         check_death(&handle, streams, reason);
         assert_eq!(handle.stats().counts.num_died, 7);
     }
