@@ -236,7 +236,7 @@ pub fn choice_seed(seed: u64, choice_idx: usize) -> u64 {
 
 /// A number in 0..1 that follows from the seed and the place in the sequence alone (two rounds of
 /// the SplitMix64 finalizer).
-fn uniform(seed: u64, position: u64) -> f64 {
+pub(crate) fn uniform(seed: u64, position: u64) -> f64 {
     let mix = |mut z: u64| {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
