@@ -1,5 +1,7 @@
 //! The command line, run inside the test's process.
 
+mod bench;
+
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -93,9 +95,17 @@ fn wrong_usage_exits_with_2() {
 
 #[test]
 fn helps() {
-    for command in
-        ["quickstart", "pull", "import", "quantize", "generate", "logits", "perplexity", "kernels"]
-    {
+    for command in [
+        "quickstart",
+        "pull",
+        "import",
+        "quantize",
+        "generate",
+        "logits",
+        "perplexity",
+        "bench",
+        "kernels",
+    ] {
         let run = run(&[command, "--help"]);
         assert_eq!((run.exit, run.err.as_str()), (Exit::Done, ""), "{command}");
         assert!(run.out.contains(&format!("Usage: bespoke {command}")), "{}", run.out);

@@ -84,10 +84,21 @@ pub(super) struct Timing {
 }
 
 #[derive(Clone, Copy, Serialize)]
-struct Memory {
-    weights_bytes: usize,
-    kv_cache_bytes: usize,
-    peak_rss_bytes: Option<u64>,
+pub(super) struct Memory {
+    pub(super) weights_bytes: usize,
+    pub(super) kv_cache_bytes: usize,
+    pub(super) peak_rss_bytes: Option<u64>,
+}
+
+impl Memory {
+    /// The memory of `engine`, and of this process up to now.
+    pub(super) fn of(engine: &Engine) -> Memory {
+        Memory {
+            weights_bytes: engine.memory().weights_bytes,
+            kv_cache_bytes: engine.memory().kv_cache_bytes,
+            peak_rss_bytes: memory::peak_rss_bytes(),
+        }
+    }
 }
 
 /// What one run gave.
@@ -112,11 +123,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let answer = answer(&mut engine, request, load_time, writer, &mut |text| {
         if is_streamed { console.print(text) } else { Ok(()) }
     })?;
-    let memory = Memory {
-        weights_bytes: engine.memory().weights_bytes,
-        kv_cache_bytes: engine.memory().kv_cache_bytes,
-        peak_rss_bytes: memory::peak_rss_bytes(),
-    };
+    let memory = Memory::of(&engine);
     if args.json {
         return console.print_json(&Report {
             model: &args.model.model,
@@ -257,7 +264,7 @@ fn timing(
 }
 
 /// To three decimals: clocks tell no more.
-fn round(value: f64) -> f64 {
+pub(super) fn round(value: f64) -> f64 {
     (value * 1e3).round() / 1e3
 }
 

@@ -1,5 +1,6 @@
 //! The command line: arguments in, text or one JSON value out.
 
+mod bench;
 mod console;
 mod doctor;
 mod elf;
@@ -64,6 +65,7 @@ enum Command {
     Generate(generate::Args),
     Logits(logits::Args),
     Perplexity(perplexity::Args),
+    Bench(bench::Args),
     Kernels(kernels::Args),
     Doctor(doctor::Args),
 }
@@ -90,6 +92,7 @@ where
         Command::Generate(args) => generate::run(&args, console),
         Command::Logits(args) => logits::run(&args, console),
         Command::Perplexity(args) => perplexity::run(&args, console),
+        Command::Bench(args) => bench::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
     })

@@ -120,15 +120,24 @@ impl ModelFiles {
         self.tokenizer.iter().flat_map(|tokenizer| tokenizer.eos_ids().to_vec()).collect()
     }
 
-    /// Loads the weights; `context_len` is the longest sequence that will run.
+    /// Loads the weights for one sequence at once, of at most `context_len` tokens.
     pub(super) fn load(
         &self,
         run: &RunArgs,
         context_len: usize,
         console: &mut Console<'_>,
     ) -> anyhow::Result<(Engine, Duration)> {
-        let start = Instant::now();
-        let options = EngineOptions {
+        self.load_with(&self.options(run, context_len, console), console)
+    }
+
+    /// What [`ModelFiles::load`] loads with.
+    pub(super) fn options(
+        &self,
+        run: &RunArgs,
+        context_len: usize,
+        console: &Console<'_>,
+    ) -> EngineOptions {
+        EngineOptions {
             backend: match run.backend {
                 Backend::Auto => BackendChoice::Auto,
                 Backend::Reference => BackendChoice::Reference,
@@ -148,9 +157,18 @@ impl ModelFiles {
             max_sequences: 1,
             max_context: Some(context_len.min(context_max(&self.config)).max(2)),
             ..EngineOptions::new(console.kernels)
-        };
+        }
+    }
+
+    /// Loads the weights, with a progress bar, and says how long that took.
+    pub(super) fn load_with(
+        &self,
+        options: &EngineOptions,
+        console: &mut Console<'_>,
+    ) -> anyhow::Result<(Engine, Duration)> {
+        let start = Instant::now();
         let mut meter = Meter::new(console);
-        let engine = Engine::load(&self.dir, &options, &mut |progress| meter.show_load(progress))?;
+        let engine = Engine::load(&self.dir, options, &mut |progress| meter.show_load(progress))?;
         Ok((engine, start.elapsed()))
     }
 }

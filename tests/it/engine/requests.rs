@@ -162,7 +162,9 @@ fn sequences_that_do_not_fit_together_all_end() {
     let expected: Vec<Generation> =
         (0..6).map(|seed| generate(&mut alone, request(seed))).collect();
     let mut engine = load(&EngineOptions { num_pages: Some(7), ..options() });
-    (0..6).for_each(|seed| drop(engine.add_request(request(seed)).unwrap()));
+    for seed in 0..6 {
+        engine.add_request(request(seed)).unwrap();
+    }
     let mut found = vec![Generation::default(); 6];
     let mut outputs = Vec::new();
     while !engine.is_idle() {
