@@ -12,6 +12,7 @@ mod sample;
 mod silu_and_mul;
 
 use bespoke::kernels::abi::{RowsOut, Share, int8_stride};
+use bespoke_kernel_gen::spec::KvDType;
 
 /// A kernel with its vector type's name.
 pub(crate) type Instance<A> = (&'static str, unsafe fn(&A, Share));
@@ -95,6 +96,12 @@ pub(crate) fn run<A>(kernel: unsafe fn(&A, Share), args: &A, count: usize, scrat
         // SAFETY: the caller's arguments, and `instances` holds kernels of this machine only.
         unsafe { kernel(args, share) };
     }
+}
+
+/// Bits of an element of the KV cache, by its name.
+pub(crate) fn kv_bits(name: &str) -> usize {
+    let found = KvDType::ALL.into_iter().find(|kv| kv.name() == name);
+    found.expect("an element type").bits()
 }
 
 /// Random numbers by SplitMix64.
