@@ -10,12 +10,12 @@
 //!
 //! int8 and int4 are unsigned levels, per token and head: value = level · scale + minimum.
 //!
-//! int4 lies in chunks of 16 elements of a row, eight bytes: byte `i` has element `i` in its low and
-//! element `i + 8` in its high nibble, so that a chunk is one vector of 16 lanes or two of 8. Rows
-//! are padded to whole chunks.
+//! int4 lies in chunks of 16 elements of a row, eight bytes: byte `i` has element `i` in its low
+//! and element `i + 8` in its high nibble, so that a chunk is one vector of 16 lanes or two of 8.
+//! Rows are padded to whole chunks.
 //!
-//! int4 holds rotated heads, see [`hadamard`]: keys have a few dimensions far larger than the others,
-//! which would take all of the 16 levels.
+//! int4 holds rotated heads, see [`hadamard`]: keys have a few dimensions far larger than the
+//! others, which would take all of the 16 levels.
 
 use super::simd::Simd;
 
@@ -25,8 +25,8 @@ pub trait KvElement: Copy + 'static {
     const BITS: usize;
     /// Whether scales and minima follow the data of a head.
     const QUANTIZED: bool = is_quantized(Self::BITS);
-    /// `S::LANES` elements of the row at `row`, from element `idx` on, as float32, without scale and
-    /// minimum. For int4 `idx` is a multiple of `LANES`.
+    /// `S::LANES` elements of the row at `row`, from element `idx` on, as float32, without scale
+    /// and minimum. For int4 `idx` is a multiple of `LANES`.
     unsafe fn load<S: Simd>(row: *const u8, idx: usize) -> S::F32;
 }
 
@@ -118,9 +118,9 @@ pub const fn page_bytes(bits: usize, num_kv_heads: usize, head_dim: usize, page:
 }
 
 /// Multiplies a head by an orthogonal Hadamard matrix, block by block where `HEAD_DIM` is no power
-/// of two. It is its own inverse, and applied to queries and keys it leaves their products alone, so
-/// only the distribution of the values changes: the energy of a large dimension is spread over all
-/// (QuaRot, arXiv 2404.00456).
+/// of two. It is its own inverse, and applied to queries and keys it leaves their products alone,
+/// so only the distribution of the values changes: the energy of a large dimension is spread over
+/// all (QuaRot, arXiv 2404.00456).
 ///
 /// # Safety
 /// `x` holds `HEAD_DIM` values.

@@ -57,8 +57,8 @@ pub unsafe fn run<
     let units = args.rows * KV_HEADS;
     let group = HEADS / KV_HEADS;
     let mut head = Head::<f32, HEAD_DIM>::new();
-    // SAFETY: a unit's query heads and its slot are written by one thread, and so are the bytes that
-    // slots of a chunk share.
+    // SAFETY: a unit's query heads and its slot are written by one thread, and so are the bytes
+    // that slots of a chunk share.
     unsafe {
         let mut unit = first_unit::<KV>(args, units * share.idx / share.count);
         let end = first_unit::<KV>(args, units * (share.idx + 1) / share.count);
@@ -103,7 +103,7 @@ unsafe fn first_unit<KV: KvElement>(args: &RopeArgs, mut unit: usize) -> usize {
     if KV::BITS < 8 {
         // SAFETY: rows of the step.
         unsafe {
-            while unit % args.rows > 0 {
+            while args.rows > 0 && unit % args.rows > 0 {
                 let slot = args.slots.add(unit % args.rows);
                 if *slot as usize / CHUNK != *slot.sub(1) as usize / CHUNK {
                     break;
