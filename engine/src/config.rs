@@ -41,7 +41,8 @@ pub struct EngineOptions {
     /// Tokens of one sequence, prompt and output together; `None`: as many as the model was
     /// trained for, as far as a KV cache of [`KV_CACHE_BYTES_DEFAULT`] holds them.
     pub max_context: Option<usize>,
-    /// Pages of the KV cache; `None`: enough for one sequence of `max_context` tokens.
+    /// Pages of the KV cache; `None`: enough for `max_sequences` of `max_context` tokens, as far as
+    /// [`KV_CACHE_BYTES_DEFAULT`] holds them, but always for one.
     pub num_pages: Option<usize>,
     /// Whether requests find the keys and values of earlier ones with the same beginning.
     pub prefix_cache: bool,

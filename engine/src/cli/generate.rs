@@ -10,9 +10,10 @@ use super::console::Console;
 use super::model::{ModelArgs, ModelFiles};
 use super::prompt::PromptArgs;
 use super::sampling::SamplingArgs;
+use crate::config::EngineOptions;
 use crate::engine::Engine;
 use crate::memory;
-use crate::request::{FinishReason, Request, RequestOutput};
+use crate::request::{FinishReason, Generation, Request, RequestOutput};
 use crate::sampling::TokenLogprob;
 use crate::tokenizer::stream::{StopStrings, TextStream};
 
@@ -38,6 +39,13 @@ pub(super) struct Args {
     /// Go on after the model's end token
     #[arg(long)]
     ignore_eos: bool,
+    /// Answers to print, each with a seed of its own
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    n: usize,
+    /// Answers to generate, of which the likeliest by mean log-probability are printed [default:
+    /// as many as are printed]
+    #[arg(long, value_name = "N")]
+    best_of: Option<usize>,
     /// Print one JSON object instead of the text
     #[arg(long)]
     json: bool,
@@ -52,6 +60,7 @@ Examples:
     --bad-words king --logit-bias 28=-5 --top-logprobs 3 --json
 
 chat.json is [{\"role\": \"user\", \"content\": \"…\"}, …].
+With several answers, the JSON has the first one at its top level and all of them in `choices`.
 Times in the JSON are milliseconds; total_ms counts from the prompt to the last token, without
 loading.";
 
@@ -69,8 +78,19 @@ struct Report<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     top_logprobs: Option<Vec<Vec<(u32, f32)>>>,
     finish_reason: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    choices: Option<Vec<Choice<'a>>>,
     timing: Timing,
     memory: Memory,
+}
+
+/// One of several answers in the JSON.
+#[derive(Serialize)]
+struct Choice<'a> {
+    output_ids: &'a [u32],
+    text: Option<&'a str>,
+    logprobs: &'a [f32],
+    finish_reason: &'a str,
 }
 
 #[derive(Clone, Copy, Serialize)]
@@ -118,11 +138,19 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     request.check(files.config.vocab_size, usize::MAX, 0)?;
     let writer = TextWriter::new(&files, args.stop.clone())?;
     let context_len = prompt_ids.len().saturating_add(args.max_tokens);
-    let (mut engine, load_time) = files.load(&args.model.run, context_len, console)?;
-    let is_streamed = !args.json && writer.stream.is_some();
-    let answer = answer(&mut engine, request, load_time, writer, &mut |text| {
-        if is_streamed { console.print(text) } else { Ok(()) }
-    })?;
+    let options = EngineOptions {
+        max_sequences: request.num_choices,
+        ..files.options(&args.model.run, context_len, console)
+    };
+    let (mut engine, load_time) = files.load_with(&options, console)?;
+    let is_streamed = !args.json && writer.stream.is_some() && request.num_choices == 1;
+    let answers = match request.num_choices {
+        1 => vec![answer(&mut engine, request, load_time, writer, &mut |text| {
+            if is_streamed { console.print(text) } else { Ok(()) }
+        })?],
+        _ => answers(&mut engine, request, load_time, args, &files)?,
+    };
+    let answer = &answers[0];
     let memory = Memory::of(&engine);
     if args.json {
         return console.print_json(&Report {
@@ -134,23 +162,59 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
             logprobs: &answer.logprobs,
             top_logprobs: args.sampling.has_top_logprobs().then(|| pairs(&answer.top_logprobs)),
             finish_reason: answer.finish_reason.name(),
+            choices: (args.n > 1).then(|| answers.iter().map(Answer::choice).collect()),
             timing: answer.timing,
             memory,
         });
     }
-    if answer.text.is_none() {
-        let ids: Vec<String> = answer.output_ids.iter().map(u32::to_string).collect();
-        console.print(&ids.join(","))?;
-    }
-    console.print("\n")?;
-    console.report(&summary(prompt_ids.len(), &answer));
+    print_answers(&answers, is_streamed, console)?;
+    console.report(&summary(prompt_ids.len(), answer));
     Ok(())
 }
 
+/// Prints what was not streamed.
+fn print_answers(
+    answers: &[Answer],
+    is_streamed: bool,
+    console: &mut Console<'_>,
+) -> anyhow::Result<()> {
+    for (idx, answer) in answers.iter().enumerate() {
+        if answers.len() > 1 {
+            console.print(&format!("[{}] ", idx + 1))?;
+        }
+        match &answer.text {
+            None => {
+                let ids: Vec<String> = answer.output_ids.iter().map(u32::to_string).collect();
+                console.print(&ids.join(","))?;
+            }
+            Some(text) if !is_streamed => console.print(text)?,
+            Some(_) => {}
+        }
+        console.print("\n")?;
+    }
+    Ok(())
+}
+
+impl Answer {
+    fn choice(&self) -> Choice<'_> {
+        Choice {
+            output_ids: &self.output_ids,
+            text: self.text.as_deref(),
+            logprobs: &self.logprobs,
+            finish_reason: self.finish_reason.name(),
+        }
+    }
+}
+
 fn request(args: &Args, files: &ModelFiles, prompt_ids: Vec<u32>) -> anyhow::Result<Request> {
+    let num_choices = args.best_of.unwrap_or(args.n);
+    if args.n == 0 || num_choices < args.n {
+        bail!("the best {} of {num_choices} answers; ask for 1 or more, of as many", args.n);
+    }
     Ok(Request {
         prompt_ids,
         max_tokens: args.max_tokens,
+        num_choices,
         sampling: args.sampling.params(files)?,
         ignore_eos: args.ignore_eos,
         stop_token_ids: if args.ignore_eos { Vec::new() } else { files.eos_ids() },
@@ -241,6 +305,52 @@ pub(super) fn answer(
             _ => FinishReason::Stop,
         },
     })
+}
+
+/// The answers to `request` that `args` ask for, the likeliest first where they are chosen from
+/// more.
+fn answers(
+    engine: &mut Engine,
+    mut request: Request,
+    load_time: Duration,
+    args: &Args,
+    files: &ModelFiles,
+) -> anyhow::Result<Vec<Answer>> {
+    if !args.stop.is_empty() {
+        engine.set_tokenizer(files.tokenizer()?.clone());
+        request.stop_strings.clone_from(&args.stop);
+    }
+    let num_prompt = request.prompt_ids.len();
+    let start = Instant::now();
+    let mut first_token = None;
+    let mut generations = engine.generate_choices(request, &mut |_| {
+        first_token.get_or_insert_with(|| start.elapsed());
+        ControlFlow::Continue(())
+    })?;
+    let total = start.elapsed();
+    if args.n < generations.len() {
+        generations.sort_by(|a, b| b.mean_logprob().total_cmp(&a.mean_logprob()));
+        generations.truncate(args.n);
+    }
+    let num_output = generations.iter().map(|generation| generation.output_ids.len()).sum();
+    let first_token = first_token.unwrap_or(total);
+    let timing = timing(load_time, first_token, total, num_prompt, num_output);
+    let answer = |generation: Generation| {
+        let mut writer = TextWriter::new(files, args.stop.clone())?;
+        for id in &generation.output_ids {
+            writer.push(Some(*id))?;
+        }
+        writer.push(None)?;
+        Ok(Answer {
+            output_ids: generation.output_ids,
+            logprobs: generation.logprobs,
+            top_logprobs: generation.top_logprobs,
+            text: writer.stream.is_some().then_some(writer.text),
+            finish_reason: generation.finish_reason.unwrap_or(FinishReason::Failed),
+            timing,
+        })
+    };
+    generations.into_iter().map(answer).collect()
 }
 
 fn timing(

@@ -177,15 +177,15 @@ impl Loader<'_> {
     fn limits(&self, page_bytes: usize) -> Result<(DecoderLimits, usize), Error> {
         let options = self.options;
         let page_size = self.shape.page_size;
-        let max_context = match options.max_context {
-            Some(max_context) => max_context,
-            None => {
-                let num_pages = (KV_CACHE_BYTES_DEFAULT / page_bytes.max(1)).max(1);
-                position_max(self.config).min(num_pages * page_size)
-            }
-        };
+        let num_pages_default = (KV_CACHE_BYTES_DEFAULT / page_bytes.max(1)).max(1);
+        let max_context = options
+            .max_context
+            .unwrap_or_else(|| position_max(self.config).min(num_pages_default * page_size));
         check_context(self.config, max_context)?;
-        let num_pages = options.num_pages.unwrap_or(num_pages(max_context, page_size));
+        let num_pages = options.num_pages.unwrap_or_else(|| {
+            let num_of_one = num_pages(max_context, page_size);
+            num_of_one.saturating_mul(options.max_sequences).min(num_pages_default).max(num_of_one)
+        });
         check_num_pages(num_pages, page_size)?;
         let limits = DecoderLimits {
             rows_max: options.max_batch_tokens,

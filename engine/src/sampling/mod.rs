@@ -175,7 +175,7 @@ fn log_sum_exp(logits: &[f32], stats: &LogitStats) -> f32 {
 
 /// A number in 0..1 that follows from the seed and the place in the sequence alone (two rounds of
 /// the SplitMix64 finalizer).
-fn uniform(seed: u64, position: u64) -> f64 {
+pub(crate) fn uniform(seed: u64, position: u64) -> f64 {
     let counter = mix(seed.wrapping_add(GOLDEN)).wrapping_add(position);
     let bits = mix(counter.wrapping_mul(GOLDEN));
     (bits >> 11) as f64 / (1u64 << 53) as f64

@@ -253,7 +253,8 @@ fn outputs_end_where_they_should() {
 
 #[test]
 fn a_cancelled_request_gives_its_pages_back() {
-    let mut engine = load(&EngineOptions { max_context: Some(64), ..options() });
+    let mut engine =
+        load(&EngineOptions { max_context: Some(64), num_pages: Some(2), ..options() });
     let mut outputs = Vec::new();
     for num_steps in 0..4 {
         let running = engine.add_request(request(40, 20)).unwrap();
