@@ -30,7 +30,7 @@ fn options() -> EngineOptions {
         num_pages: Some(NUM_PAGES),
         max_batch_tokens: 4,
         max_sequences: 2,
-        ..EngineOptions::new(KernelTable { kernels: &[] })
+        ..EngineOptions::new(KernelTable::default())
     }
 }
 

@@ -22,7 +22,7 @@ fn null_options() -> NullOptions {
 }
 
 fn options() -> EngineOptions {
-    EngineOptions { max_context: Some(64), ..EngineOptions::new(KernelTable { kernels: &[] }) }
+    EngineOptions { max_context: Some(64), ..EngineOptions::new(KernelTable::default()) }
 }
 
 fn prompt(len: usize, seed: usize) -> Vec<u32> {

@@ -127,7 +127,7 @@ impl Simulation {
             prefix_cache: !random.one_in(5),
             hash_key: Some([7; 32]),
             max_sessions: sessions_max,
-            ..EngineOptions::new(KernelTable { kernels: &[] })
+            ..EngineOptions::new(KernelTable::default())
         };
         let null = NullOptions { vocab_size: VOCAB, page_size, ..NullOptions::default() };
         Simulation {
