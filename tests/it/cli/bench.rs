@@ -119,8 +119,7 @@ fn measures_a_stream_of_requests() {
     assert_eq!(count(&report, "total_output_tokens"), 9 * 6);
     assert_eq!(count(&report, "cached_tokens"), 0);
 
-    // Two pages of 32 tokens are the same for all. The first four start at once, before there is
-    // anything to find.
+    // Two pages of 32 tokens are the same for all, and all but the first find them.
     let shared = ["--prompt-tokens", "70", "--max-tokens", "2", "--requests", "9"];
     let shared = [&shared[..], &["--concurrency", "1", "--shared-prefix-tokens", "65"]].concat();
     assert_eq!(count(&bench(&THROUGHPUT, &shared), "cached_tokens"), 8 * 64);

@@ -110,7 +110,7 @@ const CONCURRENCY_THROUGHPUT: [usize; 1] = [64];
 const ROUNDS: usize = 3;
 const REQUESTS: usize = 200;
 
-/// Prompt and answer of static batches, those of LMDeploy's `profile_generation`.
+/// Prompt and answer of static batches unless they are given.
 const PAIRS: [(usize, usize); 5] = [(1, 128), (128, 128), (128, 2048), (2048, 128), (2048, 2048)];
 /// Where only one of the two is given, the other.
 const TOKENS: usize = 128;

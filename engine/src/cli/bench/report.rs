@@ -28,7 +28,7 @@ pub(super) struct Report<'a> {
 #[derive(Clone, Serialize)]
 pub(super) struct Point {
     mode: Mode,
-    /// What the lengths are: `128 → 128`, `chats`, `trace`.
+    /// What the lengths are: `128 → 128 tokens`, `chats`, `trace`.
     #[serde(skip)]
     source: String,
     #[serde(skip)]
@@ -114,7 +114,7 @@ impl Point {
         }
         let memory = &self.memory;
         format!(
-            "\n{} tokens, {} at once, {} requests in {:.1} s\n{table}\n\
+            "\n{}, {} at once, {} requests in {:.1} s\n{table}\n\
              tokens/s: {} prompt, {} decode, {} output, {} in all; requests: {}/s, {}/min\n\
              tokens: {} prompt ({} cached), {} output; preemptions: {}\n\
              memory: {} weights, {} KV cache, {} peak\n",
@@ -142,7 +142,7 @@ impl Point {
 /// All points, a line each.
 pub(super) fn overview(points: &[Point]) -> String {
     let mut table = new_table(&[
-        "tokens",
+        "lengths",
         "at once",
         "prompt/s",
         "decode/s",

@@ -105,7 +105,7 @@ impl Source {
     pub(super) fn name(&self) -> String {
         match self {
             Source::Fixed(Lengths { prompt_tokens, max_tokens }) => {
-                format!("{prompt_tokens} → {max_tokens}")
+                format!("{prompt_tokens} → {max_tokens} tokens")
             }
             Source::Chat => "chats".to_owned(),
             Source::Trace(_) => "trace".to_owned(),
