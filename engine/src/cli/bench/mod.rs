@@ -295,7 +295,7 @@ impl Bench<'_> {
         };
         let len_max = workload.lengths.iter().map(|lengths| lengths.total()).max().unwrap_or(0);
         let defaults = files.options(&args.model.run, len_max, console);
-        let page_size = files.config.shape("bench")?.page_size;
+        let page_size = console.kernels.page_size;
         let options = args.options(defaults, &workload, concurrency, page_size);
         let (mut engine, _) = files.load_with(&options, console)?;
         check_memory(engine.memory().kv_cache_bytes)?;
