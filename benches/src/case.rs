@@ -311,12 +311,7 @@ fn gemm(setup: &mut Setup, kernel: &Kernel, run: Run<GemmArgs>, rows: usize) -> 
 
 /// Bytes of a page of one layer.
 pub fn kv_page_bytes(kv: KvDType, num_kv_heads: usize, head_dim: usize, page_size: usize) -> usize {
-    let (element_size, quantized) = match kv {
-        KvDType::F32 => (4, false),
-        KvDType::F16 => (2, false),
-        KvDType::I8 => (1, true),
-    };
-    page_bytes(element_size, quantized, num_kv_heads, head_dim, page_size)
+    page_bytes(kv.bits(), num_kv_heads, head_dim, page_size)
 }
 
 /// One sequence: its last row over [`DECODE_CONTEXT`] tokens, or a prompt of `rows` tokens.

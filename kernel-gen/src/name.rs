@@ -96,7 +96,7 @@ impl Words<'_> {
 
     fn kv(&mut self) -> Option<KvDType> {
         let word = self.0.next()?;
-        [KvDType::F32, KvDType::F16, KvDType::I8].into_iter().find(|kv| kv.name() == word)
+        KvDType::ALL.into_iter().find(|kv| kv.name() == word)
     }
 
     fn rows(&mut self) -> Option<RowFormat> {

@@ -140,6 +140,7 @@ fn kv_element(kv: KvDType) -> Argument {
         KvDType::F32 => "KvF32",
         KvDType::F16 => "KvF16",
         KvDType::I8 => "KvI8",
+        KvDType::I4 => "KvI4",
     };
     Argument::Type { parameter: "KV", name }
 }

@@ -23,8 +23,10 @@ pub enum DType {
 pub enum KvDType {
     F32,
     F16,
-    /// Unsigned bytes with a scale and a zero per token and head.
+    /// Unsigned bytes with a scale and a minimum per token and head.
     I8,
+    /// As `I8` in half a byte, over rotated heads.
+    I4,
 }
 
 /// Number of consecutive input weights that share a scale and a zero.
@@ -219,11 +221,24 @@ impl DType {
 }
 
 impl KvDType {
+    pub const ALL: [KvDType; 4] = [KvDType::F32, KvDType::F16, KvDType::I8, KvDType::I4];
+
     pub fn name(self) -> &'static str {
         match self {
             KvDType::F32 => "f32",
             KvDType::F16 => "f16",
             KvDType::I8 => "int8",
+            KvDType::I4 => "int4",
+        }
+    }
+
+    /// Bits of one element.
+    pub fn bits(self) -> usize {
+        match self {
+            KvDType::F32 => 32,
+            KvDType::F16 => 16,
+            KvDType::I8 => 8,
+            KvDType::I4 => 4,
         }
     }
 }
@@ -450,7 +465,7 @@ impl ModelShape {
     }
 
     fn add_attention(&self, specs: &mut BTreeSet<KernelSpec>) {
-        for kv in [KvDType::F32, KvDType::F16, KvDType::I8] {
+        for kv in KvDType::ALL {
             specs.insert(self.rope_kernel(kv));
             specs.insert(self.paged_attention_kernel(kv));
         }

@@ -439,7 +439,7 @@ fn is_of_kind(value: &Value, kind: Kind) -> bool {
     match (value, kind) {
         (Value::Size(_), Kind::Size) | (Value::Flag(_), Kind::Flag) => true,
         (Value::Name(_), Kind::DType) => one_of(&["F32", "F16", "BF16", "I8"]),
-        (Value::Name(_), Kind::KvDType) => one_of(&["F32", "F16", "I8"]),
+        (Value::Name(_), Kind::KvDType) => one_of(&["F32", "F16", "I8", "I4"]),
         (Value::Name(_), Kind::GroupSize) => one_of(&["Channel"]),
         (Value::Sized(..), Kind::GroupSize) => one_of(&["Of"]),
         (Value::Name(_), Kind::ActivationType) => one_of(&["Float", "Int8"]),

@@ -34,6 +34,9 @@ pub trait Simd: Copy + 'static {
     unsafe fn load_f16(p: *const u16) -> Self::F32;
     unsafe fn load_bf16(p: *const u16) -> Self::F32;
     unsafe fn load_u8(p: *const u8) -> Self::F32;
+    /// `LANES` of the 16 nibbles in eight bytes, from nibble `first` on, which is 0 or 8: the low
+    /// nibbles come first, then the high ones.
+    unsafe fn load_u4(p: *const u8, first: usize) -> Self::F32;
     unsafe fn store_f16(p: *mut u16, x: Self::F32);
 
     unsafe fn add(a: Self::F32, b: Self::F32) -> Self::F32;

@@ -67,6 +67,11 @@ impl Simd for Portable {
         lanes!(i => f32::from(unsafe { *p.add(i) }))
     }
     #[inline(always)]
+    unsafe fn load_u4(p: *const u8, first: usize) -> [f32; L] {
+        let shift = if first == 0 { 0 } else { 4 };
+        lanes!(i => f32::from(unsafe { *p.add(i) } >> shift & 0x0f))
+    }
+    #[inline(always)]
     unsafe fn store_f16(p: *mut u16, x: [f32; L]) {
         for (i, value) in x.into_iter().enumerate() {
             unsafe { p.add(i).write_unaligned(half::f16::from_f32(value).to_bits()) }

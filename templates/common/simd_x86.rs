@@ -60,6 +60,17 @@ impl Simd for V3 {
         unsafe { _mm256_cvtepi32_ps(Self::load_u8_i32(p)) }
     }
     #[inline(always)]
+    unsafe fn load_u4(p: *const u8, first: usize) -> __m256 {
+        unsafe {
+            let bytes = Self::load_u8_i32(p);
+            let nibbles = match first {
+                0 => _mm256_and_si256(bytes, _mm256_set1_epi32(0x0f)),
+                _ => _mm256_srli_epi32::<4>(bytes),
+            };
+            _mm256_cvtepi32_ps(nibbles)
+        }
+    }
+    #[inline(always)]
     unsafe fn store_f16(p: *mut u16, x: __m256) {
         unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)) }
     }
@@ -273,6 +284,20 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_u8(p: *const u8) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(Self::load_u8_i32(p)) }
+    }
+    #[inline(always)]
+    unsafe fn load_u4(p: *const u8, _first: usize) -> __m512 {
+        // NOTE: a permutation looks at the low four bits of its indices alone, so that it needs no
+        // mask and makes floats of nibbles at once.
+        unsafe {
+            let bytes = _mm512_cvtepu8_epi32(_mm_set1_epi64x(p.cast::<i64>().read_unaligned()));
+            let shifts = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
+            let levels = _mm512_setr_ps(
+                0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0,
+                15.0,
+            );
+            _mm512_permutexvar_ps(_mm512_srlv_epi32(bytes, shifts), levels)
+        }
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut u16, x: __m512) {

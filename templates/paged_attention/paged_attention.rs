@@ -18,7 +18,9 @@
 use std::marker::PhantomData;
 
 use super::abi::{PagedAttentionArgs, SequenceSpan, Share};
-use super::pages::{KvElement, KvF32, head_bytes, page_bytes, params_offset, v_offset};
+use super::pages::{
+    KvElement, KvF32, hadamard, head_bytes, page_bytes, params_offset, row_bytes, v_offset,
+};
 use super::simd::Simd;
 
 /// Score of a token that a row does not see: its probability underflows to 0.
@@ -104,10 +106,16 @@ struct State {
     p: *mut f32,
     /// `[rows, LANES]`: sums of probabilities.
     sum: *mut f32,
+    /// `[rows, LANES]`: sums of probability · minimum of V, where the type has minima.
+    min_sum: *mut f32,
+    /// `[rows]`: sum of the scaled query, which is what the minimum of K is multiplied with.
+    q_sum: *mut f32,
     /// `[rows]`: maximum of the scores so far.
     max: *mut f32,
     /// `[rows]`: the page's maximum, then the factor to older sums.
     factor: *mut f32,
+    /// `[4, PAGE]`: the page's scales and minima.
+    params: *mut f32,
     /// `[2 · PAGE · HEAD_DIM]`: K and V of the page in float32.
     kv: *mut f32,
 }
@@ -117,8 +125,6 @@ struct State {
 struct Page {
     k: *const u8,
     v: *const u8,
-    /// int8 only: `[4, PAGE]`.
-    params: *const f32,
     /// The page's first token.
     begin: usize,
     /// Bytes from here to the sequence's next page, 0 behind the last.
@@ -181,12 +187,18 @@ impl<
     }
 
     /// Whether pages are first converted to float32: where register tiles are too small to hide the
-    /// conversion and scratch has room, and for heads shorter than a vector, whose last rows cannot
-    /// be loaded in place.
+    /// conversion and scratch has room, and for heads whose last vector cannot be loaded in place.
+    /// Nibbles take so many instructions that no tile of a prompt hides them.
     const fn copies(many: bool) -> bool {
-        let hidden = S::BLOCK_TILES >= if many { 4 } else { 2 };
+        let tiles_min = match (many, KV::BITS) {
+            (false, _) => 2,
+            (true, 4) => usize::MAX,
+            (true, _) => 4,
+        };
         let fits = 8 * PAGE * HEAD_DIM <= if many { 64 * 1024 } else { 32 * 1024 };
-        (!hidden && fits && KV::SIZE != KvF32::SIZE) || HEAD_DIM < S::LANES
+        let converts = S::BLOCK_TILES < tiles_min && KV::BITS != KvF32::BITS;
+        let partial = KV::BITS == 4 && !HEAD_DIM.is_multiple_of(S::LANES);
+        (converts && fits) || HEAD_DIM < S::LANES || partial
     }
 
     #[inline(always)]
@@ -283,8 +295,8 @@ impl<
 
     const fn state_floats(many: bool) -> usize {
         let rows = Self::rows_max(many);
-        let row = HEAD_DIM + Self::VECS * S::LANES + PAGE + S::LANES + 2;
-        rows * row + if Self::copies(many) { 2 * PAGE * HEAD_DIM + S::LANES } else { 0 }
+        let row = HEAD_DIM + Self::VECS * S::LANES + PAGE + 2 * S::LANES + 3;
+        4 * PAGE + rows * row + if Self::copies(many) { 2 * PAGE * HEAD_DIM + S::LANES } else { 0 }
     }
 
     #[inline(always)]
@@ -297,8 +309,11 @@ impl<
             let o = q.add(rows * HEAD_DIM);
             let p = o.add(rows * Self::VECS * S::LANES);
             let sum = p.add(rows * PAGE);
-            let max = sum.add(rows * S::LANES);
-            State { q, o, p, sum, max, factor: max.add(rows), kv }
+            let min_sum = sum.add(rows * S::LANES);
+            let q_sum = min_sum.add(rows * S::LANES);
+            let max = q_sum.add(rows);
+            let factor = max.add(rows);
+            State { q, o, p, sum, min_sum, q_sum, max, factor, params: factor.add(rows), kv }
         }
     }
 
@@ -319,6 +334,9 @@ impl<
                 page_idx += 1;
                 let more = page_idx * PAGE < end;
                 let next = if more { Self::head(args, rows, *table.add(page_idx)) } else { head };
+                if KV::QUANTIZED {
+                    Self::params(head, (end - begin).min(PAGE), state.params);
+                }
                 Self::page::<MANY>(rows, &state, begin, head, next);
                 head = next;
             }
@@ -329,8 +347,8 @@ impl<
     /// The block of the unit's KV head in a page.
     #[inline(always)]
     unsafe fn head(args: &PagedAttentionArgs, rows: &Rows, page: u32) -> *const u8 {
-        let page_bytes = page_bytes(KV::SIZE, KV::QUANTIZED, KV_HEADS, HEAD_DIM, PAGE);
-        let head_bytes = head_bytes(KV::SIZE, KV::QUANTIZED, HEAD_DIM, PAGE);
+        let page_bytes = page_bytes(KV::BITS, KV_HEADS, HEAD_DIM, PAGE);
+        let head_bytes = head_bytes(KV::BITS, HEAD_DIM, PAGE);
         // SAFETY: page ids of the table lie in the cache.
         unsafe { args.kv.add(page as usize * page_bytes + rows.kv_head * head_bytes) }
     }
@@ -374,10 +392,33 @@ impl<
                     vec += 1;
                 }
                 S::store(state.sum.add(row * S::LANES), S::zero());
+                if KV::QUANTIZED {
+                    S::store(state.min_sum.add(row * S::LANES), S::zero());
+                    *state.q_sum.add(row) = Self::sum_of_head(state.q.add(row * HEAD_DIM));
+                }
                 *state.max.add(row) = NO_MAX;
                 *state.factor.add(row) = NO_MAX;
                 row += 1;
             }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sum_of_head(x: *const f32) -> f32 {
+        // SAFETY: x holds HEAD_DIM values.
+        unsafe {
+            let mut sums = S::zero();
+            let mut i = 0;
+            while i + S::LANES <= HEAD_DIM {
+                sums = S::add(sums, S::load(x.add(i)));
+                i += S::LANES;
+            }
+            let mut sum = S::reduce_add(sums);
+            while i < HEAD_DIM {
+                sum += *x.add(i);
+                i += 1;
+            }
+            sum
         }
     }
 
@@ -404,60 +445,76 @@ impl<
     ) {
         // SAFETY: `head` is a head's block in a page.
         unsafe {
-            let v = head.add(v_offset(KV::SIZE, HEAD_DIM, PAGE));
-            let params: *const f32 = head.add(params_offset(KV::SIZE, HEAD_DIM, PAGE)).cast();
+            let v = head.add(v_offset(KV::BITS, HEAD_DIM, PAGE));
             let next = (next as isize).wrapping_sub(head as isize);
-            let page = Page { k: head, v, params, begin, next };
+            let page = Page { k: head, v, begin, next };
             if Self::copies(MANY) {
-                Self::convert(head, params, state.kv);
+                Self::convert(page, state.kv);
                 let v = state.kv.add(PAGE * HEAD_DIM).cast();
                 let copy = Page { k: state.kv.cast(), v, next: 0, ..page };
                 Self::scores::<MANY, KvF32>(rows, state, copy);
-                Self::probabilities(rows, state, begin, params);
+                Self::probabilities(rows, state, begin);
                 Self::outputs::<MANY, KvF32>(rows, state, copy);
             } else {
                 Self::scores::<MANY, KV>(rows, state, page);
-                Self::probabilities(rows, state, begin, params);
+                Self::probabilities(rows, state, begin);
                 Self::outputs::<MANY, KV>(rows, state, page);
             }
         }
     }
 
-    /// K and V of a head's block as float32, zeros subtracted.
+    /// Scales and minima of a head's block as float32, 0 for the tokens from `end` on, which may
+    /// never have been written.
     #[inline(always)]
-    unsafe fn convert(head: *const u8, params: *const f32, out: *mut f32) {
-        // SAFETY: K and V lie side by side, PAGE · HEAD_DIM elements each, a multiple of LANES.
+    unsafe fn params(head: *const u8, end: usize, out: *mut f32) {
+        // SAFETY: the block holds four rows of PAGE, `out` room for them.
         unsafe {
+            let params: *const u16 = head.add(params_offset(KV::BITS, HEAD_DIM, PAGE)).cast();
             let mut i = 0;
-            while i < PAGE * HEAD_DIM {
-                let mut k = KV::load::<S>(head.add(i * KV::SIZE));
-                if KV::QUANTIZED {
-                    k = S::sub(k, S::load(params.add(PAGE + i % PAGE)));
+            while i < 4 * PAGE {
+                S::store(out.add(i), S::load_f16(params.add(i)));
+                i += S::LANES;
+            }
+            let mut token = end;
+            while token < PAGE {
+                let mut param = 0;
+                while param < 4 {
+                    *out.add(param * PAGE + token) = 0.0;
+                    param += 1;
                 }
-                S::store(out.add(i), k);
-                i += S::LANES;
-            }
-            while i < 2 * PAGE * HEAD_DIM {
-                S::store(out.add(i), KV::load::<S>(head.add(i * KV::SIZE)));
-                i += S::LANES;
-            }
-            if KV::QUANTIZED {
-                Self::subtract_v_zeros(params, out.add(PAGE * HEAD_DIM));
+                token += 1;
             }
         }
     }
 
+    /// K and V of a page as float32, without scales and minima.
     #[inline(always)]
-    unsafe fn subtract_v_zeros(params: *const f32, v: *mut f32) {
-        // SAFETY: v holds PAGE rows of HEAD_DIM.
+    unsafe fn convert(page: Page, out: *mut f32) {
+        // SAFETY: K and V hold PAGE · HEAD_DIM elements each, a multiple of LANES.
         unsafe {
+            let mut i = 0;
+            while i < PAGE * HEAD_DIM {
+                S::store(out.add(i), KV::load::<S>(page.k, i));
+                i += S::LANES;
+            }
+            let out = out.add(PAGE * HEAD_DIM);
+            if KV::BITS != 4 {
+                i = 0;
+                while i < PAGE * HEAD_DIM {
+                    S::store(out.add(i), KV::load::<S>(page.v, i));
+                    i += S::LANES;
+                }
+                return;
+            }
+            // NOTE: rows of nibbles are padded; what a row's last vector stores too much, the next
+            // row replaces, and scratch has room for the last.
             let mut token = 0;
             while token < PAGE {
-                let zero = *params.add(3 * PAGE + token);
-                let mut i = 0;
+                let row = page.v.add(token * row_bytes(KV::BITS, HEAD_DIM));
+                i = 0;
                 while i < HEAD_DIM {
-                    *v.add(token * HEAD_DIM + i) -= zero;
-                    i += 1;
+                    S::store(out.add(token * HEAD_DIM + i), KV::load::<S>(row, i));
+                    i += S::LANES;
                 }
                 token += 1;
             }
@@ -522,12 +579,9 @@ impl<
                 let mut c = 0;
                 while c < C {
                     let place = token + c * S::LANES;
-                    let k = page.k.add((dim * PAGE + place) * L::SIZE);
-                    Self::prefetch::<L, R>(page, k, c);
-                    keys[c] = L::load::<S>(k);
-                    if L::QUANTIZED {
-                        keys[c] = S::sub(keys[c], S::load(page.params.add(PAGE + place)));
-                    }
+                    let k = page.k.add(dim * row_bytes(L::BITS, PAGE));
+                    Self::prefetch::<L, R>(page, k.add(place * L::BITS / 8), c);
+                    keys[c] = L::load::<S>(k, place);
                     c += 1;
                 }
                 let mut r = 0;
@@ -559,7 +613,7 @@ impl<
     #[inline(always)]
     unsafe fn prefetch<L: KvElement, const R: usize>(page: Page, p: *const u8, c: usize) {
         // NOTE: tiles of more than four rows are prefill's, which uses a page many times.
-        if R <= 4 && (c * S::LANES * L::SIZE).is_multiple_of(64) {
+        if R <= 4 && (c * S::LANES * L::BITS / 8).is_multiple_of(64) {
             // SAFETY: a prefetch does not access memory.
             unsafe { S::prefetch(p.wrapping_offset(page.next)) }
         }
@@ -567,7 +621,7 @@ impl<
 
     /// Scores to probabilities relative to the running maximum; updates maximum and sum.
     #[inline(always)]
-    unsafe fn probabilities(rows: &Rows, state: &State, begin: usize, params: *const f32) {
+    unsafe fn probabilities(rows: &Rows, state: &State, begin: usize) {
         // SAFETY: rows below rows_max, tokens below PAGE.
         unsafe {
             let (_, first_end) = Self::visible(rows, 0);
@@ -577,7 +631,7 @@ impl<
             while row < rows.num {
                 let p = state.p.add(row * PAGE);
                 if KV::QUANTIZED {
-                    Self::multiply(p, params);
+                    Self::scale_scores(p, *state.q_sum.add(row), state.params);
                 }
                 if partial {
                     Self::mask(rows, row, begin, p);
@@ -603,7 +657,7 @@ impl<
             while row < rows.num {
                 Self::exponentials(state, row);
                 if KV::QUANTIZED {
-                    Self::multiply(state.p.add(row * PAGE), params.add(2 * PAGE));
+                    Self::scale_probabilities(state, row);
                 }
                 row += 1;
             }
@@ -629,17 +683,39 @@ impl<
         }
     }
 
-    /// Multiplies a row's tokens by their scales.
+    /// Scores of levels to scores of keys: the minimum of a key counts once for each element of
+    /// the query.
     #[inline(always)]
-    unsafe fn multiply(p: *mut f32, scales: *const f32) {
-        // SAFETY: both hold PAGE values.
+    unsafe fn scale_scores(p: *mut f32, q_sum: f32, params: *const f32) {
+        // SAFETY: rows of PAGE values.
         unsafe {
             let mut token = 0;
             while token < PAGE {
-                let scaled = S::mul(S::load(p.add(token)), S::load(scales.add(token)));
-                S::store(p.add(token), scaled);
+                let scale = S::load(params.add(token));
+                let least = S::mul(S::load(params.add(PAGE + token)), S::splat(q_sum));
+                S::store(p.add(token), S::fma(S::load(p.add(token)), scale, least));
                 token += S::LANES;
             }
+        }
+    }
+
+    /// Adds probability · minimum of V to the row's sums, and multiplies the probabilities by the
+    /// scales of V.
+    #[inline(always)]
+    unsafe fn scale_probabilities(state: &State, row: usize) {
+        // SAFETY: rows below rows_max, tokens below PAGE.
+        unsafe {
+            let (p, params) = (state.p.add(row * PAGE), state.params.add(2 * PAGE));
+            let sum_at = state.min_sum.add(row * S::LANES);
+            let mut sum = S::mul(S::load(sum_at), S::splat(*state.factor.add(row)));
+            let mut token = 0;
+            while token < PAGE {
+                let x = S::load(p.add(token));
+                sum = S::fma(x, S::load(params.add(PAGE + token)), sum);
+                S::store(p.add(token), S::mul(x, S::load(params.add(token))));
+                token += S::LANES;
+            }
+            S::store(sum_at, sum);
         }
     }
 
@@ -748,14 +824,10 @@ impl<
                 let mut values = [S::zero(); C];
                 let mut c = 0;
                 while c < C {
-                    let offset = token * HEAD_DIM + Self::vec_offset(vec + c);
-                    let v = page.v.add(offset * L::SIZE);
-                    Self::prefetch::<L, R>(page, v, vec + c);
-                    values[c] = L::load::<S>(v);
-                    if L::QUANTIZED {
-                        let zero = *page.params.add(3 * PAGE + token);
-                        values[c] = S::sub(values[c], S::splat(zero));
-                    }
+                    let v = page.v.add(token * row_bytes(L::BITS, HEAD_DIM));
+                    let dim = Self::vec_offset(vec + c);
+                    Self::prefetch::<L, R>(page, v.add(dim * L::BITS / 8), vec + c);
+                    values[c] = L::load::<S>(v, dim);
                     c += 1;
                 }
                 let mut r = 0;
@@ -782,7 +854,7 @@ impl<
         }
     }
 
-    /// Divides by the sums of probabilities and writes the rows.
+    /// Adds the minima of V, divides by the sums of probabilities and writes the rows.
     #[inline(always)]
     unsafe fn finish(args: &PagedAttentionArgs, rows: &Rows, state: &State) {
         // SAFETY: rows of the unit.
@@ -792,11 +864,21 @@ impl<
                 let out = args.out.add(Self::head_offset(rows, row, HEADS));
                 let sum = S::reduce_add(S::load(state.sum.add(row * S::LANES)));
                 let inverse = S::splat(1.0 / sum);
+                let mut least = S::zero();
+                if KV::QUANTIZED {
+                    least = S::splat(S::reduce_add(S::load(state.min_sum.add(row * S::LANES))));
+                }
                 let mut vec = 0;
                 while vec < Self::VECS {
-                    let o = S::load(state.o.add((row * Self::VECS + vec) * S::LANES));
+                    let mut o = S::load(state.o.add((row * Self::VECS + vec) * S::LANES));
+                    if KV::QUANTIZED {
+                        o = S::add(o, least);
+                    }
                     Self::store_vec(out.add(Self::vec_offset(vec)), S::mul(o, inverse));
                     vec += 1;
+                }
+                if KV::BITS == 4 {
+                    hadamard::<HEAD_DIM>(out);
                 }
                 row += 1;
             }

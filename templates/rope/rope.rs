@@ -5,10 +5,14 @@
 //!
 //! Bound: reads a row of q, k, v and writes q and the pages once. K is stored transposed, so a
 //! token touches `head_dim` cache lines; consecutive tokens of a page touch the same ones, hence
-//! threads take consecutive rows.
+//! threads take consecutive rows of a head.
+
+use half::f16;
 
 use super::abi::{RopeArgs, Share};
-use super::pages::{KvElement, head_bytes, page_bytes, params_offset, v_offset};
+use super::pages::{
+    CHUNK, KvElement, hadamard, head_bytes, nibble, page_bytes, params_offset, row_bytes, v_offset,
+};
 use super::rms_norm;
 use super::simd::Simd;
 
@@ -31,10 +35,11 @@ impl<T: Copy + Default, const HEAD_DIM: usize> Head<T, HEAD_DIM> {
     }
 }
 
-/// Rotates and appends the rows, split into runs of (row, KV head).
+/// Rotates and appends the rows, split into runs of (KV head, row).
 ///
 /// # Safety
-/// `args` as documented on its fields, slots distinct; the instruction set of `S`.
+/// `args` as documented on its fields, slots distinct and ascending within a page; the instruction
+/// set of `S`.
 #[inline(always)]
 pub unsafe fn run<
     S: Simd,
@@ -52,45 +57,64 @@ pub unsafe fn run<
     const { assert!(HEADS.is_multiple_of(KV_HEADS) && HEAD_DIM.is_multiple_of(8)) };
     const { assert!(ROTARY_DIM <= HEAD_DIM && ROTARY_DIM.is_multiple_of(2)) };
     let units = args.rows * KV_HEADS;
-    let mut unit = units * share.idx / share.count;
-    let end = units * (share.idx + 1) / share.count;
+    let group = HEADS / KV_HEADS;
     let mut head = Head::<f32, HEAD_DIM>::new();
-    while unit < end {
-        let (row, kv_head) = (unit / KV_HEADS, unit % KV_HEADS);
-        // SAFETY: a unit's query heads and its slot are written by one thread.
-        unsafe {
+    // SAFETY: a unit's query heads and its slot are written by one thread, and so are the bytes
+    // that slots of a chunk share.
+    unsafe {
+        let mut unit = first_unit::<KV>(args, units * share.idx / share.count);
+        let end = first_unit::<KV>(args, units * (share.idx + 1) / share.count);
+        while unit < end {
+            let (kv_head, row) = (unit / args.rows, unit % args.rows);
             let cos_sin = args.cos_sin.add(row * ROTARY_DIM);
             let qkv = args.qkv.add(row * (HEADS + 2 * KV_HEADS) * HEAD_DIM);
             let mut group_head = 0;
-            while group_head < HEADS / KV_HEADS {
-                let q = qkv.add((kv_head * (HEADS / KV_HEADS) + group_head) * HEAD_DIM);
+            while group_head < group {
+                let q = qkv.add((kv_head * group + group_head) * HEAD_DIM);
                 if QK_NORM {
                     normalize::<S, HEAD_DIM>(q, args.q_norm, args.eps);
                 }
                 rotate::<S, ROTARY_DIM>(q, cos_sin);
+                if KV::BITS == 4 {
+                    hadamard::<HEAD_DIM>(q);
+                }
                 group_head += 1;
             }
+            let slot = *args.slots.add(row) as usize;
+            let page = args.kv.add(slot / PAGE * page_bytes(KV::BITS, KV_HEADS, HEAD_DIM, PAGE));
+            let block = page.add(kv_head * head_bytes(KV::BITS, HEAD_DIM, PAGE));
             let k = qkv.add((HEADS + kv_head) * HEAD_DIM);
             std::ptr::copy_nonoverlapping(k, head.as_mut_ptr(), HEAD_DIM);
             if QK_NORM {
                 normalize::<S, HEAD_DIM>(head.as_mut_ptr(), args.k_norm, args.eps);
             }
             rotate::<S, ROTARY_DIM>(head.as_mut_ptr(), cos_sin);
-            let slot = *args.slots.add(row) as usize;
-            let page_bytes = page_bytes(KV::SIZE, KV::QUANTIZED, KV_HEADS, HEAD_DIM, PAGE);
-            let page = args.kv.add(slot / PAGE * page_bytes);
-            let block = page.add(kv_head * head_bytes(KV::SIZE, KV::QUANTIZED, HEAD_DIM, PAGE));
-            let params: *mut f32 = block.add(params_offset(KV::SIZE, HEAD_DIM, PAGE)).cast();
-            let place = slot % PAGE;
-            let k_at = block.add(place * KV::SIZE);
-            append::<S, KV, HEAD_DIM, PAGE>(&mut head, k_at, PAGE, params.add(place));
+            append::<S, KV, HEAD_DIM, PAGE, true>(&mut head, block, slot % PAGE);
             let v = qkv.add((HEADS + KV_HEADS + kv_head) * HEAD_DIM);
             std::ptr::copy_nonoverlapping(v, head.as_mut_ptr(), HEAD_DIM);
-            let v_at = block.add(v_offset(KV::SIZE, HEAD_DIM, PAGE) + place * HEAD_DIM * KV::SIZE);
-            append::<S, KV, HEAD_DIM, PAGE>(&mut head, v_at, 1, params.add(2 * PAGE + place));
+            append::<S, KV, HEAD_DIM, PAGE, false>(&mut head, block, slot % PAGE);
+            unit += 1;
         }
-        unit += 1;
     }
+}
+
+/// The first unit from `unit` on that a thread may start with: any, but for int4 none whose slot
+/// shares bytes of K with the row before.
+#[inline(always)]
+unsafe fn first_unit<KV: KvElement>(args: &RopeArgs, mut unit: usize) -> usize {
+    if KV::BITS < 8 {
+        // SAFETY: rows of the step.
+        unsafe {
+            while !unit.is_multiple_of(args.rows) {
+                let slot = args.slots.add(unit % args.rows);
+                if *slot as usize / CHUNK != *slot.sub(1) as usize / CHUNK {
+                    break;
+                }
+                unit += 1;
+            }
+        }
+    }
+    unit
 }
 
 #[inline(always)]
@@ -138,36 +162,61 @@ unsafe fn turn<S: Simd>(x: S::F32, y: S::F32, cos: S::F32, sin: S::F32) -> (S::F
     }
 }
 
-/// Stores a head at `at`, its elements `stride` apart; int8 puts the scale at `params[0]` and the
-/// zero at `params[PAGE]`.
+/// Stores a head as the K or the V of a token in a head's block, with scale and minimum where the
+/// type has them.
 #[inline(always)]
-unsafe fn append<S: Simd, KV: KvElement, const HEAD_DIM: usize, const PAGE: usize>(
+unsafe fn append<
+    S: Simd,
+    KV: KvElement,
+    const HEAD_DIM: usize,
+    const PAGE: usize,
+    const IS_K: bool,
+>(
     head: &mut Head<f32, HEAD_DIM>,
-    at: *mut u8,
-    stride: usize,
-    params: *mut f32,
+    block: *mut u8,
+    place: usize,
 ) {
-    // SAFETY: the slot has HEAD_DIM places `stride` elements apart.
+    // SAFETY: `place` is below PAGE, and K and V of the block hold PAGE · HEAD_DIM elements each.
     unsafe {
+        let data = block.add(if IS_K { 0 } else { v_offset(KV::BITS, HEAD_DIM, PAGE) });
+        let stride = if IS_K { PAGE } else { 1 };
+        let first = if IS_K { place } else { place * HEAD_DIM };
         if KV::QUANTIZED {
-            let (scale, zero) = quantize::<S, HEAD_DIM>(head.as_mut_ptr());
-            *params = scale;
-            *params.add(PAGE) = zero;
-            let mut i = 0;
-            while i < HEAD_DIM {
-                *at.add(i * stride) = head.x[i] as u8;
-                i += 1;
+            if KV::BITS == 4 {
+                hadamard::<HEAD_DIM>(head.as_mut_ptr());
             }
-        } else if KV::SIZE == 2 {
+            let levels_max = ((1 << KV::BITS) - 1) as f32;
+            let (scale, min) = quantize::<S, HEAD_DIM>(head.as_mut_ptr(), levels_max);
+            let params: *mut u16 = block.add(params_offset(KV::BITS, HEAD_DIM, PAGE)).cast();
+            let params = params.add(if IS_K { place } else { 2 * PAGE + place });
+            *params = scale.to_bits();
+            *params.add(PAGE) = min.to_bits();
+        }
+        if KV::BITS == 32 {
+            scatter(head.as_mut_ptr(), data.cast::<f32>().add(first), HEAD_DIM, stride);
+        } else if KV::BITS == 16 {
             let mut bits = Head::<u16, HEAD_DIM>::new();
             let mut i = 0;
             while i < HEAD_DIM {
                 S::store_f16(bits.as_mut_ptr().add(i), S::load(head.as_mut_ptr().add(i)));
                 i += S::LANES;
             }
-            scatter(bits.as_mut_ptr(), at.cast(), HEAD_DIM, stride);
+            scatter(bits.as_mut_ptr(), data.cast::<u16>().add(first), HEAD_DIM, stride);
         } else {
-            scatter(head.as_mut_ptr(), at.cast::<f32>(), HEAD_DIM, stride);
+            let mut i = 0;
+            while i < HEAD_DIM {
+                let level = head.x[i] as u8;
+                if KV::BITS == 8 {
+                    *data.add(first + i * stride) = level;
+                } else {
+                    let (row, idx) = if IS_K { (i, place) } else { (place, i) };
+                    let row_len = if IS_K { PAGE } else { HEAD_DIM };
+                    let (byte, shift) = nibble(idx);
+                    let at = data.add(row * row_bytes(KV::BITS, row_len) + byte);
+                    *at = *at & !(0x0f << shift) | level << shift;
+                }
+                i += 1;
+            }
         }
     }
 }
@@ -188,28 +237,31 @@ unsafe fn scatter<T: Copy>(x: *const T, at: *mut T, len: usize, stride: usize) {
     }
 }
 
-/// Replaces a head by its levels 0..=255 and returns scale and zero: value = (level − zero) ·
-/// scale.
+/// Replaces a head by its levels 0..=`levels_max` and returns scale and minimum: value = level ·
+/// scale + minimum. Levels are counted in the scale as it is stored.
 #[inline(always)]
-unsafe fn quantize<S: Simd, const HEAD_DIM: usize>(x: *mut f32) -> (f32, f32) {
+unsafe fn quantize<S: Simd, const HEAD_DIM: usize>(x: *mut f32, levels_max: f32) -> (f16, f16) {
     // SAFETY: x holds HEAD_DIM values and room for a vector beyond.
     unsafe {
-        let (min, max) = range::<S, HEAD_DIM>(x);
-        let mut scale = (max - min) * (1.0 / 255.0);
-        let mut inverse = 1.0 / scale;
-        if scale < f32::MIN_POSITIVE {
-            // NOTE: a constant head is level 0 with the constant as its zero.
-            scale = if min.abs() < f32::MIN_POSITIVE { 1.0 } else { min.abs() };
-            inverse = 0.0;
+        let (low, high) = range::<S, HEAD_DIM>(x);
+        let largest = f16::MAX.to_f32();
+        let min = f16::from_f32(low.clamp(-largest, largest));
+        let wanted = ((high - min.to_f32()) / levels_max).clamp(0.0, largest);
+        let mut scale = f16::from_f32(wanted);
+        if scale.to_f32() < wanted {
+            // NOTE: rounded up, or the highest level would not reach the maximum.
+            scale = f16::from_bits(scale.to_bits() + 1);
         }
+        // NOTE: a constant head is level 0 above its minimum.
+        let inverse = if scale.to_f32() > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
         let mut i = 0;
         while i < HEAD_DIM {
-            let level = S::mul(S::sub(S::load(x.add(i)), S::splat(min)), S::splat(inverse));
-            let level = S::min(S::max(S::round(level), S::zero()), S::splat(255.0));
-            S::store(x.add(i), level);
+            let above = S::sub(S::load(x.add(i)), S::splat(min.to_f32()));
+            let level = S::round(S::mul(above, S::splat(inverse)));
+            S::store(x.add(i), S::min(S::max(level, S::zero()), S::splat(levels_max)));
             i += S::LANES;
         }
-        (scale, -min / scale)
+        (scale, min)
     }
 }
 

@@ -57,6 +57,7 @@ pub(super) enum Kv {
     F16,
     F32,
     Int8,
+    Int4,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
@@ -137,6 +138,7 @@ impl ModelFiles {
                 Kv::F16 => KvDType::F16,
                 Kv::F32 => KvDType::F32,
                 Kv::Int8 => KvDType::I8,
+                Kv::Int4 => KvDType::I4,
             },
             activation: match run.activations {
                 Activations::Float => ActivationType::Float,

@@ -97,7 +97,7 @@ fn reference_pages_are_copied() {
 #[test]
 fn cpu_pages_are_copied() {
     let (_, config, shape) = config_and_shape();
-    for kv_dtype in [KvDType::F32, KvDType::F16, KvDType::I8] {
+    for kv_dtype in KvDType::ALL {
         let options = CpuOptions {
             kv_dtype,
             activation: ActivationType::Float,

@@ -12,6 +12,7 @@ mod sample;
 mod silu_and_mul;
 
 use bespoke::kernels::abi::{RowsOut, Share, int8_stride};
+use bespoke_kernel_gen::spec::KvDType;
 
 /// A kernel with its vector type's name.
 pub(crate) type Instance<A> = (&'static str, unsafe fn(&A, Share));
@@ -95,6 +96,21 @@ pub(crate) fn run<A>(kernel: unsafe fn(&A, Share), args: &A, count: usize, scrat
         // SAFETY: the caller's arguments, and `instances` holds kernels of this machine only.
         unsafe { kernel(args, share) };
     }
+}
+
+/// Bits of an element of the KV cache, by its name.
+pub(crate) fn kv_bits(name: &str) -> usize {
+    let found = KvDType::ALL.into_iter().find(|kv| kv.name() == name);
+    found.expect("an element type").bits()
+}
+
+/// A head as int4 holds it, or what it stands for: an orthogonal Hadamard matrix, block by block.
+pub(crate) fn hadamard(x: &[f64]) -> Vec<f64> {
+    let block = 1 << x.len().trailing_zeros();
+    let sign = |i: usize, j: usize| 1.0 - 2.0 * f64::from((i & j).count_ones() & 1);
+    let row = |x: &[f64], i: usize| (0..block).map(|j| sign(i, j) * x[j]).sum::<f64>();
+    let blocks = x.chunks(block).flat_map(|x| (0..block).map(move |i| row(x, i)));
+    blocks.map(|x| x / (block as f64).sqrt()).collect()
 }
 
 /// Random numbers by SplitMix64.

@@ -3,10 +3,10 @@
 
 use bespoke::kernels::abi::{PagedAttentionArgs, SequenceSpan};
 use bespoke::kernels::paged_attention;
-use bespoke::kernels::pages::{KvF16, KvF32, KvI8, page_bytes};
+use bespoke::kernels::pages::{KvF16, KvF32, KvI4, KvI8, page_bytes};
 use half::f16;
 
-use super::{Instance, Random, assert_close, assert_same_bits, instances, run};
+use super::{Instance, Random, assert_close, assert_same_bits, hadamard, instances, run};
 
 /// Values, queries and keys lie in −1..1, and the naive loop reads the stored K and V, so that one
 /// bound holds for all types of them. A score sums `head_dim` products within 2⁻²⁴ each; with
@@ -53,17 +53,8 @@ struct Part {
 }
 
 impl Shape {
-    fn element_size(&self) -> usize {
-        match self.kv {
-            "f32" => 4,
-            "f16" => 2,
-            _ => 1,
-        }
-    }
-
     fn page_bytes(&self) -> usize {
-        let int8 = self.kv == "int8";
-        page_bytes(self.element_size(), int8, self.kv_heads, self.head_dim, self.page)
+        page_bytes(super::kv_bits(self.kv), self.kv_heads, self.head_dim, self.page)
     }
 
     fn scale(&self) -> f32 {
@@ -95,7 +86,13 @@ impl World {
                     let page = sequence.pages[token / shape.page] as usize;
                     let range = at..at + shape.head_dim;
                     world.store(page, token % shape.page, head, 0, &mut sequence.k[range.clone()]);
-                    world.store(page, token % shape.page, head, 1, &mut sequence.v[range]);
+                    let v = &mut sequence.v[range];
+                    world.store(page, token % shape.page, head, 1, v);
+                    if shape.kv == "int4" {
+                        // What is held of V stands for another head.
+                        let held: Vec<f64> = v.iter().map(|x| f64::from(*x)).collect();
+                        v.iter_mut().zip(hadamard(&held)).for_each(|(v, x)| *v = x as f32);
+                    }
                 }
             }
             world.sequences.push(sequence);
@@ -103,38 +100,48 @@ impl World {
         world
     }
 
-    /// Stores K (`part` 0) or V (1) of a token and head, and gives back what the bytes mean.
+    /// Stores K (`part` 0) or V (1) of a token and head, and gives back what the bytes mean. For
+    /// int4, `x` is a head as the cache holds it.
     fn store(&mut self, page: usize, place: usize, head: usize, part: usize, x: &mut [f32]) {
         let shape = self.shape;
+        let bits = super::kv_bits(shape.kv);
         let head_bytes = shape.page_bytes() / shape.kv_heads;
         let block = &mut self.pages[page * shape.page_bytes() + head * head_bytes..][..head_bytes];
-        let min = x.iter().fold(f32::MAX, |min, x| min.min(*x));
+        let min = f16::from_f32(x.iter().fold(f32::MAX, |min, x| min.min(*x)));
         let max = x.iter().fold(f32::MIN, |max, x| max.max(*x));
-        let scale = (max - min) / 255.0;
-        let zero = -min / scale;
+        let levels_max = if bits == 4 { 15.0 } else { 255.0 };
+        let scale = f16::from_f32((max - min.to_f32()) / levels_max);
+        let v_row = if bits == 4 { x.len().div_ceil(16) * 8 } else { x.len() * bits / 8 };
+        let v = x.len() * shape.page * bits / 8;
         for (dim, x) in x.iter_mut().enumerate() {
-            let element = match part {
-                0 => dim * shape.page + place,
-                _ => (shape.page + place) * shape.head_dim + dim,
+            let (row, idx) = match part {
+                0 => (dim * shape.page * bits / 8, place),
+                _ => (v + place * v_row, dim),
             };
-            match shape.kv {
-                "f32" => block[element * 4..][..4].copy_from_slice(&x.to_le_bytes()),
-                "f16" => {
-                    let half = f16::from_f32(*x);
-                    block[element * 2..][..2].copy_from_slice(&half.to_le_bytes());
-                    *x = half.to_f32();
-                }
-                _ => {
-                    block[element] = ((*x - min) / scale).round() as u8;
-                    *x = (f32::from(block[element]) - zero) * scale;
-                }
+            if shape.kv == "f32" {
+                block[row + idx * 4..][..4].copy_from_slice(&x.to_le_bytes());
+                continue;
+            }
+            if shape.kv == "f16" {
+                let half = f16::from_f32(*x);
+                block[row + idx * 2..][..2].copy_from_slice(&half.to_le_bytes());
+                *x = half.to_f32();
+                continue;
+            }
+            let level = ((*x - min.to_f32()) / scale.to_f32()).round().clamp(0.0, levels_max);
+            *x = level * scale.to_f32() + min.to_f32();
+            let level = level as u8;
+            if bits == 8 {
+                block[row + idx] = level;
+            } else {
+                let byte = &mut block[row + idx / 16 * 8 + idx % 8];
+                *byte = if idx % 16 < 8 { *byte & 0xf0 | level } else { *byte & 15 | level << 4 };
             }
         }
-        if shape.kv == "int8" {
-            for (i, param) in [scale, zero].into_iter().enumerate() {
-                let params = 2 * shape.page * shape.head_dim;
-                let at = params + ((2 * part + i) * shape.page + place) * 4;
-                block[at..at + 4].copy_from_slice(&param.to_le_bytes());
+        if bits <= 8 {
+            for (i, param) in [scale, min].into_iter().enumerate() {
+                let at = v + shape.page * v_row + ((2 * part + i) * shape.page + place) * 2;
+                block[at..at + 2].copy_from_slice(&param.to_le_bytes());
             }
         }
     }
@@ -232,7 +239,7 @@ fn check(pairs: Vec<Pair>, shape: Shape) {
         let mut random = Random(seed);
         let world = World::new(shape, &lengths, &mut random);
         let what = format!(
-            "{}, {}, heads {}/{}, head_dim {}, window {}, seed {seed}",
+            "{}, {}, heads {}/{}, head_dim {}, window {}, page {page}, seed {seed}",
             pair.vectors, shape.kv, shape.heads, shape.kv_heads, shape.head_dim, shape.window
         );
         let whole: Vec<Part> = (lengths.iter().enumerate())
@@ -365,4 +372,14 @@ fn paged_attention_int8() {
     check!(KvI8, "int8", 7, 1, 128, 0, 32);
     check!(KvI8, "int8", 6, 2, 24, 33, 32);
     check!(KvI8, "int8", 20, 1, 8, 0, 16);
+    check!(KvI8, "int8", 4, 2, 64, 0, 64);
+}
+
+#[test]
+fn paged_attention_int4() {
+    check!(KvI4, "int4", 9, 3, 64, 0, 32);
+    check!(KvI4, "int4", 7, 1, 128, 0, 16);
+    check!(KvI4, "int4", 6, 2, 24, 33, 64);
+    check!(KvI4, "int4", 20, 1, 8, 0, 32);
+    check!(KvI4, "int4", 2, 2, 64, 20, 64);
 }

@@ -1,6 +1,6 @@
 //! The decoder's ops as calls of generated kernels.
 
-use bespoke_kernel_gen::spec::{KvDType, LinearRole, RowFormat};
+use bespoke_kernel_gen::spec::{LinearRole, ModelShape, RowFormat};
 
 use super::buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows, Packed};
 use super::kernels::{Matmul, Run};
@@ -92,13 +92,8 @@ impl CpuBackend {
     }
 
     fn page_layer_bytes(&self) -> usize {
-        let (size, quantized) = match self.kv_dtype {
-            KvDType::F32 => (4, false),
-            KvDType::F16 => (2, false),
-            KvDType::I8 => (1, true),
-        };
-        let shape = &self.shape;
-        pages::page_bytes(size, quantized, shape.num_kv_heads, shape.head_dim, shape.page_size)
+        let ModelShape { num_kv_heads, head_dim, page_size, .. } = self.shape;
+        pages::page_bytes(self.kv_dtype.bits(), num_kv_heads, head_dim, page_size)
     }
 }
 
