@@ -1,7 +1,8 @@
-//! Generates the kernels of the tiny golden models.
+//! Generates the kernels of the tiny golden models, of one of them with every page size.
 
 use std::path::PathBuf;
 
+use bespoke_kernel_gen::cargo::build_configs;
 use bespoke_kernel_gen::target::Target;
 
 /// Mixture-of-experts models, which the generator refuses; a test checks that it does.
@@ -18,7 +19,12 @@ fn main() {
         .map(|path| path.join("config.json"))
         .collect();
     configs.sort();
-    bespoke_kernel_gen::cargo::build_configs(&configs, &[this_machine()]);
+    let targets = [this_machine()];
+    build_configs(&configs, &targets, 32, "");
+    let one = [tiny.join("llama-gqa2/config.json")];
+    for (page_size, folder) in [(16, "pages16"), (64, "pages64")] {
+        build_configs(&one, &targets, page_size, folder);
+    }
 }
 
 /// The best target of the machine that builds the tests, which is the one that runs them. The op

@@ -77,7 +77,7 @@ impl Engine {
     ) -> Result<Engine, Error> {
         let config = ModelConfig::parse(&read_json_file(&dir.join("config.json"))?)?;
         let name = dir.file_name().map_or("model".into(), |name| name.to_string_lossy());
-        let shape = config.shape(&name)?;
+        let shape = ModelShape { page_size: options.kernels.page_size, ..config.shape(&name)? };
         check_options(options)?;
         let weights = Weights::open(dir, &config, &shape)?;
         let loader = Loader { config: &config, shape: &shape, weights: &weights, options };

@@ -8,27 +8,49 @@ use std::path::{Path, PathBuf};
 use crate::emit::Generated;
 use crate::error::Error;
 use crate::presets;
-use crate::spec::ModelShape;
+use crate::spec::{ModelShape, PAGE_SIZE, PAGE_SIZES};
 use crate::target::Target;
 
 /// Generates kernels for the models that `BESPOKE_MODEL` names (folders, `config.json` files or
 /// presets, separated by `:` or `,`), or for the default models, into `OUT_DIR`.
 ///
+/// `BESPOKE_PAGE_SIZE` chooses the slots of a KV page, one of [`PAGE_SIZES`].
+///
 /// A failure is printed for cargo and ends the process with exit code 1.
 pub fn build() {
     println!("cargo::rerun-if-env-changed=BESPOKE_MODEL");
-    let models = std::env::var("BESPOKE_MODEL").unwrap_or_default();
-    finish(shapes(&models).and_then(|shapes| generate_into_out_dir(&shapes, &Target::ALL)));
+    println!("cargo::rerun-if-env-changed=BESPOKE_PAGE_SIZE");
+    let variable = |name| std::env::var(name).unwrap_or_default();
+    finish(page_size(&variable("BESPOKE_PAGE_SIZE")).and_then(|page_size| {
+        let shapes = with_pages(shapes(&variable("BESPOKE_MODEL"))?, page_size);
+        generate_into(&out_dir()?, &shapes, &Target::ALL)
+    }));
 }
 
-/// Generates kernels for `config.json` files, such as those of a test's models, into `OUT_DIR`.
-pub fn build_configs(configs: &[PathBuf], targets: &[Target]) {
+/// Generates kernels for `config.json` files, such as those of a test's models, with pages of
+/// `page_size` slots, into the folder `folder` of `OUT_DIR`.
+pub fn build_configs(configs: &[PathBuf], targets: &[Target], page_size: usize, folder: &str) {
     let shape = |path: &PathBuf| {
         rerun_if_changed(path);
         presets::shape(&path.to_string_lossy(), &[PathBuf::new()])
     };
     let shapes: Result<Vec<ModelShape>, Error> = configs.iter().map(shape).collect();
-    finish(shapes.and_then(|shapes| generate_into_out_dir(&shapes, targets)));
+    finish(shapes.and_then(|shapes| {
+        generate_into(&out_dir()?.join(folder), &with_pages(shapes, page_size), targets)
+    }));
+}
+
+/// The page size that `BESPOKE_PAGE_SIZE` names; nothing stands for the default.
+fn page_size(text: &str) -> Result<usize, Error> {
+    if text.is_empty() {
+        return Ok(PAGE_SIZE);
+    }
+    let found = text.parse().ok().filter(|size| PAGE_SIZES.contains(size));
+    found.ok_or_else(|| Error::PageSize { value: text.to_string() })
+}
+
+fn with_pages(shapes: Vec<ModelShape>, page_size: usize) -> Vec<ModelShape> {
+    shapes.into_iter().map(|shape| ModelShape { page_size, ..shape }).collect()
 }
 
 fn finish(result: Result<(), Error>) {
@@ -63,12 +85,17 @@ fn shapes(models: &str) -> Result<Vec<ModelShape>, Error> {
     names.iter().map(shape).collect()
 }
 
-fn generate_into_out_dir(shapes: &[ModelShape], targets: &[Target]) -> Result<(), Error> {
-    let Some(folder) = std::env::var_os("OUT_DIR").map(PathBuf::from) else {
+fn out_dir() -> Result<PathBuf, Error> {
+    std::env::var_os("OUT_DIR").map(PathBuf::from).ok_or_else(|| {
         let message = "OUT_DIR is not set; call this from a build script".to_string();
-        return Err(Error::Source { position: "environment".to_string(), message });
-    };
+        Error::Source { position: "environment".to_string(), message }
+    })
+}
+
+fn generate_into(folder: &Path, shapes: &[ModelShape], targets: &[Target]) -> Result<(), Error> {
     let Generated { kernels_rs, kernels_json } = crate::generate(shapes, targets)?;
+    let io = |source| Error::Io { path: folder.display().to_string(), source };
+    std::fs::create_dir_all(folder).map_err(io)?;
     write_if_changed(&folder.join("kernels.rs"), &kernels_rs)?;
     write_if_changed(&folder.join("kernels.json"), &kernels_json)
 }
@@ -80,4 +107,20 @@ fn write_if_changed(path: &Path, text: &str) -> Result<(), Error> {
     }
     let io = |source| Error::Io { path: path.display().to_string(), source };
     std::fs::write(path, text).map_err(io)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn page_sizes_are_checked() {
+        for (text, expected) in [("", 32), ("16", 16), ("32", 32), ("64", 64)] {
+            assert_eq!(page_size(text).unwrap(), expected);
+        }
+        for text in ["0", "8", "48", "128", "-16", "16.0", " 16", "many"] {
+            let error = page_size(text).unwrap_err().to_string();
+            assert!(error.contains("16, 32 or 64") && error.contains(text), "{error}");
+        }
+    }
 }

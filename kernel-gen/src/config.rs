@@ -1,8 +1,8 @@
 //! The choices a kernel leaves open (`KernelConfig`), and which of them can work.
 
 use crate::spec::{
-    ActivationType, DType, GroupSize, KernelSpec, RowFormat, RowRegime, activation_group,
-    check_group,
+    ActivationType, DType, GroupSize, KernelSpec, PAGE_SIZES, RowFormat, RowRegime,
+    activation_group, check_group,
 };
 use crate::target::Target;
 
@@ -14,6 +14,11 @@ pub struct KernelConfig {
     /// Column tiles of a packed weight panel; 0 for ops without packed weights.
     pub cols: usize,
 }
+
+/// Scratch memory of `paged_attention` in decoding.
+const DECODE_SCRATCH_BYTES: usize = 64 << 10;
+/// The largest head whose rows fit `paged_attention`'s scratch memory.
+const HEAD_DIM_MAX: usize = 256;
 
 /// Vector registers of the instruction set.
 fn num_registers(target: Target) -> usize {
@@ -104,7 +109,7 @@ impl KernelConfig {
                 ActivationType::Int8 => unpacked_int8(k),
                 ActivationType::Float => unpacked_f32(k),
             },
-            (KernelSpec::PagedAttention { .. }, RowRegime::One) => 64 << 10,
+            (KernelSpec::PagedAttention { .. }, RowRegime::One) => DECODE_SCRATCH_BYTES,
             (KernelSpec::PagedAttention { .. }, _) => 256 << 10,
             _ => 0,
         }
@@ -187,9 +192,18 @@ fn check_heads(
     if !head_dim.is_multiple_of(8) {
         return Err(format!("head_dim {head_dim} is not a multiple of 8"));
     }
-    // NOTE: the keys of 16 tokens are one vector of the widest target.
-    if !page_size.is_multiple_of(16) {
-        return Err(format!("page size {page_size} is not a multiple of 16"));
+    if !PAGE_SIZES.contains(&page_size) {
+        return Err(format!("page size {page_size} is not one of 16, 32 and 64"));
+    }
+    // NOTE: what `paged_attention` keeps of 16 rows, and of a page that it unpacks.
+    let unpacks = !head_dim.is_multiple_of(16);
+    let page_bytes = if unpacks { 8 * page_size * head_dim + 64 } else { 0 };
+    let scratch_bytes = 64 * (2 * head_dim + page_size + 43) + 16 * page_size + page_bytes;
+    if head_dim > HEAD_DIM_MAX || scratch_bytes > DECODE_SCRATCH_BYTES {
+        return Err(format!(
+            "head_dim {head_dim} with pages of {page_size} takes more memory than attention has; \
+             multiples of 16 up to {HEAD_DIM_MAX} are possible, others with small pages"
+        ));
     }
     Ok(())
 }

@@ -8,7 +8,8 @@ use crate::compile::Artifact;
 /// What a build generates.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Generated {
-    /// A call of `bespoke_macros::kernels!` with one declaration a kernel.
+    /// The constant `PAGE_SIZE`, and a call of `bespoke_macros::kernels!` with one declaration a
+    /// kernel.
     pub kernels_rs: String,
     /// An array of objects, one a kernel.
     pub kernels_json: String,
@@ -20,9 +21,11 @@ const HEADER: &str = "\
 
 ";
 
-/// Writes both files. The same artifacts give the same bytes.
-pub fn emit(artifacts: &[Artifact]) -> Generated {
+/// Writes both files. The same arguments give the same bytes.
+pub fn emit(artifacts: &[Artifact], page_size: usize) -> Generated {
     let mut kernels_rs = String::from(HEADER);
+    kernels_rs.push_str("/// Token slots of a KV page.\n");
+    kernels_rs.push_str(&format!("pub(crate) const PAGE_SIZE: usize = {page_size};\n\n"));
     kernels_rs.push_str("::bespoke_macros::kernels! {\n");
     for artifact in artifacts {
         kernels_rs.push_str(&artifact.source.declaration(&artifact.hash));

@@ -10,6 +10,8 @@ pub enum Error {
     Model { name: String, message: String },
     /// A group size that does not divide the input size of a linear.
     GroupSize { group: usize, k: usize },
+    /// A page size that is none of the possible ones.
+    PageSize { value: String },
     /// A kernel that no configuration can serve.
     Infeasible { symbol: String, reason: String },
     /// A file that cannot be read or written.
@@ -28,6 +30,9 @@ impl fmt::Display for Error {
                 "group size {group} does not divide the input size {k}; use a group size that \
                  divides {k}, or 'channel'"
             ),
+            Error::PageSize { value } => {
+                write!(f, "BESPOKE_PAGE_SIZE is {value:?}; choose 16, 32 or 64, or leave it unset")
+            }
             Error::Infeasible { symbol, reason } => write!(f, "{symbol}: {reason}"),
             Error::Io { path, source } => write!(f, "{path}: {source}"),
             Error::Source { position, message } => write!(f, "{position}: {message}"),

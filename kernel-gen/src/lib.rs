@@ -34,13 +34,16 @@ pub mod templates;
 
 pub use error::Error;
 
-/// All five stages in order: the kernels of `shapes` on `targets`, as text.
+/// All five stages in order: the kernels of `shapes` on `targets`, as text. All shapes have pages
+/// of one size.
 pub fn generate(
     shapes: &[spec::ModelShape],
     targets: &[target::Target],
 ) -> Result<emit::Generated, Error> {
+    let page_size = shapes.first().map_or(spec::PAGE_SIZE, |shape| shape.page_size);
+    assert!(shapes.iter().all(|shape| shape.page_size == page_size), "one page size a build");
     let variants = plan::plan(shapes, targets)?;
     let sources = variants.iter().map(render::render).collect();
     let artifacts = compile::compile(sources)?;
-    Ok(emit::emit(&artifacts))
+    Ok(emit::emit(&artifacts, page_size))
 }

@@ -8,6 +8,9 @@ use crate::error::Error;
 /// Number of KV token slots in a page of the default build.
 pub const PAGE_SIZE: usize = 32;
 
+/// Page sizes that a build may choose: the keys of 16 tokens are one vector of the widest target.
+pub const PAGE_SIZES: [usize; 3] = [16, 32, 64];
+
 /// Element type of dense weights and of the embedding table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum DType {

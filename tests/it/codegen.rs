@@ -116,12 +116,13 @@ fn refusals() {
 /// A spec that no kernel serves ends the plan with its symbol and the reason.
 #[test]
 fn infeasible_specs_are_errors() {
-    let cases: [fn(&mut ModelShape); 5] = [
+    let cases: [fn(&mut ModelShape); 6] = [
         |shape| shape.qkv.format = awq(GroupSize::Of(128)),
         |shape| shape.qkv.format = awq(GroupSize::Of(0)),
         |shape| (shape.down.k, shape.down.format) = (1540, awq(GroupSize::Channel)),
         |shape| shape.head_dim = 60,
         |shape| shape.page_size = 24,
+        |shape| shape.head_dim = 272,
     ];
     let message = |change: fn(&mut ModelShape)| {
         let mut shape = preset("smollm2-135m-awq");
@@ -149,10 +150,11 @@ fn sizes_change_the_generated_kernels() {
     let before = generated(&shape);
     assert!(before.kernels_rs.contains("awq_gemm_n3072_k576_g64_int8_few__avx512"));
     type Change = fn(&mut ModelShape);
-    let changes: [(Change, &str); 3] = [
+    let changes: [(Change, &str); 4] = [
         (|shape| shape.gate_up.format = awq(GroupSize::Of(32)), "awq_gemm_n3072_k576_g32_int8_few"),
         (|shape| shape.gate_up.n = 3136, "awq_gemm_n3136_k576_g64_int8_few"),
         (|shape| shape.head_dim = 72, "rope_h9_v3_d72_r64_p32_f16"),
+        (|shape| shape.page_size = 16, "rope_h9_v3_d64_r64_p16_int4"),
     ];
     for (change, symbol) in changes {
         let mut changed = shape.clone();

@@ -2,14 +2,32 @@
 
 use bespoke::kernels::KernelTable;
 
-/// Kernels generated for the tiny golden models.
-mod generated {
-    #![allow(non_snake_case, reason = "a symbol's target stands behind two underscores")]
+/// A generated file of `OUT_DIR` as a module with its table.
+macro_rules! generated {
+    ($name:ident, $path:literal) => {
+        mod $name {
+            #![allow(non_snake_case, reason = "a symbol's target stands behind two underscores")]
 
-    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+            include!(concat!(env!("OUT_DIR"), $path));
+
+            pub(crate) const TABLE: bespoke::kernels::KernelTable =
+                bespoke::kernels::KernelTable { kernels: KERNELS, page_size: PAGE_SIZE };
+        }
+    };
 }
+
+generated!(tiny, "/kernels.rs");
+generated!(pages16, "/pages16/kernels.rs");
+generated!(pages64, "/pages64/kernels.rs");
 
 /// The table of the tiny golden models' kernels.
 pub fn tiny_kernels() -> KernelTable {
-    KernelTable { kernels: generated::KERNELS }
+    tiny::TABLE
+}
+
+/// Kernels of the tiny model `llama-gqa2` with pages of `page_size` slots, 16, 32 or 64.
+pub fn tiny_kernels_with_pages(page_size: usize) -> KernelTable {
+    let tables = [pages16::TABLE, tiny::TABLE, pages64::TABLE];
+    let found = tables.into_iter().find(|table| table.page_size == page_size);
+    found.unwrap_or_else(|| panic!("no tests are built with pages of {page_size}"))
 }

@@ -8,5 +8,5 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// All kernels of this build.
 pub fn table() -> KernelTable {
-    KernelTable { kernels: KERNELS }
+    KernelTable { kernels: KERNELS, page_size: PAGE_SIZE }
 }

@@ -32,7 +32,7 @@ pub mod simd_portable;
 #[path = "../../templates/common/simd_x86.rs"]
 pub mod simd_x86;
 
-use bespoke_kernel_gen::spec::{KernelSpec, RowRegime};
+use bespoke_kernel_gen::spec::{KernelSpec, PAGE_SIZE, RowRegime};
 use bespoke_kernel_gen::target::Target;
 
 /// A kernel's entry, typed by its op.
@@ -71,10 +71,18 @@ pub struct Kernel {
     pub run: KernelFn,
 }
 
-/// All kernels of a build.
+/// All kernels of a build. The default has none, which is enough for the reference backend.
 #[derive(Clone, Copy)]
 pub struct KernelTable {
     pub kernels: &'static [Kernel],
+    /// Token slots of a KV page: the kernels' own, and the engine's on any backend.
+    pub page_size: usize,
+}
+
+impl Default for KernelTable {
+    fn default() -> KernelTable {
+        KernelTable { kernels: &[], page_size: PAGE_SIZE }
+    }
 }
 
 impl KernelTable {

@@ -14,7 +14,7 @@ use bespoke_kernel_gen::spec::{ActivationType, KvDType};
 fn options() -> EngineOptions {
     EngineOptions {
         backend: BackendChoice::Reference,
-        ..EngineOptions::new(KernelTable { kernels: &[] })
+        ..EngineOptions::new(KernelTable::default())
     }
 }
 
@@ -233,7 +233,7 @@ fn a_kernel_taken_from_the_table_is_missed_by_name() {
             kv_dtype: KvDType::F32,
             activation: ActivationType::Float,
             num_threads: Some(1),
-            ..EngineOptions::new(KernelTable { kernels: kernels.leak() })
+            ..EngineOptions::new(KernelTable { kernels: kernels.leak(), ..KernelTable::default() })
         };
         match load_case("llama-gqa2", &options) {
             Ok(_) => {}

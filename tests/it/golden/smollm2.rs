@@ -124,7 +124,7 @@ fn prompts_have_their_ids() {
 
 #[test]
 fn greedy_reference() {
-    check_greedy(&options(BackendChoice::Reference, KernelTable { kernels: &[] }));
+    check_greedy(&options(BackendChoice::Reference, KernelTable::default()));
 }
 
 #[test]
@@ -156,12 +156,36 @@ fn perplexity_cpu() {
     assert_near(perplexity(&dir, &options, usize::MAX), 17.60, 0.05);
 }
 
+/// Smaller elements of the KV cache cost little: `allowed` is the loss of perplexity against
+/// float16, `bytes` of a token and head, K and V together.
+fn check_kv(kv_dtype: KvDType, allowed: f64, bytes: usize) {
+    let Some(dir) = model_dir() else { return };
+    let options = |kv_dtype| EngineOptions { kv_dtype, ..EngineOptions::new(generated::table()) };
+    assert_near(perplexity(&dir, &options(kv_dtype), usize::MAX), 17.60, allowed);
+    let engine = Engine::load(&dir, &options(kv_dtype), &mut |_| {}).unwrap();
+    let shape = engine.shape();
+    assert_eq!(shape.head_dim, 64);
+    let num_slots = engine.max_context().next_multiple_of(shape.page_size);
+    let num_heads = shape.num_layers * shape.num_kv_heads;
+    assert_eq!(engine.memory().kv_cache_bytes, num_slots * num_heads * bytes);
+}
+
+#[test]
+fn kv_cache_in_int8() {
+    check_kv(KvDType::I8, 0.1, 2 * (64 + 4));
+}
+
+#[test]
+fn kv_cache_in_int4() {
+    check_kv(KvDType::I4, 0.6, 2 * (32 + 4));
+}
+
 /// The reference backend is too slow for the whole text; on a chunk it must agree with the kernels,
 /// whose figure for the whole text is published.
 #[test]
 fn perplexity_reference() {
     let Some(dir) = model_dir() else { return };
-    let reference = options(BackendChoice::Reference, KernelTable { kernels: &[] });
+    let reference = options(BackendChoice::Reference, KernelTable::default());
     let expected = perplexity(&dir, &options(BackendChoice::Cpu, generated::table()), 1);
     assert_near(perplexity(&dir, &reference, 1), expected, 1e-3 * expected);
 }

@@ -7,7 +7,7 @@ use bespoke::config::{BackendChoice, EngineOptions};
 use bespoke::engine::Engine;
 use bespoke::kernels::KernelTable;
 use bespoke::request::Request;
-use bespoke_kernel_gen::spec::{ActivationType, KvDType};
+use bespoke_kernel_gen::spec::{ActivationType, KvDType, PAGE_SIZES};
 use safetensors::SafeTensors;
 
 use super::golden_dir;
@@ -99,13 +99,25 @@ fn check(case: &str, options: &EngineOptions) {
 }
 
 fn check_reference(case: &str) {
-    check(case, &float_options(BackendChoice::Reference, KernelTable { kernels: &[] }));
+    check(case, &float_options(BackendChoice::Reference, KernelTable::default()));
 }
 
 /// The instruction set that the tests' kernels were built for.
 fn check_cpu(case: &str) {
     let options = float_options(BackendChoice::Cpu, bespoke_tests::tiny_kernels());
     check(case, &EngineOptions { num_threads: Some(2), ..options });
+}
+
+/// Every page size gives the reference's tokens, on kernels and on the reference backend.
+#[test]
+fn pages_of_every_size() {
+    for page_size in PAGE_SIZES {
+        for backend in [BackendChoice::Cpu, BackendChoice::Reference] {
+            let kernels = bespoke_tests::tiny_kernels_with_pages(page_size);
+            assert_eq!(kernels.page_size, page_size);
+            check("llama-gqa2", &float_options(backend, kernels));
+        }
+    }
 }
 
 macro_rules! tiny_models {
@@ -154,7 +166,7 @@ const REFUSED: &[&str] = &["mixtral-moe", "qwen3-moe"];
 
 #[test]
 fn mixture_of_experts_is_refused_by_name() {
-    let options = float_options(BackendChoice::Reference, KernelTable { kernels: &[] });
+    let options = float_options(BackendChoice::Reference, KernelTable::default());
     for case in REFUSED {
         let error = match Engine::load(&case_dir(case), &options, &mut |_| {}) {
             Ok(_) => panic!("{case} was loaded"),

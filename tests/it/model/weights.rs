@@ -14,7 +14,7 @@ fn load(folder: &Folder) -> Result<Engine, Error> {
     let dir = folder.write();
     let options = EngineOptions {
         backend: BackendChoice::Reference,
-        ..EngineOptions::new(KernelTable { kernels: &[] })
+        ..EngineOptions::new(KernelTable::default())
     };
     Engine::load(dir.path(), &options, &mut |_| {})
 }
