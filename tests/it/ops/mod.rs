@@ -104,6 +104,15 @@ pub(crate) fn kv_bits(name: &str) -> usize {
     found.expect("an element type").bits()
 }
 
+/// A head as int4 holds it, or what it stands for: an orthogonal Hadamard matrix, block by block.
+pub(crate) fn hadamard(x: &[f64]) -> Vec<f64> {
+    let block = 1 << x.len().trailing_zeros();
+    let sign = |i: usize, j: usize| 1.0 - 2.0 * f64::from((i & j).count_ones() & 1);
+    let row = |x: &[f64], i: usize| (0..block).map(|j| sign(i, j) * x[j]).sum::<f64>();
+    let blocks = x.chunks(block).flat_map(|x| (0..block).map(move |i| row(x, i)));
+    blocks.map(|x| x / (block as f64).sqrt()).collect()
+}
+
 /// Random numbers by SplitMix64.
 pub(crate) struct Random(pub(crate) u64);
 

@@ -3,10 +3,10 @@
 
 use bespoke::kernels::abi::{PagedAttentionArgs, SequenceSpan};
 use bespoke::kernels::paged_attention;
-use bespoke::kernels::pages::{KvF16, KvF32, KvI4, KvI8, hadamard, page_bytes};
+use bespoke::kernels::pages::{KvF16, KvF32, KvI4, KvI8, page_bytes};
 use half::f16;
 
-use super::{Instance, Random, assert_close, assert_same_bits, instances, run};
+use super::{Instance, Random, assert_close, assert_same_bits, hadamard, instances, run};
 
 /// Values, queries and keys lie in −1..1, and the naive loop reads the stored K and V, so that one
 /// bound holds for all types of them. A score sums `head_dim` products within 2⁻²⁴ each; with
@@ -88,7 +88,11 @@ impl World {
                     world.store(page, token % shape.page, head, 0, &mut sequence.k[range.clone()]);
                     let v = &mut sequence.v[range];
                     world.store(page, token % shape.page, head, 1, v);
-                    world.unspread(v);
+                    if shape.kv == "int4" {
+                        // What is held of V stands for another head.
+                        let held: Vec<f64> = v.iter().map(|x| f64::from(*x)).collect();
+                        v.iter_mut().zip(hadamard(&held)).for_each(|(v, x)| *v = x as f32);
+                    }
                 }
             }
             world.sequences.push(sequence);
@@ -139,19 +143,6 @@ impl World {
                 let at = v + shape.page * v_row + ((2 * part + i) * shape.page + place) * 2;
                 block[at..at + 2].copy_from_slice(&param.to_le_bytes());
             }
-        }
-    }
-
-    /// What int4 holds of a head of V, as the head it stands for.
-    fn unspread(&self, x: &mut [f32]) {
-        match (self.shape.kv, x.len()) {
-            // SAFETY: the head has the length that is its constant.
-            ("int4", 8) => unsafe { hadamard::<8>(x.as_mut_ptr()) },
-            ("int4", 24) => unsafe { hadamard::<24>(x.as_mut_ptr()) },
-            ("int4", 64) => unsafe { hadamard::<64>(x.as_mut_ptr()) },
-            ("int4", 128) => unsafe { hadamard::<128>(x.as_mut_ptr()) },
-            ("int4", len) => panic!("no int4 head of {len} dimensions is tested"),
-            _ => {}
         }
     }
 
