@@ -100,7 +100,12 @@ pub unsafe fn int8_many<
         for_tile_runs!(first, last, tiles, COLS, |run, C| {
             unpack_bytes::<S, K, C>(args.weight, run, share.scratch);
             for_row_blocks!(rows.0, rows.1, 6, |row, R| {
-                int8_block::<S, N, K, GROUP, R, C>(args, share.scratch, row, run)
+                // NOTE: the first rows ask for the weights of the next run, which lie behind.
+                if row == rows.0 {
+                    int8_block::<S, N, K, GROUP, R, C, true>(args, share.scratch, row, run)
+                } else {
+                    int8_block::<S, N, K, GROUP, R, C, false>(args, share.scratch, row, run)
+                }
             })
         });
     }
@@ -236,6 +241,8 @@ unsafe fn int8_stream<
         let mut acc = [[S::zero(); C]; R];
         let mut group = 0;
         while group < K / GROUP {
+            // NOTE: low and high nibbles add up apart where that keeps more sums in flight, together
+            // where registers would run out; integers do not mind.
             let mut low = [[S::zero_i32(); C]; R];
             let mut high = [[S::zero_i32(); C]; R];
             let mut k = group * GROUP;
@@ -251,7 +258,11 @@ unsafe fn int8_stream<
                         let x = x.add(r * int8_stride(K) + k).cast::<i32>();
                         low[r][c] = S::dot_u4(low[r][c], u_low, S::splat_i32(x.read_unaligned()));
                         let x = S::splat_i32(x.add(1).read_unaligned());
-                        high[r][c] = S::dot_u4(high[r][c], u_high, x);
+                        if R * C <= 8 {
+                            high[r][c] = S::dot_u4(high[r][c], u_high, x);
+                        } else {
+                            low[r][c] = S::dot_u4(low[r][c], u_high, x);
+                        }
                         r += 1;
                     }
                     c += 1;
@@ -356,6 +367,7 @@ unsafe fn int8_block<
     const GROUP: usize,
     const R: usize,
     const C: usize,
+    const AHEAD: bool,
 >(
     args: &AwqGemmArgs,
     panel: *const u8,
@@ -367,6 +379,8 @@ unsafe fn int8_block<
     unsafe {
         let x = args.x.q.add(row * int8_stride(K));
         let mut w = panel;
+        let line_bytes = S::LANES * 4;
+        let mut ahead = run_weight::<S, K>(args.weight, run).wrapping_add(K / 8 * C * line_bytes);
         let mut acc = [[S::zero(); C]; R];
         let mut group = 0;
         while group < K / GROUP {
@@ -402,7 +416,15 @@ unsafe fn int8_block<
                     }
                     r += 1;
                 }
-                w = w.add(C * S::LANES * 4);
+                if AHEAD {
+                    // NOTE: a step reads what half a packed line holds for each tile.
+                    S::prefetch(ahead);
+                    if C * line_bytes / 2 > 64 {
+                        S::prefetch(ahead.wrapping_add(64));
+                    }
+                    ahead = ahead.wrapping_add(C * line_bytes / 2);
+                }
+                w = w.add(C * line_bytes);
                 k += 4;
             }
             flush::<S, K, GROUP, R, C>(&mut acc, &sums, args, row, run, group, Zero::Done);
