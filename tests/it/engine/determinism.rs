@@ -310,7 +310,7 @@ fn smollm2_in_any_company() {
             ..EngineOptions::new(generated::table())
         },
         num_requests: 16,
-        prompt_len_max: 150,
+        prompt_len_max: 100,
         max_tokens: 60,
     };
     setup.check().unwrap();

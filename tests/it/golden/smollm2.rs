@@ -139,7 +139,7 @@ fn perplexity(dir: &Path, options: &EngineOptions, num_chunks_max: usize) -> f64
     let tokenizer = Tokenizer::load(dir).unwrap();
     let mut ids = tokenizer.encode(&text, SpecialTokens::Omit).unwrap();
     ids.truncate(num_chunks_max.saturating_mul(CTX));
-    let options = EngineOptions { max_context: Some(CTX), ..*options };
+    let options = EngineOptions { max_context: Some(CTX), max_sequences: 1, ..*options };
     let mut engine = Engine::load(dir, &options, &mut |_| {}).unwrap();
     perplexity::measure(&mut engine, &ids, CTX, &mut |_, _, _| {}).unwrap().ppl
 }
@@ -160,7 +160,11 @@ fn perplexity_cpu() {
 /// float16, `bytes` of a token and head, K and V together.
 fn check_kv(kv_dtype: KvDType, allowed: f64, bytes: usize) {
     let Some(dir) = model_dir() else { return };
-    let options = |kv_dtype| EngineOptions { kv_dtype, ..EngineOptions::new(generated::table()) };
+    let options = |kv_dtype| EngineOptions {
+        kv_dtype,
+        max_sequences: 1,
+        ..EngineOptions::new(generated::table())
+    };
     assert_near(perplexity(&dir, &options(kv_dtype), usize::MAX), 17.60, allowed);
     let engine = Engine::load(&dir, &options(kv_dtype), &mut |_| {}).unwrap();
     let shape = engine.shape();
