@@ -178,7 +178,7 @@ mod tests {
         let path = SessionFile::path(dir.path(), &file.id().unwrap());
         assert!(path.ends_with("0000000000000003-talk.session"));
         file.write(&path).unwrap();
-        assert_eq!(SessionFile::list(dir.path()).unwrap(), [path.clone()]);
+        assert_eq!(SessionFile::list(dir.path()).unwrap(), std::slice::from_ref(&path));
         assert_eq!(SessionFile::read(&path, 64).unwrap(), file);
         let bytes = std::fs::read(&path).unwrap();
         for len in 0..bytes.len() {
