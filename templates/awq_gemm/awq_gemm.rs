@@ -241,8 +241,8 @@ unsafe fn int8_stream<
         let mut acc = [[S::zero(); C]; R];
         let mut group = 0;
         while group < K / GROUP {
-            // NOTE: low and high nibbles add up apart where that keeps more sums in flight, together
-            // where registers would run out; integers do not mind.
+            // NOTE: low and high nibbles add up apart where that keeps more sums in flight,
+            // together where registers would run out; integers do not mind.
             let mut low = [[S::zero_i32(); C]; R];
             let mut high = [[S::zero_i32(); C]; R];
             let mut k = group * GROUP;
@@ -358,7 +358,41 @@ unsafe fn unpack_bytes<S: Simd, const K: usize, const C: usize>(
     }
 }
 
-/// `R` int8 rows by `C` tiles from an unpacked panel.
+/// Sums of a group that start at `−zero · Σ a`, which spares the flush a second pass over the
+/// zeros.
+#[inline(always)]
+unsafe fn start_sums<
+    S: Simd,
+    const K: usize,
+    const GROUP: usize,
+    const R: usize,
+    const C: usize,
+>(
+    args: &AwqGemmArgs,
+    row: usize,
+    run: TileRun,
+    group: usize,
+) -> [[S::I32; C]; R] {
+    // SAFETY: the caller's rows and tiles exist.
+    unsafe {
+        let mut sums = [[S::zero_i32(); C]; R];
+        let mut c = 0;
+        while c < C {
+            let zeros = S::load_u8_i32(args.zeros.add(param_idx::<S, K, GROUP>(run, group, c)));
+            let mut r = 0;
+            while r < R {
+                let total = *args.x.sums.add((row + r) * (K / GROUP) + group);
+                sums[r][c] = S::mul_i32(zeros, S::splat_i32(-total));
+                r += 1;
+            }
+            c += 1;
+        }
+        sums
+    }
+}
+
+/// `R` int8 rows by `C` tiles from an unpacked panel; with `AHEAD` it asks for the packed weights
+/// behind this run's meanwhile.
 #[inline(always)]
 unsafe fn int8_block<
     S: Simd,
@@ -384,19 +418,7 @@ unsafe fn int8_block<
         let mut acc = [[S::zero(); C]; R];
         let mut group = 0;
         while group < K / GROUP {
-            let mut sums = [[S::zero_i32(); C]; R];
-            let mut c = 0;
-            while c < C {
-                // NOTE: starting at −zero · Σ a spares the flush a second pass over the zeros.
-                let zeros = S::load_u8_i32(args.zeros.add(param_idx::<S, K, GROUP>(run, group, c)));
-                let mut r = 0;
-                while r < R {
-                    let total = *args.x.sums.add((row + r) * (K / GROUP) + group);
-                    sums[r][c] = S::mul_i32(zeros, S::splat_i32(-total));
-                    r += 1;
-                }
-                c += 1;
-            }
+            let mut sums = start_sums::<S, K, GROUP, R, C>(args, row, run, group);
             let mut k = group * GROUP;
             while k < (group + 1) * GROUP {
                 let mut weight = [S::zero_i32(); C];
