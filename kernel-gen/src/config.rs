@@ -195,10 +195,11 @@ fn check_heads(
     if !PAGE_SIZES.contains(&page_size) {
         return Err(format!("page size {page_size} is not one of 16, 32 and 64"));
     }
-    // NOTE: what `paged_attention` keeps of 16 rows, and of a page that it unpacks.
+    // NOTE: what `paged_attention` keeps of 16 rows, of four heads' scales, and of a head that it
+    // unpacks.
     let unpacks = !head_dim.is_multiple_of(16);
-    let page_bytes = if unpacks { 8 * page_size * head_dim + 64 } else { 0 };
-    let scratch_bytes = 64 * (2 * head_dim + page_size + 43) + 16 * page_size + page_bytes;
+    let page_bytes = if unpacks { 4 * page_size * head_dim + 64 } else { 0 };
+    let scratch_bytes = 64 * (2 * head_dim + page_size + 43) + 64 * page_size + page_bytes;
     if head_dim > HEAD_DIM_MAX || scratch_bytes > DECODE_SCRATCH_BYTES {
         return Err(format!(
             "head_dim {head_dim} with pages of {page_size} takes more memory than attention has; \

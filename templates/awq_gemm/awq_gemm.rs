@@ -98,15 +98,25 @@ pub unsafe fn int8_many<
     // SAFETY: a run's weights lie within its panel; scratch holds K · COLS · LANES bytes.
     unsafe {
         for_tile_runs!(first, last, tiles, COLS, |run, C| {
-            unpack_bytes::<S, K, C>(args.weight, run, share.scratch);
-            for_row_blocks!(rows.0, rows.1, 6, |row, R| {
+            unpack_bytes::<S, K, GROUP, C>(args, run, share.scratch);
+            // NOTE: with two tiles, sums and accumulators of six rows stay in registers.
+            const W: usize = block_tiles(C);
+            let mut tile = 0;
+            while tile < C {
+                let part = TileRun { tile: run.tile + tile, ..run };
+                let panel = share.scratch.add(tile * K * S::LANES);
                 // NOTE: the first rows ask for the weights of the next run, which lie behind.
-                if row == rows.0 {
-                    int8_block::<S, N, K, GROUP, R, C, true>(args, share.scratch, row, run)
-                } else {
-                    int8_block::<S, N, K, GROUP, R, C, false>(args, share.scratch, row, run)
-                }
-            })
+                let next = run_weight::<S, K>(args.weight, run)
+                    .wrapping_add(K / 2 * (C + tile) * S::LANES);
+                for_row_blocks!(rows.0, rows.1, 6, |row, R| {
+                    if row == rows.0 {
+                        int8_block::<S, N, K, GROUP, R, W, true>(args, panel, next, row, part)
+                    } else {
+                        int8_block::<S, N, K, GROUP, R, W, false>(args, panel, next, row, part)
+                    }
+                });
+                tile += W;
+            }
         });
     }
 }
@@ -331,68 +341,61 @@ unsafe fn flush<S: Simd, const K: usize, const GROUP: usize, const R: usize, con
     }
 }
 
-/// Nibbles of `C` tiles as bytes `[k / 4][tile][lane][4]`.
+/// Tiles of a register block of many int8 rows, of a run of `tiles`.
+const fn block_tiles(tiles: usize) -> usize {
+    if tiles > 2 { 2 } else { tiles }
+}
+
+/// What unpacked weights are too large by: q − z + 16 is a positive byte.
+const BIAS: i32 = 16;
+
+/// Nibbles of `C` tiles as bytes q − z + [`BIAS`], `[block][k / 4][tile][lane][4]` with the tiles
+/// of a register block side by side. The zeros are subtracted here, once for all rows.
 #[inline(always)]
-unsafe fn unpack_bytes<S: Simd, const K: usize, const C: usize>(
-    weight: *const u8,
+unsafe fn unpack_bytes<S: Simd, const K: usize, const GROUP: usize, const C: usize>(
+    args: &AwqGemmArgs,
     run: TileRun,
     out: *mut u8,
 ) {
+    const { assert!(K.is_multiple_of(GROUP) && GROUP.is_multiple_of(8)) };
+    let tiles = const { block_tiles(C) };
+    let line_bytes = S::LANES * 4;
     // SAFETY: reads the run's K / 8 lines, writes K · C · LANES bytes.
     unsafe {
-        let line_bytes = S::LANES * 4;
-        let mut w = run_weight::<S, K>(weight, run);
-        let mut k8 = 0;
-        while k8 < K / 8 {
+        let mut w = run_weight::<S, K>(args.weight, run);
+        let mut group = 0;
+        while group < K / GROUP {
+            let mut shift = [S::zero_i32(); C];
             let mut c = 0;
             while c < C {
-                let line = S::load_i32(w.add(c * line_bytes));
-                let at = out.add((2 * k8 * C + c) * line_bytes);
-                S::store_i32(at, S::low_nibbles(line));
-                S::store_i32(at.add(C * line_bytes), S::high_nibbles(line));
+                let zeros = S::load_u8_i32(args.zeros.add(param_idx::<S, K, GROUP>(run, group, c)));
+                let each_byte = S::mul_i32(zeros, S::splat_i32(0x0101_0101));
+                shift[c] = S::sub_i32(S::splat_i32(BIAS * 0x0101_0101), each_byte);
                 c += 1;
             }
-            w = w.add(run.panel_width * line_bytes);
-            k8 += 1;
-        }
-    }
-}
-
-/// Sums of a group that start at `−zero · Σ a`, which spares the flush a second pass over the
-/// zeros.
-#[inline(always)]
-unsafe fn start_sums<
-    S: Simd,
-    const K: usize,
-    const GROUP: usize,
-    const R: usize,
-    const C: usize,
->(
-    args: &AwqGemmArgs,
-    row: usize,
-    run: TileRun,
-    group: usize,
-) -> [[S::I32; C]; R] {
-    // SAFETY: the caller's rows and tiles exist.
-    unsafe {
-        let mut sums = [[S::zero_i32(); C]; R];
-        let mut c = 0;
-        while c < C {
-            let zeros = S::load_u8_i32(args.zeros.add(param_idx::<S, K, GROUP>(run, group, c)));
-            let mut r = 0;
-            while r < R {
-                let total = *args.x.sums.add((row + r) * (K / GROUP) + group);
-                sums[r][c] = S::mul_i32(zeros, S::splat_i32(-total));
-                r += 1;
+            let mut k8 = group * GROUP / 8;
+            while k8 < (group + 1) * GROUP / 8 {
+                let mut c = 0;
+                while c < C {
+                    let line = S::load_i32(w.add(c * line_bytes));
+                    let block = out.add(c / tiles * tiles * K * S::LANES);
+                    let at = block.add((2 * k8 * tiles + c % tiles) * line_bytes);
+                    // NOTE: no byte overflows into the next.
+                    S::store_i32(at, S::add_i32(S::low_nibbles(line), shift[c]));
+                    let high = S::add_i32(S::high_nibbles(line), shift[c]);
+                    S::store_i32(at.add(tiles * line_bytes), high);
+                    c += 1;
+                }
+                w = w.add(run.panel_width * line_bytes);
+                k8 += 1;
             }
-            c += 1;
+            group += 1;
         }
-        sums
     }
 }
 
-/// `R` int8 rows by `C` tiles from an unpacked panel; with `AHEAD` it asks for the packed weights
-/// behind this run's meanwhile.
+/// `R` int8 rows by `C` unpacked tiles; with `AHEAD` it asks for the packed weights at `next`
+/// meanwhile.
 #[inline(always)]
 unsafe fn int8_block<
     S: Simd,
@@ -405,6 +408,7 @@ unsafe fn int8_block<
 >(
     args: &AwqGemmArgs,
     panel: *const u8,
+    next: *const u8,
     row: usize,
     run: TileRun,
 ) {
@@ -414,11 +418,17 @@ unsafe fn int8_block<
         let x = args.x.q.add(row * int8_stride(K));
         let mut w = panel;
         let line_bytes = S::LANES * 4;
-        let mut ahead = run_weight::<S, K>(args.weight, run).wrapping_add(K / 8 * C * line_bytes);
+        let mut ahead = next;
         let mut acc = [[S::zero(); C]; R];
         let mut group = 0;
         while group < K / GROUP {
-            let mut sums = start_sums::<S, K, GROUP, R, C>(args, row, run, group);
+            let mut sums = [[S::zero_i32(); C]; R];
+            let mut r = 0;
+            while r < R {
+                let total = *args.x.sums.add((row + r) * (K / GROUP) + group);
+                sums[r] = [S::splat_i32(-BIAS * total); C];
+                r += 1;
+            }
             let mut k = group * GROUP;
             while k < (group + 1) * GROUP {
                 let mut weight = [S::zero_i32(); C];

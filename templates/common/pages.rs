@@ -1,12 +1,14 @@
 //! Layout of the KV cache: pages of one layer, as `rope` writes and `paged_attention` reads them.
 //!
-//! A page holds `PAGE` token slots of every KV head, head after head. The block of one head is
+//! A page holds `PAGE` token slots of every KV head:
 //!
 //! ```text
-//! K  [head_dim, PAGE]   one dimension of all tokens side by side: 16 tokens are one vector
-//! V  [PAGE, head_dim]
-//! int8, int4 only: K scale [PAGE], K minimum [PAGE], V scale [PAGE], V minimum [PAGE], all f16
+//! K  [kv_heads, head_dim, PAGE]   one dimension of all tokens side by side: 16 are one vector
+//! V  [kv_heads, PAGE, head_dim]
+//! int8, int4 only, f16: [kv_heads, 4, PAGE], K's scales and minima, then V's
 //! ```
+//!
+//! in the order in which decoding reads it, because memory is fastest where it is read forward.
 //!
 //! int8 and int4 are unsigned levels, per token and head: value = level · scale + minimum.
 //!
@@ -96,25 +98,53 @@ pub const fn row_bytes(bits: usize, len: usize) -> usize {
     if bits == 4 { len.next_multiple_of(CHUNK) / 2 } else { len * bits / 8 }
 }
 
-/// Offset of V in a head's block.
-pub const fn v_offset(bits: usize, head_dim: usize, page: usize) -> usize {
-    head_dim * row_bytes(bits, page)
+/// Where the parts of a page lie.
+#[derive(Clone, Copy, Debug)]
+pub struct PageLayout {
+    /// Bytes of one head's K.
+    pub k_bytes: usize,
+    /// Bytes of one head's V.
+    pub v_bytes: usize,
+    /// Bytes of one head's scales and minima.
+    pub params_bytes: usize,
+    num_kv_heads: usize,
 }
 
-/// Offset of the scales and minima in a head's block.
-pub const fn params_offset(bits: usize, head_dim: usize, page: usize) -> usize {
-    v_offset(bits, head_dim, page) + page * row_bytes(bits, head_dim)
-}
+impl PageLayout {
+    /// The layout of pages of `page` slots with elements of `bits` bits.
+    pub const fn new(bits: usize, num_kv_heads: usize, head_dim: usize, page: usize) -> Self {
+        PageLayout {
+            k_bytes: head_dim * row_bytes(bits, page),
+            v_bytes: page * row_bytes(bits, head_dim),
+            params_bytes: if is_quantized(bits) { 4 * page * 2 } else { 0 },
+            num_kv_heads,
+        }
+    }
 
-/// Bytes of one head in a page.
-pub const fn head_bytes(bits: usize, head_dim: usize, page: usize) -> usize {
-    let params = if is_quantized(bits) { 4 * page * 2 } else { 0 };
-    params_offset(bits, head_dim, page) + params
+    /// Offset of a head's K.
+    pub const fn k(&self, kv_head: usize) -> usize {
+        kv_head * self.k_bytes
+    }
+
+    /// Offset of a head's V.
+    pub const fn v(&self, kv_head: usize) -> usize {
+        self.num_kv_heads * self.k_bytes + kv_head * self.v_bytes
+    }
+
+    /// Offset of a head's scales and minima.
+    pub const fn params(&self, kv_head: usize) -> usize {
+        self.num_kv_heads * (self.k_bytes + self.v_bytes) + kv_head * self.params_bytes
+    }
+
+    /// Bytes of one page of one layer.
+    pub const fn page_bytes(&self) -> usize {
+        self.params(self.num_kv_heads)
+    }
 }
 
 /// Bytes of one page of one layer.
 pub const fn page_bytes(bits: usize, num_kv_heads: usize, head_dim: usize, page: usize) -> usize {
-    num_kv_heads * head_bytes(bits, head_dim, page)
+    PageLayout::new(bits, num_kv_heads, head_dim, page).page_bytes()
 }
 
 /// Multiplies a head by an orthogonal Hadamard matrix, block by block where `HEAD_DIM` is no power

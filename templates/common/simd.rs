@@ -73,7 +73,7 @@ pub trait Simd: Copy + 'static {
     unsafe fn high_nibbles(a: Self::I32) -> Self::I32;
     /// Byte `BYTE` of every lane.
     unsafe fn byte<const BYTE: u32>(a: Self::I32) -> Self::I32;
-    /// Per lane: `acc + Σ u·s` over its four bytes, `u` unsigned and at most 15, `s` signed.
+    /// Per lane: `acc + Σ u·s` over its four bytes, `u` unsigned and at most 31, `s` signed.
     unsafe fn dot_u4(acc: Self::I32, u: Self::I32, s: Self::I32) -> Self::I32;
     /// Per lane: `acc + Σ w·a (+ DOT_I8_BIAS · Σ a)` over its four bytes, `w + 128` unsigned bytes,
     /// `a` signed and above −128.

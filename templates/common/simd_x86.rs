@@ -188,7 +188,7 @@ impl Simd for V3 {
     }
     #[inline(always)]
     unsafe fn dot_u4(acc: __m256i, u: __m256i, s: __m256i) -> __m256i {
-        // NOTE: 15 · 127 · 2 fits the saturating i16 sums of vpmaddubsw.
+        // NOTE: 31 · 127 · 2 fits the saturating i16 sums of vpmaddubsw.
         unsafe {
             let pairs = _mm256_maddubs_epi16(u, s);
             _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))

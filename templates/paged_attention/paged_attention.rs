@@ -1,8 +1,8 @@
 //! Causal attention over KV pages with an online softmax, page by page.
 //!
-//! A unit of work is a run of query rows of one sequence that share a KV head: row `r` is query
-//! head `r % GROUP` of token `r / GROUP`, so the query heads of a KV head read its pages once for
-//! all.
+//! A unit of work is a run of query rows of one sequence. Those of one KV head lie together, token
+//! by token, so that a page is read once for all; a unit of several tokens has one KV head, a
+//! decoding unit several, whose keys and values lie side by side in a page.
 //!
 //! Reduction order: a row visits its pages in ascending order from the first it sees; scores add
 //! over dimensions, outputs over tokens, one after the other in separate lanes. A token that a row
@@ -10,17 +10,14 @@
 //! any split over threads give a row the same bits.
 //!
 //! Bound: decode reads every page once (memory bandwidth); prefill does `4 · head_dim` operations
-//! per row and visible token (peak of f32 multiply-add). Measured on one Zen 5 core with 9 heads
-//! over 3 of 64 dimensions: 512 rows of a prompt reach 72 % of the peak; decode over 50 MB of
-//! float16 pages reads at 90 % of a plain stream's rate, int8 pages at 45 %, from cache 45 and 24
-//! GB/s.
+//! per row and visible token (peak of f32 multiply-add). Decode asks for nothing ahead: a page is
+//! read forward, which the processor's own prefetchers follow faster than instructions can ask,
+//! because those wait for a free miss buffer each.
 
 use std::marker::PhantomData;
 
 use super::abi::{PagedAttentionArgs, SequenceSpan, Share};
-use super::pages::{
-    KvElement, KvF32, hadamard, head_bytes, page_bytes, params_offset, row_bytes, v_offset,
-};
+use super::pages::{KvElement, KvF32, PageLayout, hadamard, row_bytes};
 use super::simd::Simd;
 
 /// Score of a token that a row does not see: its probability underflows to 0.
@@ -86,13 +83,21 @@ struct Attention<
     const PAGE: usize,
 >(PhantomData<(S, KV)>);
 
-/// Query rows `first..first + num` of one sequence and KV head.
+/// Query rows `first..first + num` of one sequence, counted from the KV head `kv_head` on.
 #[derive(Clone, Copy)]
 struct Rows {
     span: SequenceSpan,
     kv_head: usize,
     first: usize,
     num: usize,
+}
+
+impl Rows {
+    /// Before the first unit of a span.
+    #[inline(always)]
+    fn new(span: SequenceSpan) -> Rows {
+        Rows { span, kv_head: 0, first: 0, num: 0 }
+    }
 }
 
 /// What a unit of work keeps between pages, in scratch memory.
@@ -114,21 +119,10 @@ struct State {
     max: *mut f32,
     /// `[rows]`: the page's maximum, then the factor to older sums.
     factor: *mut f32,
-    /// `[4, PAGE]`: the page's scales and minima.
+    /// `[heads, 4, PAGE]`: the page's scales and minima.
     params: *mut f32,
-    /// `[2 · PAGE · HEAD_DIM]`: K and V of the page in float32.
+    /// `[PAGE · HEAD_DIM]`: K or V of one head of the page in float32.
     kv: *mut f32,
-}
-
-/// One KV head of a page, as stored or converted.
-#[derive(Clone, Copy)]
-struct Page {
-    k: *const u8,
-    v: *const u8,
-    /// The page's first token.
-    begin: usize,
-    /// Bytes from here to the sequence's next page, 0 behind the last.
-    next: isize,
 }
 
 /// The order of all rows of a step, cut into `count` parts of equal cost.
@@ -176,6 +170,19 @@ impl<
     const GROUP: usize = HEADS / KV_HEADS;
     /// Vectors of a head.
     const VECS: usize = HEAD_DIM.div_ceil(S::LANES);
+    const LAYOUT: PageLayout = PageLayout::new(KV::BITS, KV_HEADS, HEAD_DIM, PAGE);
+    /// KV heads of a decoding unit: memory is faster where more is read in one run.
+    const BUNDLE: usize = {
+        let fits = Self::rows_max(false) / Self::GROUP;
+        let most = if fits > 4 { 4 } else { fits };
+        if most == 0 {
+            1
+        } else if most < KV_HEADS {
+            most
+        } else {
+            KV_HEADS
+        }
+    };
 
     /// Most rows of a unit: the more, the more use is made of a page in cache.
     const fn rows_max(many: bool) -> usize {
@@ -215,39 +222,48 @@ impl<
             let mut split = Split { idx, count, total: 0, done: 0 };
             let mut span_idx = 0;
             while span_idx < args.num_spans {
-                split.total += Self::span_cost::<MANY>(*args.spans.add(span_idx));
+                let mut unit = Rows::new(*args.spans.add(span_idx));
+                while Self::next_unit::<MANY>(&mut unit) {
+                    split.total += unit.num as u64 * Self::row_cost(&unit);
+                }
                 span_idx += 1;
             }
             span_idx = 0;
             while span_idx < args.num_spans {
-                let span = *args.spans.add(span_idx);
-                let mut kv_head = 0;
-                while kv_head < KV_HEADS {
-                    Self::run_head::<MANY>(args, share, &mut split, span, kv_head);
-                    kv_head += 1;
+                let mut unit = Rows::new(*args.spans.add(span_idx));
+                while Self::next_unit::<MANY>(&mut unit) {
+                    let (first, end) = split.next(unit.num, Self::row_cost(&unit));
+                    if first < end {
+                        let rows = Rows { first: unit.first + first, num: end - first, ..unit };
+                        Self::run_rows::<MANY>(args, &rows, share);
+                    }
                 }
                 span_idx += 1;
             }
         }
     }
 
-    /// Sum of the costs of a span's rows.
+    /// Whether a span of a prompt's kernel is computed as in decoding.
     #[inline(always)]
-    fn span_cost<const MANY: bool>(span: SequenceSpan) -> u64 {
-        let mut rows = Rows { span, kv_head: 0, first: 0, num: 0 };
-        let mut cost = 0;
-        while Self::next_unit::<MANY>(&mut rows) {
-            cost += rows.num as u64 * Self::row_cost(&rows);
-        }
-        cost * KV_HEADS as u64
+    fn decodes<const MANY: bool>(span: SequenceSpan) -> bool {
+        !MANY || (span.num_rows == 1 && S::BLOCK_TILES > 1)
     }
 
-    /// Moves on to the next unit of a span and KV head.
+    /// Moves on to the next unit of a span.
     #[inline(always)]
     fn next_unit<const MANY: bool>(rows: &mut Rows) -> bool {
-        let end = rows.span.num_rows as usize * Self::GROUP;
+        let (heads, rows_max) = match (Self::decodes::<MANY>(rows.span), rows.span.num_rows) {
+            (true, 1) => (Self::BUNDLE, Self::rows_max(false)),
+            _ => (1, Self::rows_max(MANY)),
+        };
+        let num_rows = rows.span.num_rows as usize * Self::GROUP;
         rows.first += rows.num;
-        rows.num = (end - rows.first).min(Self::rows_max(MANY));
+        if rows.first == num_rows * heads.min(KV_HEADS - rows.kv_head) {
+            rows.first = 0;
+            rows.kv_head += heads;
+        }
+        let heads = heads.min(KV_HEADS.saturating_sub(rows.kv_head));
+        rows.num = (num_rows * heads - rows.first).min(rows_max);
         rows.num > 0
     }
 
@@ -261,34 +277,32 @@ impl<
     /// The tokens that row `row` of a unit sees.
     #[inline(always)]
     fn visible(rows: &Rows, row: usize) -> (usize, usize) {
-        let token = (rows.first + row) / Self::GROUP;
+        let (token, _) = Self::place(rows, row);
         let end = (rows.span.context_len - rows.span.num_rows) as usize + token + 1;
         (if WINDOW > 0 { end.saturating_sub(WINDOW) } else { 0 }, end)
     }
 
+    /// The token of a row of a unit, counted from the span's first, and its query head, counted
+    /// from the first of the unit's first KV head.
     #[inline(always)]
-    unsafe fn run_head<const MANY: bool>(
-        args: &PagedAttentionArgs,
-        share: Share,
-        split: &mut Split,
-        span: SequenceSpan,
-        kv_head: usize,
-    ) {
-        let mut unit = Rows { span, kv_head, first: 0, num: 0 };
-        while Self::next_unit::<MANY>(&mut unit) {
-            let (first, end) = split.next(unit.num, Self::row_cost(&unit));
-            if first < end {
-                let rows = Rows { first: unit.first + first, num: end - first, ..unit };
-                // NOTE: a few rows would leave most of prefill's large tiles empty.
-                let many = S::BLOCK_TILES == 1 || rows.num > 4;
-                // SAFETY: as the caller promises.
-                unsafe {
-                    if MANY && many {
-                        Self::attend::<true>(args, &rows, share.scratch);
-                    } else {
-                        Self::attend::<false>(args, &rows, share.scratch);
-                    }
-                }
+    fn place(rows: &Rows, row: usize) -> (usize, usize) {
+        let row = rows.first + row;
+        match rows.span.num_rows {
+            1 => (0, row),
+            _ => (row / Self::GROUP, row % Self::GROUP),
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn run_rows<const MANY: bool>(args: &PagedAttentionArgs, rows: &Rows, share: Share) {
+        // NOTE: a few rows would leave most of prefill's large tiles empty.
+        let many = S::BLOCK_TILES == 1 || (rows.num > 4 && rows.span.num_rows > 1);
+        // SAFETY: as the caller promises.
+        unsafe {
+            if MANY && many {
+                Self::attend::<true>(args, rows, share.scratch);
+            } else {
+                Self::attend::<false>(args, rows, share.scratch);
             }
         }
     }
@@ -296,7 +310,11 @@ impl<
     const fn state_floats(many: bool) -> usize {
         let rows = Self::rows_max(many);
         let row = HEAD_DIM + Self::VECS * S::LANES + PAGE + 2 * S::LANES + 3;
-        4 * PAGE + rows * row + if Self::copies(many) { 2 * PAGE * HEAD_DIM + S::LANES } else { 0 }
+        4 * Self::BUNDLE * PAGE + rows * row + Self::copy_floats(many)
+    }
+
+    const fn copy_floats(many: bool) -> usize {
+        if Self::copies(many) { PAGE * HEAD_DIM + S::LANES } else { 0 }
     }
 
     #[inline(always)]
@@ -305,7 +323,7 @@ impl<
         // SAFETY: `state_floats` adds up these sizes.
         unsafe {
             let kv: *mut f32 = scratch.cast();
-            let q = kv.add(if Self::copies(MANY) { 2 * PAGE * HEAD_DIM + S::LANES } else { 0 });
+            let q = kv.add(Self::copy_floats(MANY));
             let o = q.add(rows * HEAD_DIM);
             let p = o.add(rows * Self::VECS * S::LANES);
             let sum = p.add(rows * PAGE);
@@ -327,30 +345,38 @@ impl<
             let table = args.page_table.add(rows.span.first_page as usize);
             let (first, _) = Self::visible(rows, 0);
             let (_, end) = Self::visible(rows, rows.num - 1);
-            let mut page_idx = first / PAGE;
-            let mut head = Self::head(args, rows, *table.add(page_idx));
-            while page_idx * PAGE < end {
-                let begin = page_idx * PAGE;
-                page_idx += 1;
-                let more = page_idx * PAGE < end;
-                let next = if more { Self::head(args, rows, *table.add(page_idx)) } else { head };
-                if KV::QUANTIZED {
-                    Self::params(head, (end - begin).min(PAGE), state.params);
-                }
-                Self::page::<MANY>(rows, &state, begin, head, next);
-                head = next;
+            let mut begin = first / PAGE * PAGE;
+            while begin < end {
+                let page = *table.add(begin / PAGE) as usize;
+                let page = args.kv.add(page * Self::LAYOUT.page_bytes());
+                Self::page::<MANY>(rows, &state, begin, (end - begin).min(PAGE), page);
+                begin += PAGE;
             }
             Self::finish(args, rows, &state);
         }
     }
 
-    /// The block of the unit's KV head in a page.
+    /// The KV heads that a unit reads.
     #[inline(always)]
-    unsafe fn head(args: &PagedAttentionArgs, rows: &Rows, page: u32) -> *const u8 {
-        let page_bytes = page_bytes(KV::BITS, KV_HEADS, HEAD_DIM, PAGE);
-        let head_bytes = head_bytes(KV::BITS, HEAD_DIM, PAGE);
-        // SAFETY: page ids of the table lie in the cache.
-        unsafe { args.kv.add(page as usize * page_bytes + rows.kv_head * head_bytes) }
+    fn kv_heads(rows: &Rows) -> (usize, usize) {
+        let Rows { kv_head, first, num, .. } = *rows;
+        match rows.span.num_rows {
+            1 => (kv_head + first / Self::GROUP, kv_head + (first + num - 1) / Self::GROUP + 1),
+            _ => (kv_head, kv_head + 1),
+        }
+    }
+
+    /// The rows of a unit that belong to a KV head.
+    #[inline(always)]
+    fn rows_of(rows: &Rows, kv_head: usize) -> (usize, usize) {
+        let begin = (kv_head - rows.kv_head) * Self::GROUP;
+        match rows.span.num_rows {
+            1 => (
+                begin.max(rows.first) - rows.first,
+                (begin + Self::GROUP).min(rows.first + rows.num) - rows.first,
+            ),
+            _ => (0, rows.num),
+        }
     }
 
     /// Where vector `vec` of a head lies: the last one reaches back to end with the head.
@@ -366,9 +392,9 @@ impl<
     /// Offset of a row's query head among all heads of its tokens' rows, `row_heads` heads each.
     #[inline(always)]
     fn head_offset(rows: &Rows, row: usize, row_heads: usize) -> usize {
-        let row = rows.first + row;
-        let token = rows.span.first_row as usize + row / Self::GROUP;
-        (token * row_heads + rows.kv_head * Self::GROUP + row % Self::GROUP) * HEAD_DIM
+        let (token, head) = Self::place(rows, row);
+        let token = rows.span.first_row as usize + token;
+        (token * row_heads + rows.kv_head * Self::GROUP + head) * HEAD_DIM
     }
 
     /// Scales the queries and clears the sums.
@@ -377,8 +403,10 @@ impl<
         // SAFETY: rows of the unit in qkv, rows below rows_max in scratch.
         unsafe {
             let scale = S::splat(args.softmax_scale);
+            // NOTE: tiles of a prompt reach beyond the rows, those of decoding do not.
+            let end = if MANY { Self::rows_max(true) } else { rows.num };
             let mut row = 0;
-            while row < Self::rows_max(MANY) {
+            while row < end {
                 let mut vec = 0;
                 while vec < Self::VECS {
                     let mut x = S::zero();
@@ -434,42 +462,57 @@ impl<
         unsafe { if HEAD_DIM < S::LANES { S::store_first(p, x, HEAD_DIM) } else { S::store(p, x) } }
     }
 
-    /// Adds one page, whose first token is `begin`, to the rows of a unit.
+    /// Adds one page, whose first token is `begin` and of which `len` tokens are seen, to the rows
+    /// of a unit: the keys of all its heads, then the values, as they lie in memory.
     #[inline(always)]
     unsafe fn page<const MANY: bool>(
         rows: &Rows,
         state: &State,
         begin: usize,
-        head: *const u8,
-        next: *const u8,
+        len: usize,
+        page: *const u8,
     ) {
-        // SAFETY: `head` is a head's block in a page.
+        let (first, end) = Self::kv_heads(rows);
+        // SAFETY: K, V and parameters of the heads in a page.
         unsafe {
-            let v = head.add(v_offset(KV::BITS, HEAD_DIM, PAGE));
-            let next = (next as isize).wrapping_sub(head as isize);
-            let page = Page { k: head, v, begin, next };
-            if Self::copies(MANY) {
-                Self::convert(page, state.kv);
-                let v = state.kv.add(PAGE * HEAD_DIM).cast();
-                let copy = Page { k: state.kv.cast(), v, next: 0, ..page };
-                Self::scores::<MANY, KvF32>(rows, state, copy);
-                Self::probabilities(rows, state, begin);
-                Self::outputs::<MANY, KvF32>(rows, state, copy);
-            } else {
-                Self::scores::<MANY, KV>(rows, state, page);
-                Self::probabilities(rows, state, begin);
-                Self::outputs::<MANY, KV>(rows, state, page);
+            let mut kv_head = first;
+            while kv_head < end {
+                let k = page.add(Self::LAYOUT.k(kv_head));
+                if KV::QUANTIZED {
+                    let params = state.params.add((kv_head - rows.kv_head) * 4 * PAGE);
+                    Self::params(page.add(Self::LAYOUT.params(kv_head)).cast(), len, params);
+                }
+                let tile_rows = Self::rows_of(rows, kv_head);
+                if Self::copies(MANY) {
+                    Self::convert(k, PAGE, HEAD_DIM, state.kv);
+                    Self::scores::<MANY, KvF32>(tile_rows, state, state.kv.cast());
+                } else {
+                    Self::scores::<MANY, KV>(tile_rows, state, k);
+                }
+                kv_head += 1;
+            }
+            Self::probabilities(rows, state, begin);
+            kv_head = first;
+            while kv_head < end {
+                let v = page.add(Self::LAYOUT.v(kv_head));
+                let tile_rows = Self::rows_of(rows, kv_head);
+                if Self::copies(MANY) {
+                    Self::convert(v, HEAD_DIM, PAGE, state.kv);
+                    Self::outputs::<MANY, KvF32>(rows, tile_rows, state, begin, state.kv.cast());
+                } else {
+                    Self::outputs::<MANY, KV>(rows, tile_rows, state, begin, v);
+                }
+                kv_head += 1;
             }
         }
     }
 
-    /// Scales and minima of a head's block as float32, 0 for the tokens from `end` on, which may
-    /// never have been written.
+    /// Scales and minima of a head as float32, 0 for the tokens from `end` on, which may never have
+    /// been written.
     #[inline(always)]
-    unsafe fn params(head: *const u8, end: usize, out: *mut f32) {
-        // SAFETY: the block holds four rows of PAGE, `out` room for them.
+    unsafe fn params(params: *const u16, end: usize, out: *mut f32) {
+        // SAFETY: four rows of PAGE each.
         unsafe {
-            let params: *const u16 = head.add(params_offset(KV::BITS, HEAD_DIM, PAGE)).cast();
             let mut i = 0;
             while i < 4 * PAGE {
                 S::store(out.add(i), S::load_f16(params.add(i)));
@@ -487,54 +530,42 @@ impl<
         }
     }
 
-    /// K and V of a page as float32, without scales and minima.
+    /// `num_rows` rows of K or V of a page as float32, without scales and minima.
     #[inline(always)]
-    unsafe fn convert(page: Page, out: *mut f32) {
-        // SAFETY: K and V hold PAGE · HEAD_DIM elements each, a multiple of LANES.
+    unsafe fn convert(data: *const u8, row_len: usize, num_rows: usize, out: *mut f32) {
+        // SAFETY: the rows are K's or V's; what a row's last vector stores too much, the next row
+        // replaces, and scratch has room for the last.
         unsafe {
-            let mut i = 0;
-            while i < PAGE * HEAD_DIM {
-                S::store(out.add(i), KV::load::<S>(page.k, i));
-                i += S::LANES;
-            }
-            let out = out.add(PAGE * HEAD_DIM);
-            if KV::BITS != 4 {
-                i = 0;
-                while i < PAGE * HEAD_DIM {
-                    S::store(out.add(i), KV::load::<S>(page.v, i));
+            let mut row = 0;
+            while row < num_rows {
+                let from = data.add(row * row_bytes(KV::BITS, row_len));
+                let mut i = 0;
+                while i < row_len {
+                    S::store(out.add(row * row_len + i), KV::load::<S>(from, i));
                     i += S::LANES;
                 }
-                return;
-            }
-            // NOTE: rows of nibbles are padded; what a row's last vector stores too much, the next
-            // row replaces, and scratch has room for the last.
-            let mut token = 0;
-            while token < PAGE {
-                let row = page.v.add(token * row_bytes(KV::BITS, HEAD_DIM));
-                i = 0;
-                while i < HEAD_DIM {
-                    S::store(out.add(token * HEAD_DIM + i), KV::load::<S>(row, i));
-                    i += S::LANES;
-                }
-                token += 1;
+                row += 1;
             }
         }
     }
 
-    /// Scores of all rows against the page's keys.
+    /// Scores of the rows `row..end` against a head's keys.
     #[inline(always)]
-    unsafe fn scores<const MANY: bool, L: KvElement>(rows: &Rows, state: &State, page: Page) {
+    unsafe fn scores<const MANY: bool, L: KvElement>(
+        (mut row, end): (usize, usize),
+        state: &State,
+        block: *const u8,
+    ) {
         // SAFETY: rows below rows_max.
         unsafe {
-            let mut row = 0;
-            while row < rows.num {
-                row += match (MANY, S::BLOCK_TILES, rows.num - row) {
-                    (true, 4.., _) => Self::score_tile::<L, 12>(state, row, page),
-                    (true, 2.., _) => Self::score_tile::<L, 6>(state, row, page),
-                    (false, _, 1) => Self::score_tile::<L, 1>(state, row, page),
-                    (_, ..2, _) | (_, _, 2) => Self::score_tile::<L, 2>(state, row, page),
-                    (_, _, 3) => Self::score_tile::<L, 3>(state, row, page),
-                    _ => Self::score_tile::<L, 4>(state, row, page),
+            while row < end {
+                row += match (MANY, S::BLOCK_TILES, end - row) {
+                    (true, 4.., _) => Self::score_tile::<L, 12>(state, row, block),
+                    (true, 2.., _) => Self::score_tile::<L, 6>(state, row, block),
+                    (false, _, 1) => Self::score_tile::<L, 1>(state, row, block),
+                    (_, ..2, _) | (_, _, 2) => Self::score_tile::<L, 2>(state, row, block),
+                    (_, _, 3) => Self::score_tile::<L, 3>(state, row, block),
+                    _ => Self::score_tile::<L, 4>(state, row, block),
                 };
             }
         }
@@ -545,17 +576,17 @@ impl<
     unsafe fn score_tile<L: KvElement, const R: usize>(
         state: &State,
         row: usize,
-        page: Page,
+        block: *const u8,
     ) -> usize {
         // SAFETY: offsets stay inside the page and the rows of scratch.
         unsafe {
             let mut token = 0;
             while token + 2 * S::LANES <= PAGE {
-                Self::score_vecs::<L, R, 2>(state, row, page, token);
+                Self::score_vecs::<L, R, 2>(state, row, block, token);
                 token += 2 * S::LANES;
             }
             if token < PAGE {
-                Self::score_vecs::<L, R, 1>(state, row, page, token);
+                Self::score_vecs::<L, R, 1>(state, row, block, token);
             }
         }
         R
@@ -566,7 +597,7 @@ impl<
     unsafe fn score_vecs<L: KvElement, const R: usize, const C: usize>(
         state: &State,
         row: usize,
-        page: Page,
+        block: *const u8,
         token: usize,
     ) {
         // SAFETY: k is [HEAD_DIM, PAGE], q [rows, HEAD_DIM], p [rows, PAGE].
@@ -579,8 +610,7 @@ impl<
                 let mut c = 0;
                 while c < C {
                     let place = token + c * S::LANES;
-                    let k = page.k.add(dim * row_bytes(L::BITS, PAGE));
-                    Self::prefetch::<L, R>(page, k.add(place * L::BITS / 8), c);
+                    let k = block.add(dim * row_bytes(L::BITS, PAGE));
                     keys[c] = L::load::<S>(k, place);
                     c += 1;
                 }
@@ -608,17 +638,6 @@ impl<
         }
     }
 
-    /// Asks for what vector `c` at `p` is in the next page: decode waits for memory, and pages lie
-    /// anywhere.
-    #[inline(always)]
-    unsafe fn prefetch<L: KvElement, const R: usize>(page: Page, p: *const u8, c: usize) {
-        // NOTE: tiles of more than four rows are prefill's, which uses a page many times.
-        if R <= 4 && (c * S::LANES * L::BITS / 8).is_multiple_of(64) {
-            // SAFETY: a prefetch does not access memory.
-            unsafe { S::prefetch(p.wrapping_offset(page.next)) }
-        }
-    }
-
     /// Scores to probabilities relative to the running maximum; updates maximum and sum.
     #[inline(always)]
     unsafe fn probabilities(rows: &Rows, state: &State, begin: usize) {
@@ -631,7 +650,8 @@ impl<
             while row < rows.num {
                 let p = state.p.add(row * PAGE);
                 if KV::QUANTIZED {
-                    Self::scale_scores(p, *state.q_sum.add(row), state.params);
+                    let params = Self::params_of(rows, state, row);
+                    Self::scale_scores(p, *state.q_sum.add(row), params);
                 }
                 if partial {
                     Self::mask(rows, row, begin, p);
@@ -657,11 +677,19 @@ impl<
             while row < rows.num {
                 Self::exponentials(state, row);
                 if KV::QUANTIZED {
-                    Self::scale_probabilities(state, row);
+                    Self::scale_probabilities(state, row, Self::params_of(rows, state, row));
                 }
                 row += 1;
             }
         }
+    }
+
+    /// The page's scales and minima for a row of a unit.
+    #[inline(always)]
+    unsafe fn params_of(rows: &Rows, state: &State, row: usize) -> *const f32 {
+        let (_, head) = Self::place(rows, row);
+        // SAFETY: four rows of PAGE for each KV head of the unit.
+        unsafe { state.params.add(head / Self::GROUP * 4 * PAGE) }
     }
 
     #[inline(always)]
@@ -702,10 +730,10 @@ impl<
     /// Adds probability · minimum of V to the row's sums, and multiplies the probabilities by the
     /// scales of V.
     #[inline(always)]
-    unsafe fn scale_probabilities(state: &State, row: usize) {
+    unsafe fn scale_probabilities(state: &State, row: usize, params: *const f32) {
         // SAFETY: rows below rows_max, tokens below PAGE.
         unsafe {
-            let (p, params) = (state.p.add(row * PAGE), state.params.add(2 * PAGE));
+            let (p, params) = (state.p.add(row * PAGE), params.add(2 * PAGE));
             let sum_at = state.min_sum.add(row * S::LANES);
             let mut sum = S::mul(S::load(sum_at), S::splat(*state.factor.add(row)));
             let mut token = 0;
@@ -744,19 +772,27 @@ impl<
         }
     }
 
-    /// Adds probability · value of the page to the outputs of all rows.
+    /// Adds probability · value of a head of the page from `begin` to the outputs of the rows
+    /// `row..end`.
     #[inline(always)]
-    unsafe fn outputs<const MANY: bool, L: KvElement>(rows: &Rows, state: &State, page: Page) {
+    unsafe fn outputs<const MANY: bool, L: KvElement>(
+        rows: &Rows,
+        (mut row, end): (usize, usize),
+        state: &State,
+        begin: usize,
+        block: *const u8,
+    ) {
         // SAFETY: rows below rows_max.
         unsafe {
-            let mut row = 0;
-            while row < rows.num {
-                row += match (MANY, S::BLOCK_TILES, rows.num - row) {
-                    (true, 2.., _) => Self::out_tile::<L, 6>(rows, state, row, page),
-                    (false, _, 1) => Self::out_tile::<L, 1>(rows, state, row, page),
-                    (_, ..2, _) | (_, _, 2) => Self::out_tile::<L, 2>(rows, state, row, page),
-                    (_, _, 3) => Self::out_tile::<L, 3>(rows, state, row, page),
-                    _ => Self::out_tile::<L, 4>(rows, state, row, page),
+            while row < end {
+                row += match (MANY, S::BLOCK_TILES, end - row) {
+                    (true, 2.., _) => Self::out_tile::<L, 6>(rows, state, row, begin, block),
+                    (false, _, 1) => Self::out_tile::<L, 1>(rows, state, row, begin, block),
+                    (_, ..2, _) | (_, _, 2) => {
+                        Self::out_tile::<L, 2>(rows, state, row, begin, block)
+                    }
+                    (_, _, 3) => Self::out_tile::<L, 3>(rows, state, row, begin, block),
+                    _ => Self::out_tile::<L, 4>(rows, state, row, begin, block),
                 };
             }
         }
@@ -768,27 +804,28 @@ impl<
         rows: &Rows,
         state: &State,
         row: usize,
-        page: Page,
+        begin: usize,
+        block: *const u8,
     ) -> usize {
         // NOTE: the tokens that any of the tile's rows sees; the others may never have been
         // written.
         let last = (row + R).min(rows.num) - 1;
-        let (first, _) = Self::places(rows, row, page.begin);
-        let (_, end) = Self::places(rows, last, page.begin);
+        let (first, _) = Self::places(rows, row, begin);
+        let (_, end) = Self::places(rows, last, begin);
         let tokens = (first, end);
         // SAFETY: vectors below VECS.
         unsafe {
             let mut vec = 0;
             while S::BLOCK_TILES >= 4 && vec + 4 <= Self::VECS {
-                Self::out_vecs::<L, R, 4>(state, row, page, tokens, vec);
+                Self::out_vecs::<L, R, 4>(state, row, block, tokens, vec);
                 vec += 4;
             }
             while vec + 2 <= Self::VECS {
-                Self::out_vecs::<L, R, 2>(state, row, page, tokens, vec);
+                Self::out_vecs::<L, R, 2>(state, row, block, tokens, vec);
                 vec += 2;
             }
             if vec < Self::VECS {
-                Self::out_vecs::<L, R, 1>(state, row, page, tokens, vec);
+                Self::out_vecs::<L, R, 1>(state, row, block, tokens, vec);
             }
         }
         R
@@ -799,7 +836,7 @@ impl<
     unsafe fn out_vecs<L: KvElement, const R: usize, const C: usize>(
         state: &State,
         row: usize,
-        page: Page,
+        block: *const u8,
         tokens: (usize, usize),
         vec: usize,
     ) {
@@ -824,9 +861,8 @@ impl<
                 let mut values = [S::zero(); C];
                 let mut c = 0;
                 while c < C {
-                    let v = page.v.add(token * row_bytes(L::BITS, HEAD_DIM));
+                    let v = block.add(token * row_bytes(L::BITS, HEAD_DIM));
                     let dim = Self::vec_offset(vec + c);
-                    Self::prefetch::<L, R>(page, v.add(dim * L::BITS / 8), vec + c);
                     values[c] = L::load::<S>(v, dim);
                     c += 1;
                 }

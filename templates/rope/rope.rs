@@ -10,9 +10,7 @@
 use half::f16;
 
 use super::abi::{RopeArgs, Share};
-use super::pages::{
-    CHUNK, KvElement, hadamard, head_bytes, nibble, page_bytes, params_offset, row_bytes, v_offset,
-};
+use super::pages::{CHUNK, KvElement, PageLayout, hadamard, nibble, row_bytes};
 use super::rms_norm;
 use super::simd::Simd;
 
@@ -81,18 +79,21 @@ pub unsafe fn run<
                 group_head += 1;
             }
             let slot = *args.slots.add(row) as usize;
-            let page = args.kv.add(slot / PAGE * page_bytes(KV::BITS, KV_HEADS, HEAD_DIM, PAGE));
-            let block = page.add(kv_head * head_bytes(KV::BITS, HEAD_DIM, PAGE));
+            let layout = PageLayout::new(KV::BITS, KV_HEADS, HEAD_DIM, PAGE);
+            let page = args.kv.add(slot / PAGE * layout.page_bytes());
+            let params: *mut u16 = page.add(layout.params(kv_head)).cast();
             let k = qkv.add((HEADS + kv_head) * HEAD_DIM);
             std::ptr::copy_nonoverlapping(k, head.as_mut_ptr(), HEAD_DIM);
             if QK_NORM {
                 normalize::<S, HEAD_DIM>(head.as_mut_ptr(), args.k_norm, args.eps);
             }
             rotate::<S, ROTARY_DIM>(head.as_mut_ptr(), cos_sin);
-            append::<S, KV, HEAD_DIM, PAGE, true>(&mut head, block, slot % PAGE);
+            let data = page.add(layout.k(kv_head));
+            append::<S, KV, HEAD_DIM, PAGE, true>(&mut head, data, params, slot % PAGE);
             let v = qkv.add((HEADS + KV_HEADS + kv_head) * HEAD_DIM);
             std::ptr::copy_nonoverlapping(v, head.as_mut_ptr(), HEAD_DIM);
-            append::<S, KV, HEAD_DIM, PAGE, false>(&mut head, block, slot % PAGE);
+            let (data, params) = (page.add(layout.v(kv_head)), params.add(2 * PAGE));
+            append::<S, KV, HEAD_DIM, PAGE, false>(&mut head, data, params, slot % PAGE);
             unit += 1;
         }
     }
@@ -162,8 +163,7 @@ unsafe fn turn<S: Simd>(x: S::F32, y: S::F32, cos: S::F32, sin: S::F32) -> (S::F
     }
 }
 
-/// Stores a head as the K or the V of a token in a head's block, with scale and minimum where the
-/// type has them.
+/// Stores a head as the K or the V of a token, with scale and minimum where the type has them.
 #[inline(always)]
 unsafe fn append<
     S: Simd,
@@ -173,12 +173,13 @@ unsafe fn append<
     const IS_K: bool,
 >(
     head: &mut Head<f32, HEAD_DIM>,
-    block: *mut u8,
+    data: *mut u8,
+    params: *mut u16,
     place: usize,
 ) {
-    // SAFETY: `place` is below PAGE, and K and V of the block hold PAGE · HEAD_DIM elements each.
+    // SAFETY: `place` is below PAGE, K and V of a head hold PAGE · HEAD_DIM elements each, and the
+    // scales and minima of either PAGE.
     unsafe {
-        let data = block.add(if IS_K { 0 } else { v_offset(KV::BITS, HEAD_DIM, PAGE) });
         let stride = if IS_K { PAGE } else { 1 };
         let first = if IS_K { place } else { place * HEAD_DIM };
         if KV::QUANTIZED {
@@ -187,10 +188,8 @@ unsafe fn append<
             }
             let levels_max = ((1 << KV::BITS) - 1) as f32;
             let (scale, min) = quantize::<S, HEAD_DIM>(head.as_mut_ptr(), levels_max);
-            let params: *mut u16 = block.add(params_offset(KV::BITS, HEAD_DIM, PAGE)).cast();
-            let params = params.add(if IS_K { place } else { 2 * PAGE + place });
-            *params = scale.to_bits();
-            *params.add(PAGE) = min.to_bits();
+            *params.add(place) = scale.to_bits();
+            *params.add(PAGE + place) = min.to_bits();
         }
         if KV::BITS == 32 {
             scatter(head.as_mut_ptr(), data.cast::<f32>().add(first), HEAD_DIM, stride);

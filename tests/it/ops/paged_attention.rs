@@ -105,17 +105,18 @@ impl World {
     fn store(&mut self, page: usize, place: usize, head: usize, part: usize, x: &mut [f32]) {
         let shape = self.shape;
         let bits = super::kv_bits(shape.kv);
-        let head_bytes = shape.page_bytes() / shape.kv_heads;
-        let block = &mut self.pages[page * shape.page_bytes() + head * head_bytes..][..head_bytes];
+        let block = &mut self.pages[page * shape.page_bytes()..][..shape.page_bytes()];
         let min = f16::from_f32(x.iter().fold(f32::MAX, |min, x| min.min(*x)));
         let max = x.iter().fold(f32::MIN, |max, x| max.max(*x));
         let levels_max = if bits == 4 { 15.0 } else { 255.0 };
         let scale = f16::from_f32((max - min.to_f32()) / levels_max);
         let v_row = if bits == 4 { x.len().div_ceil(16) * 8 } else { x.len() * bits / 8 };
-        let v = x.len() * shape.page * bits / 8;
+        let (k_bytes, v_bytes) = (x.len() * shape.page * bits / 8, shape.page * v_row);
+        let v = shape.kv_heads * k_bytes + head * v_bytes;
+        let params = shape.kv_heads * (k_bytes + v_bytes);
         for (dim, x) in x.iter_mut().enumerate() {
             let (row, idx) = match part {
-                0 => (dim * shape.page * bits / 8, place),
+                0 => (head * k_bytes + dim * shape.page * bits / 8, place),
                 _ => (v + place * v_row, dim),
             };
             if shape.kv == "f32" {
@@ -140,7 +141,7 @@ impl World {
         }
         if bits <= 8 {
             for (i, param) in [scale, min].into_iter().enumerate() {
-                let at = v + shape.page * v_row + ((2 * part + i) * shape.page + place) * 2;
+                let at = params + ((4 * head + 2 * part + i) * shape.page + place) * 2;
                 block[at..at + 2].copy_from_slice(&param.to_le_bytes());
             }
         }

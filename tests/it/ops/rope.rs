@@ -61,16 +61,17 @@ impl Shape {
     fn stored(&self, pages: &[u8], slot: usize, head: usize, part: usize) -> Vec<f64> {
         let (page, place) = (slot / self.page, slot % self.page);
         let bits = super::kv_bits(self.kv);
-        let head_bytes = self.page_bytes() / self.kv_heads;
-        let block = &pages[page * self.page_bytes() + head * head_bytes..][..head_bytes];
+        let block = &pages[page * self.page_bytes()..][..self.page_bytes()];
         let half = |at: usize| f64::from(f16::from_le_bytes([block[at], block[at + 1]]));
         let v_row =
             if bits == 4 { self.head_dim.div_ceil(16) * 8 } else { self.head_dim * bits / 8 };
-        let (v, params) = (self.head_dim * self.page * bits / 8, self.page * v_row);
-        let param = |i: usize| half(v + params + ((2 * part + i) * self.page + place) * 2);
+        let (k_bytes, v_bytes) = (self.head_dim * self.page * bits / 8, self.page * v_row);
+        let v = self.kv_heads * k_bytes + head * v_bytes;
+        let params = self.kv_heads * (k_bytes + v_bytes);
+        let param = |i: usize| half(params + ((4 * head + 2 * part + i) * self.page + place) * 2);
         let value = |dim: usize| {
             let (row, idx) = match part {
-                0 => (dim * self.page * bits / 8, place),
+                0 => (head * k_bytes + dim * self.page * bits / 8, place),
                 _ => (v + place * v_row, dim),
             };
             match self.kv {
