@@ -6,7 +6,7 @@
 #[cfg_attr(not(test), allow(dead_code, reason = "only the simulation plants faults"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// A page's hash covers its own tokens only, not those before it.
+    /// A page's hash covers its own tokens and the root only, not the pages between.
     HashIgnoresParent,
     /// Pages are shared between namespaces.
     NamespaceIgnored,

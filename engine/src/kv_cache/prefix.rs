@@ -54,13 +54,19 @@ impl PrefixIndex {
     pub(super) fn hash(&self, parent: &PageHash, tokens: &[u32]) -> PageHash {
         assert_eq!(tokens.len(), self.page_size, "only full pages have hashes");
         let mut hasher = blake3::Hasher::new_keyed(&self.key);
-        if !is_planted(Fault::HashIgnoresParent) {
-            hasher.update(&parent.0);
-        }
+        // NOTE: the bug still knows the root, whose last bytes it hands on.
+        let is_bug = is_planted(Fault::HashIgnoresParent);
+        let (history, root) = parent.0.split_at(24);
+        hasher.update(if is_bug { &[] } else { history });
+        hasher.update(root);
         tokens.iter().for_each(|token| {
             hasher.update(&token.to_le_bytes());
         });
-        PageHash(*hasher.finalize().as_bytes())
+        let mut hash = *hasher.finalize().as_bytes();
+        if is_bug {
+            hash[24..].copy_from_slice(root);
+        }
+        PageHash(hash)
     }
 
     /// The page with exactly these `tokens` behind `parent`.
