@@ -199,7 +199,7 @@ template <class T> DEVICE T load_constant(const T* address) {
     if constexpr (sizeof(T) == 16) {
         uint4 v = __ldg(reinterpret_cast<const uint4*>(address));
         return T{v.x, v.y, v.z, v.w};
-    } else if constexpr (sizeof(T) == 8 && !__is_arithmetic(T)) {
+    } else if constexpr (sizeof(T) == 8 && __is_class(T)) {
         uint2 v = __ldg(reinterpret_cast<const uint2*>(address));
         return T{v.x, v.y};
     } else {
