@@ -41,20 +41,25 @@ constexpr u32 OCTET = 8;          // tokens of a cell
 constexpr u32 CELL_DIMS = 32;     // dimensions of a cell
 constexpr u32 PIECE_BYTES = 128;  // 16 bytes of eight lanes
 
-// Element types. `Mma` is what their values are multiplied as; a lane's part of a cell is unpacked
-// to `x[j][i / 2]`, pairs of `Mma` with elements i and i + 1, levels without scale and minimum.
+// Element types. `Mma` is what their values are multiplied as; rows j = 2 tile and + 1 of a lane's
+// part of a cell are unpacked to `x[j % 2][i / 2]`, pairs of `Mma` with elements i and i + 1, levels
+// without scale and minimum.
 
 template <class T> struct Plain {
     static constexpr u32 BITS = 16;
     using Mma = T;
-    DEVICE static void unpack(const u32x4 (&pieces)[4], u32 (&x)[4][4]) {
-        UNROLL for (u32 j = 0; j < 4; j++) {
-            x[j][0] = pieces[j].x, x[j][1] = pieces[j].y;
-            x[j][2] = pieces[j].z, x[j][3] = pieces[j].w;
+    DEVICE static void unpack(u32 tile, const u32x4 (&pieces)[4], u32 (&x)[2][4]) {
+        UNROLL for (u32 j = 0; j < 2; j++) {
+            const u32x4& piece = pieces[2 * tile + j];
+            x[j][0] = piece.x, x[j][1] = piece.y, x[j][2] = piece.z, x[j][3] = piece.w;
         }
     }
-    DEVICE static void unpack_k(const u32x4 (&pieces)[4], u32 (&x)[4][4]) { unpack(pieces, x); }
-    DEVICE static void unpack_v(const u32x4 (&pieces)[4], u32 (&x)[4][4]) { unpack(pieces, x); }
+    DEVICE static void unpack_k(u32 tile, const u32x4 (&pieces)[4], u32 (&x)[2][4]) {
+        unpack(tile, pieces, x);
+    }
+    DEVICE static void unpack_v(u32 tile, const u32x4 (&pieces)[4], u32 (&x)[2][4]) {
+        unpack(tile, pieces, x);
+    }
 };
 
 struct KvF16 : Plain<F16> {};
@@ -71,16 +76,18 @@ struct KvI8 {
         first = ptx::sub_f16x2(ptx::prmt(bytes, MAGIC, 0x5150), MAGIC);
         second = ptx::sub_f16x2(ptx::prmt(bytes, MAGIC, 0x5352), MAGIC);
     }
-    DEVICE static void unpack(const u32x4 (&pieces)[2], u32 (&x)[4][4]) {
-        UNROLL for (u32 i = 0; i < 2; i++) {
-            unpack_four(pieces[i].x, x[2 * i][0], x[2 * i][1]);
-            unpack_four(pieces[i].y, x[2 * i][2], x[2 * i][3]);
-            unpack_four(pieces[i].z, x[2 * i + 1][0], x[2 * i + 1][1]);
-            unpack_four(pieces[i].w, x[2 * i + 1][2], x[2 * i + 1][3]);
-        }
+    DEVICE static void unpack(u32 tile, const u32x4 (&pieces)[2], u32 (&x)[2][4]) {
+        unpack_four(pieces[tile].x, x[0][0], x[0][1]);
+        unpack_four(pieces[tile].y, x[0][2], x[0][3]);
+        unpack_four(pieces[tile].z, x[1][0], x[1][1]);
+        unpack_four(pieces[tile].w, x[1][2], x[1][3]);
     }
-    DEVICE static void unpack_k(const u32x4 (&pieces)[2], u32 (&x)[4][4]) { unpack(pieces, x); }
-    DEVICE static void unpack_v(const u32x4 (&pieces)[2], u32 (&x)[4][4]) { unpack(pieces, x); }
+    DEVICE static void unpack_k(u32 tile, const u32x4 (&pieces)[2], u32 (&x)[2][4]) {
+        unpack(tile, pieces, x);
+    }
+    DEVICE static void unpack_v(u32 tile, const u32x4 (&pieces)[2], u32 (&x)[2][4]) {
+        unpack(tile, pieces, x);
+    }
 };
 
 struct KvI4 {
@@ -91,21 +98,22 @@ struct KvI4 {
         a = low(word), b = high(word);
         c = low(word >> 8), d = high(word >> 8);
     }
-    DEVICE static void unpack_k(const u32x4 (&pieces)[1], u32 (&x)[4][4]) {
-        const u32 words[4] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w};
-        UNROLL for (u32 j = 0; j < 4; j++) {
-            unpack_eight(words[j], x[j][0], x[j][1], x[j][2], x[j][3]);
+    DEVICE static void unpack_k(u32 tile, const u32x4 (&pieces)[1], u32 (&x)[2][4]) {
+        UNROLL for (u32 j = 0; j < 2; j++) {
+            unpack_eight(word(pieces[0], 2 * tile + j), x[j][0], x[j][1], x[j][2], x[j][3]);
         }
     }
-    DEVICE static void unpack_v(const u32x4 (&pieces)[1], u32 (&x)[4][4]) {
-        const u32 words[4] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w};
-        UNROLL for (u32 i = 0; i < 4; i++) {
-            u32 j = i / 2 * 2, w = i % 2 * 2;
-            unpack_eight(words[i], x[j][w], x[j + 1][w], x[j][w + 1], x[j + 1][w + 1]);
+    DEVICE static void unpack_v(u32 tile, const u32x4 (&pieces)[1], u32 (&x)[2][4]) {
+        UNROLL for (u32 i = 0; i < 2; i++) {
+            unpack_eight(word(pieces[0], 2 * tile + i), x[0][2 * i], x[1][2 * i],
+                         x[0][2 * i + 1], x[1][2 * i + 1]);
         }
     }
 
 private:
+    DEVICE static u32 word(const u32x4& piece, u32 i) {
+        return i < 2 ? (i == 0 ? piece.x : piece.y) : (i == 2 ? piece.z : piece.w);
+    }
     static constexpr u32 AND_OR = 0xea;
     DEVICE static u32 low(u32 word) {
         return ptx::sub_f16x2(ptx::lop3<AND_OR>(word, 0x000f000f, MAGIC), MAGIC);

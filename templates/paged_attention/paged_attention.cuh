@@ -49,8 +49,9 @@ struct Keys {
 
 // What one block of a grid works on: rows of an item, and query heads of a KV head.
 struct Work {
-    AttentionSpan span;
     AttentionItem item;
+    u32 first_page;  // index into the page table
+    u32 first_end;   // end of the keys that the item's first row sees
     u32 kv_head;
     u32 first_head;  // of the KV head's group
 };
@@ -79,8 +80,12 @@ template <class C> struct Columns {
 
     DEVICE static Work work(const PagedAttentionParams& params, u32 idx) {
         Work work;
+        AttentionSpan span;
         load_words(params.items + idx / (C::KV_HEADS * HEAD_TILES), work.item);
-        load_words(params.spans + work.item.span, work.span);
+        load_words(params.spans + work.item.span, span);
+        work.first_page = span.first_page;
+        work.first_end =
+            span.context_len - span.num_rows + work.item.first_row - span.first_row + 1;
         work.kv_head = idx / HEAD_TILES % C::KV_HEADS;
         work.first_head = idx % HEAD_TILES * C::HEADS_TILE;
         return work;
@@ -97,17 +102,15 @@ template <class C> struct Columns {
     }
 
     DEVICE static bool is_used(const Work& work, u32 column) {
-        return column / C::HEADS_TILE < work.item.num_rows && head(work, column) < GROUP;
+        return row(column) < work.item.num_rows && head(work, column) < GROUP;
     }
 
-    // The row of the batch.
-    DEVICE static u32 row(const Work& work, u32 column) {
-        return work.item.first_row + column / C::HEADS_TILE;
-    }
+    // The row of the item.
+    DEVICE static u32 row(u32 column) { return column / C::HEADS_TILE; }
 
+    // The keys that a row of the item sees.
     DEVICE static Keys visible(const Work& work, u32 row) {
-        const AttentionSpan& span = work.span;
-        u32 end = span.context_len - span.num_rows + (row - span.first_row) + 1;
+        u32 end = work.first_end + row;
         return {C::WINDOW > 0 && end > C::WINDOW ? end - C::WINDOW : 0, end};
     }
 
@@ -121,7 +124,7 @@ template <class C> struct Columns {
             u32 column = first_column + nt * 8 + ptx::lane_idx() / 4;
             bool used = is_used(work, column);
             u32 query_head = work.kv_head * GROUP + head(work, column);
-            u64 at = u64(row(work, column)) * ROW + query_head * C::HEAD_DIM;
+            u64 at = u64(work.item.first_row + row(column)) * ROW + query_head * C::HEAD_DIM;
             UNROLL for (u32 cell = 0; cell < CELLS; cell++) {
                 u32 dim = cell * 32 + ptx::lane_idx() % 4 * 8;
                 u32x4 x = {0, 0, 0, 0};
@@ -169,7 +172,7 @@ template <class C> struct Columns {
     DEVICE static u32 load_pages(const PagedAttentionParams& params, const Work& work, u32 block,
                                  Keys keys) {
         u32 octet = clamp_octet(block, ptx::lane_idx() % 8, keys);
-        return ptx::load(params.page_table + work.span.first_page + octet * 8 / C::PAGE);
+        return ptx::load(params.page_table + work.first_page + octet * 8 / C::PAGE);
     }
 
     DEVICE static u32 clamp_octet(u32 block, u32 octet, Keys keys) {
@@ -221,22 +224,22 @@ template <class C> struct Columns {
         }
     }
 
-    // Tile (mt, ks) of the 4 × 8 elements that a lane holds of 32 × 32.
-    DEVICE static void operand(const u32 (&x)[4][4], u32 mt, u32 ks, u32 (&a)[4]) {
-        a[0] = x[2 * mt][2 * ks], a[1] = x[2 * mt + 1][2 * ks];
-        a[2] = x[2 * mt][2 * ks + 1], a[3] = x[2 * mt + 1][2 * ks + 1];
+    // The part of a tile of 16 rows that is multiplied with inner indices 16 ks and on.
+    DEVICE static void operand(const u32 (&x)[2][4], u32 ks, u32 (&a)[4]) {
+        a[0] = x[0][2 * ks], a[1] = x[1][2 * ks];
+        a[2] = x[0][2 * ks + 1], a[3] = x[1][2 * ks + 1];
     }
 
     // Adds 32 dimensions of 32 keys.
     DEVICE static void add_scores(u32 address, const u32 (&q)[NT][4], float (&s)[2][NT][4]) {
         u32x4 pieces[PIECES];
-        u32 k[4][4];
         read_fragment(address, pieces);
-        Kv::unpack_k(pieces, k);
-        UNROLL for (u32 ks = 0; ks < 2; ks++) {
-            UNROLL for (u32 mt = 0; mt < 2; mt++) {
+        UNROLL for (u32 mt = 0; mt < 2; mt++) {
+            u32 k[2][4];
+            Kv::unpack_k(mt, pieces, k);
+            UNROLL for (u32 ks = 0; ks < 2; ks++) {
                 u32 a[4];
-                operand(k, mt, ks, a);
+                operand(k, ks, a);
                 UNROLL for (u32 nt = 0; nt < NT; nt++) {
                     const u32 b[2] = {q[nt][2 * ks], q[nt][2 * ks + 1]};
                     Mma::mma(s[mt][nt], a, b);
@@ -288,7 +291,7 @@ template <class C> struct Columns {
             UNROLL for (u32 nt = 0; nt < NT; nt++) {
                 UNROLL for (u32 e = 0; e < 2; e++) {
                     u32 column = first_column + nt * 8 + ptx::lane_idx() % 4 * 2 + e;
-                    Keys seen = visible(work, row(work, column));
+                    Keys seen = visible(work, row(column));
                     float& x = s[half][mt][nt][2 * h + e];
                     x = at >= seen.begin && at < seen.end ? x : MASKED;
                 }
@@ -430,56 +433,43 @@ template <class C> struct Columns {
         }
     }
 
-    DEVICE static void add(const State& summand, State& state) {
-        float factors[NT][2];
-        raise(summand.stats, state, factors);
-        UNROLL for (u32 nt = 0; nt < NT; nt++) {
-            UNROLL for (u32 i = 0; i < 8 * CELLS; i++) {
-                float& x = state.o[i / 4][nt][i % 4];
-                x = ptx::fma(summand.o[i / 4][nt][i % 4], factors[nt][i % 2], x);
-            }
-        }
-    }
-
     // Adds probability · value of a block for 32 dimensions, whose two fragments lie at `first` and
-    // `second`.
-    template <bool MASK>
-    DEVICE static void add_values(u32 first, u32 second, u32 cell, u32 block, Keys keys,
-                                  const Probabilities& p, const float (&factors)[NT][2],
-                                  State& state) {
-        float d[2][NT][4] = {};
-        UNROLL for (u32 half = 0; half < 2; half++) {
-            u32x4 pieces[PIECES];
-            u32 v[4][4];
-            read_fragment(half == 0 ? first : second, pieces);
-            Kv::unpack_v(pieces, v);
-            if constexpr (MASK && !QUANTIZED) {
-                mask_values(block + v_octet(half) * 8, keys, v);
-            }
-            UNROLL for (u32 ks = 0; ks < 2; ks++) {
-                UNROLL for (u32 mt = 0; mt < 2; mt++) {
-                    u32 a[4];
-                    operand(v, mt, ks, a);
-                    UNROLL for (u32 nt = 0; nt < NT; nt++) {
-                        Mma::mma(d[mt][nt], a, p[half][ks][nt]);
+    // `second`. Some keys of `partial` blocks are seen by no column.
+    DEVICE static void add_values(u32 first, u32 second, u32 cell, bool partial, u32 block,
+                                  Keys keys, const Probabilities& p,
+                                  const float (&factors)[NT][2], State& state) {
+        u32x4 pieces[2][PIECES];
+        read_fragment(first, pieces[0]);
+        read_fragment(second, pieces[1]);
+        UNROLL for (u32 mt = 0; mt < 2; mt++) {
+            float d[NT][4] = {};
+            UNROLL for (u32 i = 0; i < 4; i++) {
+                u32 half = i / 2, ks = i % 2, v[2][4], a[4];
+                Kv::unpack_v(mt, pieces[half], v);
+                if constexpr (!QUANTIZED) {
+                    if (partial) {
+                        mask_values(block + v_octet(half) * 8, keys, v);
                     }
                 }
+                operand(v, ks, a);
+                UNROLL for (u32 nt = 0; nt < NT; nt++) {
+                    Mma::mma(d[nt], a, p[half][ks][nt]);
+                }
             }
-        }
-        UNROLL for (u32 i = 0; i < 8 * NT; i++) {
-            u32 mt = i / 4 % 2, nt = i / 8;
-            float& o = state.o[2 * cell + mt][nt][i % 4];
-            o = ptx::fma(d[mt][nt][i % 4], factors[nt][i % 2], o);
+            UNROLL for (u32 i = 0; i < 4 * NT; i++) {
+                float& o = state.o[2 * cell + mt][i / 4][i % 4];
+                o = ptx::fma(d[i / 4][i % 4], factors[i / 4][i % 2], o);
+            }
         }
     }
 
     // Zero for keys that no column sees: what lies there may be no number.
-    DEVICE static void mask_values(u32 first_key, Keys keys, u32 (&v)[4][4]) {
+    DEVICE static void mask_values(u32 first_key, Keys keys, u32 (&v)[2][4]) {
         UNROLL for (u32 i = 0; i < 4; i++) {
             u32 low = first_key + 2 * i, high = low + 1;
             u32 bits = low >= keys.begin && low < keys.end ? 0x0000ffff : 0;
             bits |= high >= keys.begin && high < keys.end ? 0xffff0000 : 0;
-            UNROLL for (u32 j = 0; j < 4; j++) {
+            UNROLL for (u32 j = 0; j < 2; j++) {
                 v[j][i] &= bits;
             }
         }
@@ -549,19 +539,13 @@ private:
         State state;
         Base::clear(state);
         if (keys.begin < keys.end) {
-            bool partial = keys.begin > block || keys.end < block + BLOCK;
-            if (partial) {
-                attend_block<true>(params, work, block, keys, state);
-            } else {
-                attend_block<false>(params, work, block, keys, state);
-            }
+            attend_block(params, work, block, keys, state);
         }
         // The ring becomes room for sums.
         ptx::block_sync();
         store_sums(state);
     }
 
-    template <bool MASK>
     DEVICE static void attend_block(const PagedAttentionParams& params, const Work& work, u32 block,
                                     Keys keys, State& state) {
         u32 ring = ptx::shared_base() + ptx::warp_idx() * RING_BYTES;
@@ -592,7 +576,8 @@ private:
             Base::sum_queries(q, q_sums);
             Base::scale_scores(k_params, q_sums, s);
         }
-        if constexpr (MASK) {
+        bool partial = keys.begin > block || keys.end < block + BLOCK;
+        if (partial) {
             Base::mask(work, 0, block, keys, v_params, s);
         }
         typename Base::Stats stats;
@@ -606,8 +591,8 @@ private:
         UNROLL for (u32 cell = 0; cell < CELLS; cell++) {
             u32 unit = UNITS / 2 + 2 * cell;
             ptx::cp_async_wait<(STAGES >= 2 ? STAGES - 2 : 0)>();
-            Base::template add_values<MASK>(slot(ring, unit), slot(ring, unit + 1), cell, block,
-                                            keys, p, factors, state);
+            Base::add_values(slot(ring, unit), slot(ring, unit + 1), cell, partial, block, keys, p,
+                             factors, state);
             copy(unit + STAGES, ring, cells);
             copy(unit + 1 + STAGES, ring, cells);
         }
@@ -822,7 +807,8 @@ private:
 
 // Rows of a span in tiles of WARPS · NT · 8 columns. Blocks of keys come through a ring of shared
 // memory, keys and values in turn, in the order in which lanes read them; scores, probabilities and
-// sums stay in registers.
+// a chunk's sums stay in registers, and the sums of the chunks before where no other thread sees
+// them.
 template <class C> struct Prefill : Columns<C> {
     using Base = Columns<C>;
     using Layout = typename Base::Layout;
@@ -839,7 +825,11 @@ template <class C> struct Prefill : Columns<C> {
     static constexpr u32 STAGES = C::STAGES;
     static constexpr u32 PARAMS_OFFSET = 2 * CELLS * FRAGMENT_BYTES;  // of keys, then of values
     static constexpr u32 SLOT_BYTES = PARAMS_OFFSET + (QUANTIZED ? 8 * BLOCK : 0);
-    static constexpr u32 SHARED_BYTES = STAGES * SLOT_BYTES;
+    // Sums of the chunks before, 16 bytes of each thread side by side.
+    static constexpr u32 TOTAL_OFFSET = STAGES * SLOT_BYTES;
+    static constexpr u32 TOTAL_STRIDE = C::WARPS * 32 * 16;
+    static constexpr u32 TOTAL_VECTORS = NT * (2 * CELLS + (QUANTIZED ? 2 : 1));
+    static constexpr u32 SHARED_BYTES = TOTAL_OFFSET + TOTAL_VECTORS * TOTAL_STRIDE;
     static_assert(C::HEADS_TILE <= C::WARPS * NT * 8, "a column for each head");
 
     DEVICE static void run(const PagedAttentionParams& params) {
@@ -858,24 +848,28 @@ private:
     struct Tile {
         const PagedAttentionParams& params;
         Work work;
-        Keys keys;          // that any column sees
-        Keys common;        // that all used columns see
-        u32 first_block;    // in blocks
-        u32 num_blocks;
-        u32 first_column;   // of the warp
-        u32 pages;          // of the next block to be copied
+        u32 pages;  // of the next block to be copied
 
         DEVICE Tile(const PagedAttentionParams& params, const Work& work)
             : params(params), work(work) {
-            Keys first = Base::visible(work, work.item.first_row);
-            Keys last = Base::visible(work, work.item.first_row + work.item.num_rows - 1);
-            keys = {first.begin, last.end};
-            common = {last.begin, first.end};
-            first_block = keys.begin / BLOCK;
-            num_blocks = div_up(keys.end, BLOCK) - first_block;
-            first_column = ptx::warp_idx() * NT * 8;
-            pages = Base::load_pages(params, work, first_block * BLOCK, keys);
+            pages = Base::load_pages(params, work, first_block() * BLOCK, keys());
         }
+
+        // Keys that some row sees.
+        DEVICE Keys keys() const {
+            return {Base::visible(work, 0).begin,
+                    Base::visible(work, work.item.num_rows - 1).end};
+        }
+
+        // Whether all rows see all keys of a block.
+        DEVICE bool is_common(u32 block) const {
+            return block >= Base::visible(work, work.item.num_rows - 1).begin &&
+                   block + BLOCK <= Base::visible(work, 0).end;
+        }
+
+        DEVICE u32 first_block() const { return keys().begin / BLOCK; }
+        DEVICE u32 num_blocks() const { return div_up(keys().end, BLOCK) - first_block(); }
+        DEVICE u32 first_column() const { return ptx::warp_idx() * NT * 8; }
 
         DEVICE void run() {
             UNROLL for (u32 i = 0; i < STAGES - 1; i++) {
@@ -883,29 +877,95 @@ private:
             }
             u32 q[CELLS][NT][4];
             float q_sums[NT][2];
-            Base::load_queries(params, work, first_column, q);
+            Base::load_queries(params, work, first_column(), q);
             if constexpr (QUANTIZED) {
                 Base::sum_queries(q, q_sums);
             }
-            State chunk, total;
-            Base::clear(chunk);
-            Base::clear(total);
-            NO_UNROLL for (u32 i = 0; i < num_blocks; i++) {
-                if (i > 0 && (first_block + i) % (C::CHUNK / BLOCK) == 0) {
-                    Base::add(chunk, total);
-                    Base::clear(chunk);
+            State sums;
+            Base::clear(sums);
+            bool has_total = false;
+            NO_UNROLL for (u32 i = 0; i < num_blocks(); i++) {
+                if (i > 0 && (first_block() + i) % (C::CHUNK / BLOCK) == 0) {
+                    add_total(has_total, sums);
+                    store_total(sums);
+                    has_total = true;
+                    Base::clear(sums);
                 }
-                u32 block = (first_block + i) * BLOCK;
-                if (block < common.begin || block + BLOCK > common.end) {
-                    attend<true>(i, q, q_sums, chunk);
-                } else {
-                    attend<false>(i, q, q_sums, chunk);
-                }
+                attend(i, q, q_sums, sums);
             }
             ptx::cp_async_wait<0>();
-            Base::add(chunk, total);
-            finish(total);
+            add_total(has_total, sums);
+            finish(sums);
         }
+
+        // --- sums of chunks ---------------------------------------------------------------------
+
+        DEVICE u32 total(u32 vector) {
+            return ptx::shared_base() + TOTAL_OFFSET + vector * TOTAL_STRIDE +
+                   ptx::thread_idx() * 16;
+        }
+
+        DEVICE void store(u32 vector, float a, float b, float c, float d) {
+            ptx::store_shared(total(vector), u32x4{ptx::as_bits(a), ptx::as_bits(b),
+                                                   ptx::as_bits(c), ptx::as_bits(d)});
+        }
+
+        DEVICE void load(u32 vector, float (&x)[4]) {
+            u32x4 bits = ptx::load_shared<u32x4>(total(vector));
+            x[0] = ptx::as_float(bits.x), x[1] = ptx::as_float(bits.y);
+            x[2] = ptx::as_float(bits.z), x[3] = ptx::as_float(bits.w);
+        }
+
+        DEVICE void store_total(const State& sums) {
+            UNROLL for (u32 nt = 0; nt < NT; nt++) {
+                const typename Base::Stats& stats = sums.stats;
+                store(nt, stats.max[nt][0], stats.max[nt][1], stats.sum[nt][0], stats.sum[nt][1]);
+                if constexpr (QUANTIZED) {
+                    store(NT + nt, stats.least[nt][0], stats.least[nt][1], 0.0f, 0.0f);
+                }
+                UNROLL for (u32 d = 0; d < 2 * CELLS; d++) {
+                    const float(&o)[4] = sums.o[d][nt];
+                    store(TOTAL_VECTORS - NT * (d + 1) + nt, o[0], o[1], o[2], o[3]);
+                }
+            }
+        }
+
+        // Puts the chunks before in front of the sums of a chunk.
+        DEVICE void add_total(bool has_total, State& sums) {
+            if (!has_total) {
+                return;
+            }
+            UNROLL for (u32 nt = 0; nt < NT; nt++) {
+                float stats[4], least[4], old[2], factors[2];
+                load(nt, stats);
+                if constexpr (QUANTIZED) {
+                    load(NT + nt, least);
+                }
+                UNROLL for (u32 e = 0; e < 2; e++) {
+                    float& max = sums.stats.max[nt][e];
+                    float larger = ptx::max(max, stats[e]);
+                    old[e] = exp2_integer(stats[e] - larger);
+                    factors[e] = exp2_integer(max - larger);
+                    max = larger;
+                    float& sum = sums.stats.sum[nt][e];
+                    sum = ptx::fma(sum, factors[e], stats[2 + e] * old[e]);
+                    if constexpr (QUANTIZED) {
+                        float& x = sums.stats.least[nt][e];
+                        x = ptx::fma(x, factors[e], least[e] * old[e]);
+                    }
+                }
+                UNROLL for (u32 d = 0; d < 2 * CELLS; d++) {
+                    float o[4];
+                    load(TOTAL_VECTORS - NT * (d + 1) + nt, o);
+                    UNROLL for (u32 i = 0; i < 4; i++) {
+                        float& x = sums.o[d][nt][i];
+                        x = ptx::fma(x, factors[i % 2], o[i] * old[i % 2]);
+                    }
+                }
+            }
+        }
+
+        // --- blocks of keys ---------------------------------------------------------------------
 
         // Half `idx` of the copies, keys and values of a block in turn, is there; asks for a later
         // one in the place of the one before.
@@ -919,14 +979,14 @@ private:
 
         // Copies keys (even `idx`) or values of a block; closes a group even where none is left.
         DEVICE void copy(u32 idx) {
-            if (idx < 2 * num_blocks) {
-                u32 block = (first_block + idx / 2) * BLOCK;
+            if (idx < 2 * num_blocks()) {
+                u32 block = (first_block() + idx / 2) * BLOCK;
                 if (idx % 2 == 0) {
                     copy_params(slot(idx), block);
                 }
                 copy_cells(slot(idx), block, idx % 2);
-                if (idx % 2 == 1 && idx + 1 < 2 * num_blocks) {
-                    pages = Base::load_pages(params, work, block + BLOCK, keys);
+                if (idx % 2 == 1 && idx + 1 < 2 * num_blocks()) {
+                    pages = Base::load_pages(params, work, block + BLOCK, keys());
                 }
             }
             ptx::cp_async_commit();
@@ -937,7 +997,7 @@ private:
             const u8* cells[2];
             UNROLL for (u32 half = 0; half < 2; half++) {
                 u32 idx = is_v ? Base::v_octet(half) : Base::k_octet(half);
-                Octet octet = Base::octet(params, work, block, pages, idx, keys);
+                Octet octet = Base::octet(params, work, block, pages, idx, keys());
                 cells[half] = is_v ? Base::v_cells(octet) : Base::k_cells(octet);
             }
             UNROLL for (u32 i = 0; i < div_up(2 * RUNS, C::WARPS); i++) {
@@ -954,7 +1014,7 @@ private:
         DEVICE void copy_params(u32 slot, u32 block) {
             if constexpr (QUANTIZED) {
                 u32 lane = ptx::lane_idx();
-                Octet octet = Base::octet(params, work, block, pages, lane % 16 / 2, keys);
+                Octet octet = Base::octet(params, work, block, pages, lane % 16 / 2, keys());
                 u32 at = lane < 16 ? Layout::K_PARAMS_OFFSET : Layout::V_PARAMS_OFFSET;
                 if (ptx::warp_idx() == C::WARPS - 1) {
                     ptx::cp_async_16(slot + PARAMS_OFFSET + lane * 16,
@@ -973,10 +1033,9 @@ private:
             }
         }
 
-        template <bool MASK>
         DEVICE void attend(u32 idx, const u32 (&q)[CELLS][NT][4], const float (&q_sums)[NT][2],
                            State& chunk) {
-            u32 block = (first_block + idx) * BLOCK;
+            u32 block = (first_block() + idx) * BLOCK;
             u32 at = slot(2 * idx);
             advance(2 * idx);
             Scores s = {};
@@ -988,8 +1047,8 @@ private:
             if constexpr (QUANTIZED) {
                 Base::scale_scores(k_params, q_sums, s);
             }
-            if constexpr (MASK) {
-                Base::mask(work, first_column, block, keys, v_params, s);
+            if (!is_common(block)) {
+                Base::mask(work, first_column(), block, keys(), v_params, s);
             }
             typename Base::Stats stats;
             float powers[NT][2], factors[NT][2];
@@ -999,12 +1058,13 @@ private:
             UNROLL for (u32 i = 0; i < 2 * NT; i++) {
                 factors[i / 2][i % 2] *= powers[i / 2][i % 2];
             }
+            bool partial = block < keys().begin || block + BLOCK > keys().end;
             at = slot(2 * idx + 1);
             advance(2 * idx + 1);
             UNROLL for (u32 cell = 0; cell < CELLS; cell++) {
                 u32 first = at + cell * FRAGMENT_BYTES;
-                Base::template add_values<MASK>(first, first + CELLS * FRAGMENT_BYTES, cell, block,
-                                                keys, p, factors, chunk);
+                Base::add_values(first, first + CELLS * FRAGMENT_BYTES, cell, partial, block, keys(),
+                                 p, factors, chunk);
             }
         }
 
@@ -1053,9 +1113,9 @@ private:
         }
 
         DEVICE void write(u32 nt, const State& total) {
-            u32 column = first_column + nt * 8 + ptx::lane_idx() / 4;
+            u32 column = first_column() + nt * 8 + ptx::lane_idx() / 4;
             u32 head = work.kv_head * Base::GROUP + Base::head(work, column);
-            u64 at = (u64(Base::row(work, column)) * C::HEADS + head) * C::HEAD_DIM;
+            u64 at = (u64(work.item.first_row + Base::row(column)) * C::HEADS + head) * C::HEAD_DIM;
             bool used = Base::is_used(work, column);
             u16* out = static_cast<u16*>(params.out) + at;
             UNROLL for (u32 i = 0; i < 4 * CELLS; i++) {
