@@ -1,4 +1,5 @@
 //! Tests of the CUDA kernels on the emulator, and of the emulator.
 
 mod common;
+mod faults;
 mod silu_and_mul;
