@@ -2,4 +2,5 @@
 
 mod common;
 mod faults;
+mod primitives;
 mod silu_and_mul;
