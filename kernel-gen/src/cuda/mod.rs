@@ -20,6 +20,7 @@
 pub mod arch;
 pub mod awq_gemm;
 pub mod cache;
+pub mod commands;
 pub mod compile;
 pub mod embed;
 pub mod emit;
@@ -34,6 +35,7 @@ pub mod render;
 pub mod rms_norm;
 pub mod rope;
 pub mod sample;
+pub mod sass;
 pub mod silu_and_mul;
 pub mod spec;
 pub mod table;
