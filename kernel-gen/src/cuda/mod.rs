@@ -21,6 +21,7 @@ pub mod arch;
 pub mod awq_gemm;
 pub mod embed;
 pub mod gemm;
+pub mod matmul;
 pub mod op;
 pub mod paged_attention;
 pub mod plan;

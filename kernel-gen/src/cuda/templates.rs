@@ -18,9 +18,13 @@ macro_rules! templates {
 }
 
 templates! {
+    "awq_gemm/awq_gemm.cuh",
+    "common/dequant.cuh",
+    "common/matmul.cuh",
     "common/params.h",
     "common/ptx.cuh",
     "common/types.cuh",
+    "gemm/gemm.cuh",
     "silu_and_mul/silu_and_mul.cuh",
 }
 
