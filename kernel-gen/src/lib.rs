@@ -21,6 +21,7 @@
 pub mod cargo;
 pub mod compile;
 pub mod config;
+pub mod cuda;
 pub mod emit;
 pub mod error;
 pub mod model;

@@ -1,0 +1,47 @@
+//! Kernels for NVIDIA GPUs: which a model needs, how each is made from `templates/<op>/<op>.cuh`,
+//! how it is compiled and embedded, and how it is launched.
+//!
+//! The stages are those of the CPU side: [`ModelShape::cuda_specs`](crate::spec::ModelShape) →
+//! [`plan::plan`] → [`render::render`] → compile → emit. Each op has a file here that says what is
+//! its own ([`op::Op`]); the engine asks the same [`Variant`] for grids and workspaces at run time.
+//!
+//! ```
+//! use bespoke_kernel_gen::cuda::{Arch, Variant, plan};
+//! use bespoke_kernel_gen::presets;
+//!
+//! let shape = presets::shape("smollm2-135m", &[])?;
+//! let variants = plan::plan(&[shape], &[Arch::Sm90a])?;
+//! let embed = Variant::parse("embed_h576_bf16__sm_90a").unwrap();
+//! assert!(variants.contains(&embed));
+//! assert_eq!(embed.instance().params, "EmbedParams");
+//! # Ok::<(), bespoke_kernel_gen::Error>(())
+//! ```
+
+pub mod arch;
+pub mod awq_gemm;
+pub mod embed;
+pub mod gemm;
+pub mod op;
+pub mod paged_attention;
+pub mod plan;
+pub mod render;
+pub mod rms_norm;
+pub mod rope;
+pub mod sample;
+pub mod silu_and_mul;
+pub mod spec;
+pub mod templates;
+mod variant;
+
+pub use arch::Arch;
+pub use awq_gemm::AwqGemm;
+pub use embed::Embed;
+pub use gemm::Gemm;
+pub use op::{Constant, Instance, Launch, Op, Workspace};
+pub use paged_attention::PagedAttention;
+pub use rms_norm::RmsNorm;
+pub use rope::Rope;
+pub use sample::Sample;
+pub use silu_and_mul::SiluAndMul;
+pub use spec::{KvType, OutType, Regime, RowType};
+pub use variant::{Choice, Kernel, Spec, Variant};
