@@ -26,6 +26,7 @@ pub mod embed;
 pub mod emit;
 pub mod gemm;
 pub mod jobs;
+pub mod matmul;
 pub mod op;
 pub mod paged_attention;
 pub mod plan;
