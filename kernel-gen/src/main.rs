@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use bespoke_kernel_gen::cuda::compile::{self, Compiler};
 use bespoke_kernel_gen::cuda::jobs::Jobs;
 use bespoke_kernel_gen::cuda::toolkit::{Environment, Toolkit};
-use bespoke_kernel_gen::cuda::{self, Arch, commands};
+use bespoke_kernel_gen::cuda::{self, Arch, Variant, commands};
 use bespoke_kernel_gen::spec::ModelShape;
 use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::{Error, cargo, generate, plan, presets, render};
@@ -25,7 +25,7 @@ kernel-gen sass   [MODEL…] [--target T]          instructions of CUDA kernels 
 kernel-gen sass   --check FILE | --write FILE    those of some kernels, compared or written
 
 MODEL is a model folder, a config.json or a preset; without one, the default models (check: and
-every preset). T is portable, x86_64_v3 or avx512, without one all of these; or a CUDA target:
+every preset); for CUDA also the symbols of single kernels. T is portable, x86_64_v3 or avx512, without one all of these; or a CUDA target:
 sm_80, sm_86, sm_89, sm_90a, sm_100a, sm_120, or cuda for all of those.
 
 CUDA: the compiler is that of CUDA_HOME, else nvcc in PATH, else the one that toolkit installs.
@@ -156,9 +156,10 @@ fn check_arguments(command: &str, arguments: &mut Arguments) -> Result<(), Strin
         if has_file && !(arguments.models.is_empty() && arguments.archs.is_empty()) {
             return Err("sass --check and --write take neither models nor targets".to_string());
         }
-        if arguments.archs.is_empty() {
-            arguments.archs = Arch::ALL.to_vec();
-        }
+    }
+    let has_symbols = arguments.models.iter().any(|word| Variant::parse(word).is_some());
+    if arguments.archs.is_empty() && (command == "sass" || has_symbols) {
+        arguments.archs = Arch::ALL.to_vec();
     }
     if arguments.targets.is_empty() && arguments.archs.is_empty() {
         arguments.targets = Target::ALL.to_vec();
@@ -206,8 +207,17 @@ fn run_build(arguments: &Arguments) -> Result<String, Error> {
 
 fn run_build_cuda(arguments: &Arguments) -> Result<String, Error> {
     let folder = arguments.out.as_deref().unwrap_or(Path::new("."));
-    let variants = cuda::plan::plan(&shapes(&arguments.models)?, &arguments.archs)?;
-    commands::build(&variants, &compiler(arguments)?, folder)
+    commands::build(&variants(arguments)?, &compiler(arguments)?, folder)
+}
+
+/// The CUDA kernels that the arguments mean: those of symbols, else those of models.
+fn variants(arguments: &Arguments) -> Result<Vec<Variant>, Error> {
+    let symbols: Option<Vec<Variant>> =
+        arguments.models.iter().map(|word| Variant::parse(word)).collect();
+    match symbols {
+        Some(variants) if !variants.is_empty() => Ok(variants),
+        _ => cuda::plan::plan(&shapes(&arguments.models)?, &arguments.archs),
+    }
 }
 
 fn run_toolkit(arguments: &Arguments) -> Result<String, Error> {
@@ -224,8 +234,7 @@ fn run_sass(arguments: &Arguments) -> Result<String, Error> {
     if let Some(path) = &arguments.write {
         return commands::write_sass(&compiler, path);
     }
-    let variants = cuda::plan::plan(&shapes(&arguments.models)?, &arguments.archs)?;
-    commands::print_sass(&variants, &compiler)
+    commands::print_sass(&variants(arguments)?, &compiler)
 }
 
 fn compiler(arguments: &Arguments) -> Result<Compiler, Error> {

@@ -18,6 +18,7 @@
 //! ```
 
 pub mod arch;
+pub mod attention_plan;
 pub mod awq_gemm;
 pub mod cache;
 pub mod commands;
@@ -29,6 +30,7 @@ pub mod jobs;
 pub mod matmul;
 pub mod op;
 pub mod paged_attention;
+pub mod pages;
 pub mod plan;
 pub mod process;
 pub mod ptxas;
