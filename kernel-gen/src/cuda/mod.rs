@@ -18,15 +18,19 @@
 //! ```
 
 pub mod arch;
+pub mod attention_plan;
 pub mod awq_gemm;
 pub mod cache;
+pub mod commands;
 pub mod compile;
 pub mod embed;
 pub mod emit;
 pub mod gemm;
 pub mod jobs;
+pub mod matmul;
 pub mod op;
 pub mod paged_attention;
+pub mod pages;
 pub mod plan;
 pub mod process;
 pub mod ptxas;
@@ -34,6 +38,7 @@ pub mod render;
 pub mod rms_norm;
 pub mod rope;
 pub mod sample;
+pub mod sass;
 pub mod silu_and_mul;
 pub mod spec;
 pub mod table;
