@@ -4,8 +4,8 @@
 
 namespace emulator {
 
-__thread Block* block;
-__thread Thread* self;
+__thread Block* block INITIAL_EXEC;
+__thread Thread* self INITIAL_EXEC;
 
 // --- start and end ---------------------------------------------------------------------------------
 

@@ -3,6 +3,10 @@
 #include "block.hpp"
 #include "number.hpp"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace emulator {
 
 uint32_t thread_idx() { return self->index; }

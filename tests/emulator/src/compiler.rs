@@ -225,9 +225,8 @@ fn compiler() -> Result<&'static Compiler, String> {
             .map_err(|e| format!("no C++ compiler: {e}; install g++ or set CXX"))?;
         let path = tool.path().to_path_buf();
         let version = Command::new(&path).arg("--version").output();
-        let version = version
-            .map_err(|e| format!("{}: {e}; install g++ or set CXX", path.display()))?
-            .stdout;
+        let version =
+            version.map_err(|e| format!("{}: {e}; install g++ or set CXX", path.display()))?.stdout;
         Ok(Compiler { path, env: tool.env().to_vec(), version })
     };
     COMPILER.get_or_init(find).as_ref().map_err(Clone::clone)
@@ -261,7 +260,8 @@ fn build_once(text: &str, optimization: &str) -> Result<PathBuf, String> {
     type Built = Arc<OnceLock<Result<PathBuf, String>>>;
     static BUILT: Mutex<BTreeMap<[u8; 32], Built>> = Mutex::new(BTreeMap::new());
     let hash = *blake3::hash(text.as_bytes()).as_bytes();
-    let built = BUILT.lock().expect("nothing panics with the lock").entry(hash).or_default().clone();
+    let built =
+        BUILT.lock().expect("nothing panics with the lock").entry(hash).or_default().clone();
     built.get_or_init(|| build(text, optimization)).clone()
 }
 

@@ -1,6 +1,8 @@
 //! Planted faults: each small kernel breaks one rule, and its correct twin breaks none.
 
-use bespoke_emulator::{Access, Emulator, Fault, FaultKind, Launch, Library, Report, Source, compile};
+use bespoke_emulator::{
+    Access, Emulator, Fault, FaultKind, Launch, Library, Report, Source, compile,
+};
 
 use crate::common::{Params, emulator, to_u32, upload};
 
@@ -377,27 +379,27 @@ const BULK_FAULTS: &[(&str, &str, &[FaultKind])] = &[
     // Used before the init, or without an order after it.
     ("sync", "", &[FaultKind::Mbarrier, FaultKind::Race]),
     ("empty", "", &[FaultKind::Race, FaultKind::NotAwaited, FaultKind::Deadlock]),
-    ("empty", "mbarrier_wait(empty, i % 2);", &[
-        FaultKind::Race,
-        FaultKind::NotAwaited,
-        FaultKind::Deadlock,
-    ]),
+    (
+        "empty",
+        "mbarrier_wait(empty, i % 2);",
+        &[FaultKind::Race, FaultKind::NotAwaited, FaultKind::Deadlock],
+    ),
     ("bytes", "2048", &[FaultKind::Deadlock]),
     ("bytes", "512", &[FaultKind::Deadlock]),
     // Before the copy was issued, nothing was ever there.
     ("full", "", &[FaultKind::NotAwaited, FaultKind::Uninitialized]),
     ("full", "mbarrier_wait(full, 1);", &[FaultKind::NotAwaited, FaultKind::Uninitialized]),
-    ("full", "if (t % 32 == 0) mbarrier_wait(full, i % 2);", &[
-        FaultKind::NotAwaited,
-        FaultKind::Uninitialized,
-        FaultKind::Race,
-    ]),
+    (
+        "full",
+        "if (t % 32 == 0) mbarrier_wait(full, i % 2);",
+        &[FaultKind::NotAwaited, FaultKind::Uninitialized, FaultKind::Race],
+    ),
     ("lanes", "", &[FaultKind::Race]),
-    ("lanes", "warp_sync(); mbarrier_arrive(empty);", &[
-        FaultKind::Mbarrier,
-        FaultKind::Race,
-        FaultKind::Deadlock,
-    ]),
+    (
+        "lanes",
+        "warp_sync(); mbarrier_arrive(empty);",
+        &[FaultKind::Mbarrier, FaultKind::Race, FaultKind::Deadlock],
+    ),
 ];
 
 fn kernel(name: &str, body: &str) -> String {
@@ -502,7 +504,13 @@ fn a_report_says_where_and_who() {
     let library = compile_all(&[("told".into(), kernel("told", body))]);
     let fault = run(&library, "told", 1).unwrap_err();
     assert_eq!(fault.kind, FaultKind::Race);
-    for part in ["write of 4 bytes at shared offset ", "write by thread", "source:", "in told, block (", "thread "] {
+    for part in [
+        "write of 4 bytes at shared offset ",
+        "write by thread",
+        "source:",
+        "in told, block (",
+        "thread ",
+    ] {
         assert!(fault.message.contains(part), "{part:?} is missing in: {fault}");
     }
 }
