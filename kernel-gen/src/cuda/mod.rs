@@ -18,11 +18,13 @@
 //! ```
 
 pub mod arch;
+pub mod attention_plan;
 pub mod awq_gemm;
 pub mod embed;
 pub mod gemm;
 pub mod op;
 pub mod paged_attention;
+pub mod pages;
 pub mod plan;
 pub mod render;
 pub mod rms_norm;

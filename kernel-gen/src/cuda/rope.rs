@@ -19,8 +19,8 @@ pub struct Rope {
 
 config! {
     pub struct Config {
-        /// Of a block.
-        threads: "t",
+        /// Of a block; each takes one head of one row.
+        warps: "w",
     }
 }
 
@@ -52,7 +52,11 @@ impl Op for Rope {
     }
 
     fn default_config(&self, _regime: Regime, _arch: Arch) -> Config {
-        Config { threads: 128 }
+        Config { warps: 4 }
+    }
+
+    fn candidates(&self, _regime: Regime, _arch: Arch) -> Vec<Config> {
+        [2, 4, 8].map(|warps| Config { warps }).to_vec()
     }
 
     fn is_feasible(&self, _config: &Config, regime: Regime, _arch: Arch) -> Result<(), String> {
@@ -85,15 +89,16 @@ impl Op for Rope {
                 size("ROTARY_DIM", self.rotary_dim),
                 size("PAGE", self.page_size),
                 flag("QK_NORM", self.qk_norm),
-                size("THREADS", config.threads),
+                size("WARPS", config.warps),
             ],
-            threads: config.threads,
+            threads: config.warps * 32,
             min_blocks: 1,
-            shared_bytes: 0,
+            shared_bytes: config.warps * self.head_dim.next_multiple_of(64) * 4,
         }
     }
 
-    fn launch(&self, _config: &Config, _regime: Regime, rows: usize, _num_sms: usize) -> Launch {
-        Launch { grid_x: rows.max(1), grid_y: 1 }
+    fn launch(&self, config: &Config, _regime: Regime, rows: usize, _num_sms: usize) -> Launch {
+        let units = rows * (self.num_heads + 2 * self.num_kv_heads);
+        Launch { grid_x: units.div_ceil(config.warps).max(1), grid_y: 1 }
     }
 }

@@ -95,9 +95,12 @@ impl KvType {
     /// The type in the templates.
     pub fn template(self, rows: RowType) -> &'static str {
         match self {
-            KvType::Rows => rows.template(),
-            KvType::I8 => "I8",
-            KvType::I4 => "I4",
+            KvType::Rows => match rows {
+                RowType::F16 => "pages::KvF16",
+                RowType::BF16 => "pages::KvBF16",
+            },
+            KvType::I8 => "pages::KvI8",
+            KvType::I4 => "pages::KvI4",
         }
     }
 }

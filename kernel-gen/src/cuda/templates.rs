@@ -18,9 +18,12 @@ macro_rules! templates {
 }
 
 templates! {
+    "common/pages.cuh",
     "common/params.h",
     "common/ptx.cuh",
     "common/types.cuh",
+    "paged_attention/paged_attention.cuh",
+    "rope/rope.cuh",
     "silu_and_mul/silu_and_mul.cuh",
 }
 
