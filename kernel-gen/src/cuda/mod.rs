@@ -22,6 +22,7 @@ pub mod attention_plan;
 pub mod awq_gemm;
 pub mod embed;
 pub mod gemm;
+pub mod matmul;
 pub mod op;
 pub mod paged_attention;
 pub mod pages;
