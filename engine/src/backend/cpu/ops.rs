@@ -161,6 +161,10 @@ impl Backend for CpuBackend {
         self.page_layer_bytes() * self.shape.num_layers
     }
 
+    fn identity(&self) -> String {
+        format!("cpu {}", self.kernels.target.name())
+    }
+
     fn weights_bytes(&self) -> usize {
         self.weights_bytes
     }
