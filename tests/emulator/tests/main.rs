@@ -1,4 +1,7 @@
 //! Tests of the CUDA kernels on the emulator, and of the emulator.
 
+mod awq_gemm;
 mod common;
+mod gemm;
+mod matmul;
 mod silu_and_mul;

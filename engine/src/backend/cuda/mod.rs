@@ -1,1 +1,2 @@
 //! Generated kernels on an NVIDIA GPU.
+pub mod pack;
