@@ -92,6 +92,13 @@ DEVICE i32 cvt_rni_s32(float value) {
     return d;
 }
 
+// To the nearest integer, ties to even.
+DEVICE float cvt_rni_f32(float value) {
+    float d;
+    asm("cvt.rni.f32.f32 %0, %1;" : "=f"(d) : "f"(value));
+    return d;
+}
+
 DEVICE float ex2(float x) {
     float d;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
@@ -159,6 +166,9 @@ DEVICE u32 shfl_xor(u32 value, u32 mask) { return __shfl_xor_sync(0xffffffffu, v
 DEVICE u32 shfl(u32 value, u32 lane) { return __shfl_sync(0xffffffffu, value, lane); }
 DEVICE float shfl_xor(float value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE float shfl(float value, u32 lane) { return __shfl_sync(0xffffffffu, value, lane); }
+
+// Whether `condition` holds in any lane.
+DEVICE bool any(bool condition) { return __any_sync(0xffffffffu, condition); }
 
 DEVICE void warp_sync() { __syncwarp(); }
 // All threads of the block.
@@ -322,6 +332,14 @@ DEVICE void ldmatrix_x4_trans(u32 (&d)[4], u32 address) {
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                  : "r"(address)
                  : "memory");
+}
+
+// An 8×8 matrix of 16-bit elements, lane i holding elements 2 (i % 4) and + 1 of row i / 4,
+// transposed.
+DEVICE u32 movmatrix_trans(u32 a) {
+    u32 d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
 }
 
 // d += a · b with a [16, 16], b [16, 8], d [16, 8]. With g = lane / 4 and t = lane % 4:

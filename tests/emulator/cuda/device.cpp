@@ -38,28 +38,47 @@ uint32_t shuffle(uint32_t value, uint32_t source_lane, Site site) {
     return result;
 }
 
+struct Any {
+    bool condition;
+    bool* result;
+};
+
+bool any(bool condition, Site site) {
+    bool result;
+    Any mine = {condition, &result};
+    block->collective("any", site, &mine, [](Thread* lanes, Warp&) {
+        bool found = false;
+        for (uint32_t i = 0; i < LANES; i++) {
+            found |= static_cast<const Any*>(lanes[i].operands)->condition;
+        }
+        for (uint32_t i = 0; i < LANES; i++) {
+            *static_cast<const Any*>(lanes[i].operands)->result = found;
+        }
+    });
+    return result;
+}
+
 void barrier_sync(uint32_t barrier, uint32_t num_threads, Site site) {
     block->barrier_sync(barrier, num_threads, site);
 }
 void block_sync(Site site) { block->barrier_sync(0, block->num_threads, site); }
 
 void fence_device(Site) {
+    Clock& clock = block->own_clock();
     // What atomics saw before the fence is ordered before what comes after it.
-    if (!self->observed.empty()) {
-        Clock seen;
-        for (uint32_t i : self->observed) {
-            const Release& release = block->launch.releases[i];
-            bool same_block = release.base == block->base;
-            if (same_block) seen.join(release.clock);
-            else seen.releases.push_back(i);
-        }
-        self->observed.clear();
-        std::sort(seen.releases.begin(), seen.releases.end());
-        block->acquire(seen);
+    for (uint32_t i : self->observed) {
+        const Release& release = block->launch.releases[i];
+        bool same_block = release.base == block->base;
+        if (same_block) clock.add(release.published);
+        else clock.add_release(i);
     }
-    self->fenced = Clock();
-    block->release_into(self->fenced);
-    self->has_fenced = true;
+    self->observed.clear();
+    clock.update_floor(block->num_warps);
+    clock.published.add(clock);
+    clock.published.add_lane(self->index, self->tick);
+    clock.has_published = true;
+    self->tick++;
+    block->max_tick = std::max(block->max_tick, self->tick);
 }
 
 uint32_t atomic_add(uint32_t* address, uint32_t value, Site site) {
@@ -74,9 +93,9 @@ uint32_t atomic_add(uint32_t* address, uint32_t value, Site site) {
     std::vector<uint32_t>& chain = launch.chains[number];
     self->observed.insert(self->observed.end(), chain.begin(), chain.end());
     chain.push_back(uint32_t(launch.releases.size()));
-    Clock released;
-    if (self->has_fenced) released = self->fenced;
-    launch.releases.push_back({block->base, released, self->index, self->tick});
+    // NOTE: also what other threads published, where a barrier came between.
+    launch.releases.push_back(
+        {block->base, self->clock->published, self->index, self->tick});
     self->tick++;
     block->max_tick = std::max(block->max_tick, self->tick);
     return old;
@@ -352,6 +371,29 @@ void ldmatrix_x4(uint32_t* d, uint32_t address, bool transposed, Site site) {
         uint16_t place = block->launch.places.number(site);
         block->launch.add_passes(place, count_passes(addresses, ~0u, 16));
     });
+}
+
+struct Movmatrix {
+    uint32_t a;
+    uint32_t* d;
+};
+
+uint32_t movmatrix_trans(uint32_t a, Site site) {
+    uint32_t d;
+    Movmatrix mine = {a, &d};
+    block->collective("movmatrix", site, &mine, [](Thread* lanes, Warp&) {
+        auto of = [lanes](uint32_t lane) {
+            return static_cast<const Movmatrix*>(lanes[lane].operands);
+        };
+        auto element = [&of](uint32_t row, uint32_t col) {
+            return of(row * 4 + col / 2)->a >> (col % 2 * 16) & 0xffff;
+        };
+        for (uint32_t i = 0; i < LANES; i++) {
+            uint32_t row = i / 4, col = i % 4 * 2;
+            *of(i)->d = element(col, row) | element(col + 1, row) << 16;
+        }
+    });
+    return d;
 }
 
 struct Mma {

@@ -2,6 +2,7 @@
 
 mod awq_gemm;
 mod common;
+mod faults;
 mod gemm;
 mod matmul;
 mod silu_and_mul;

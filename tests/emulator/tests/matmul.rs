@@ -5,14 +5,17 @@ use std::ops::Range;
 
 use bespoke::backend::cuda::pack;
 use bespoke::model::linear::{AwqView, DenseView, LinearPart, LinearSource};
-use bespoke_emulator::{Access, Launch, Library, Report, Source, compile};
+use bespoke_emulator::{Access, Library, Report};
 use bespoke_kernel_gen::cuda::{
     Arch, AwqGemm, Gemm, OutType, Regime, RowType, Spec, Variant, Workspace,
 };
 use bespoke_kernel_gen::spec::DType;
 use half::f16;
 
-use crate::common::{Bytes, Params, Random, Rows, emulator, to_u16, to_u32};
+use crate::common::{
+    Bytes, Params, Random, emulator, generated, launch, round, to_u16, to_u32,
+    tolerance as rounding, upload, widen,
+};
 
 /// Row counts around the limits of every regime and tile.
 pub(crate) const ROW_COUNTS: [usize; 11] = [1, 2, 7, 8, 9, 16, 17, 63, 64, 65, 130];
@@ -20,7 +23,7 @@ pub(crate) const ROW_COUNTS: [usize; 11] = [1, 2, 7, 8, 9, 16, 17, 63, 64, 65, 1
 /// A linear, its weights as they lie in a checkpoint, and rows for it.
 pub(crate) struct Linear {
     pub(crate) spec: Spec,
-    rows: Rows,
+    rows: RowType,
     n: usize,
     k: usize,
     tensors: Tensors,
@@ -31,13 +34,6 @@ pub(crate) struct Linear {
 enum Tensors {
     Dense(Vec<u8>),
     Awq { group: usize, qweight: Vec<u8>, qzeros: Vec<u8>, scales: Vec<u8> },
-}
-
-fn test_rows(rows: RowType) -> Rows {
-    match rows {
-        RowType::F16 => Rows::F16,
-        RowType::BF16 => Rows::Bf16,
-    }
 }
 
 impl Linear {
@@ -56,8 +52,7 @@ impl Linear {
     pub(crate) fn dense(op: Gemm, num_rows: usize, has_bias: bool, seed: u64) -> Linear {
         let mut random = Random(seed);
         let weights = random.floats(op.n * op.k, 0.1);
-        let round = test_rows(op.rows);
-        let weights: Vec<u16> = weights.iter().map(|w| round.round(*w)).collect();
+        let weights: Vec<u16> = weights.iter().map(|w| round(op.rows, *w)).collect();
         let tensors = Tensors::Dense(weights.bytes());
         Linear::new(Spec::Gemm(op), op.rows, (op.n, op.k), tensors, num_rows, has_bias, random)
     }
@@ -71,8 +66,7 @@ impl Linear {
         has_bias: bool,
         mut random: Random,
     ) -> Linear {
-        let rows = test_rows(rows);
-        let x = random.floats(num_rows * k, 2.0).iter().map(|v| rows.round(*v)).collect();
+        let x = random.floats(num_rows * k, 2.0).iter().map(|v| round(rows, *v)).collect();
         let bias = has_bias.then(|| random.floats(n, 1.0));
         Linear { spec, rows, n, k, tensors, bias, x }
     }
@@ -81,7 +75,7 @@ impl Linear {
         let (n, k) = (self.n, self.k);
         let part = match &self.tensors {
             Tensors::Dense(bytes) => {
-                let dtype = if self.rows == Rows::F16 { DType::F16 } else { DType::BF16 };
+                let dtype = if self.rows == RowType::F16 { DType::F16 } else { DType::BF16 };
                 LinearPart::Dense(DenseView { n, k, dtype, bytes })
             }
             Tensors::Awq { group, qweight, qzeros, scales } => {
@@ -120,7 +114,7 @@ impl Linear {
                 let x = &self.x[row * self.k..(row + 1) * self.k];
                 let products = x.iter().zip(&weights);
                 let products =
-                    products.map(|(x, w)| f64::from(self.rows.widen(*x)) * f64::from(*w));
+                    products.map(|(x, w)| f64::from(widen(self.rows, *x)) * f64::from(*w));
                 let (mut sum, mut size) = (0.0, 0.0);
                 for product in products {
                     sum += product;
@@ -131,7 +125,7 @@ impl Linear {
                 let num_roundings = (2 * self.k + 64) as f64;
                 let mut tolerance = num_roundings * 2f64.powi(-24) * (size + bias.abs());
                 if !self.has_f32_out() {
-                    tolerance += value.abs() * f64::from(self.rows.epsilon()) + 2f64.powi(-24);
+                    tolerance += f64::from(rounding(self.rows, value as f32));
                 }
                 expected[row * self.n + n] = (value, tolerance);
             }
@@ -149,16 +143,7 @@ pub(crate) struct Kernel {
 impl Kernel {
     pub(crate) fn new(variant: Variant) -> Kernel {
         variant.is_feasible().unwrap();
-        let (op, instance) = (variant.spec().op(), variant.instance());
-        let constants: String =
-            instance.constants.iter().map(|constant| format!("    {constant}\n")).collect();
-        let symbol = variant.symbol();
-        let text = format!(
-            "#include \"{op}/{op}.cuh\"\nstruct Constants {{\n{constants}}};\n\
-             KERNEL({symbol}, {}, {}, {}) {{\n    {op}::{}<Constants>::run(params);\n}}\n",
-            instance.params, instance.threads, instance.min_blocks, instance.kernel
-        );
-        let library = compile(&[Source::new(symbol, text)]).unwrap_or_else(|e| panic!("{e}"));
+        let library = generated(&variant);
         Kernel { variant, library }
     }
 
@@ -175,7 +160,6 @@ impl Kernel {
     pub(crate) fn run(&self, linear: &Linear, rows: Range<usize>, seed: u64) -> (Vec<u32>, Report) {
         let mut device = emulator(seed);
         let num_rows = rows.len();
-        let instance = self.variant.instance();
         let Workspace { floats, counters } = self.variant.workspace(num_rows);
         let (weight, scales) = linear.packed();
         let size = if linear.has_f32_out() { 4 } else { 2 };
@@ -186,19 +170,13 @@ impl Kernel {
         };
         let weights = [constant(&weight), constant(&scales)];
         let bias = constant(&linear.bias.as_deref().unwrap_or(&[]).bytes());
-        let x = device.upload(&x.bytes(), Access::ReadOnly);
+        let x = upload(&mut device, x, Access::ReadOnly);
         let out = device.alloc(num_rows * linear.n * size, Access::ReadWrite);
         let workspace = device.alloc(floats.max(1) * 4, Access::ReadWrite);
         let counts = device.upload(&vec![0; counters.max(1) * 4], Access::ReadWrite);
         let params = weights.into_iter().chain([bias, x, out, workspace, counts]);
         let params = params.fold(Params::default(), Params::u64).u32(num_rows as u32).u32(0);
-        let grid = self.variant.launch(num_rows, 132);
-        let launch = Launch {
-            grid: [grid.grid_x as u32, grid.grid_y as u32],
-            block: instance.threads as u32,
-            shared_bytes: instance.shared_bytes as u32,
-        };
-        let result = device.launch(&self.library, &self.symbol(), launch, &params.0);
+        let result = launch(&mut device, &self.library, &self.variant, num_rows, &params);
         let report = result.unwrap_or_else(|fault| panic!("{}: {fault}", self.symbol()));
         assert!(report.grid_waited);
         let counts = device.read(counts, counters * 4).unwrap();
@@ -216,7 +194,7 @@ impl Linear {
     fn value(&self, bits: u32) -> f64 {
         match self.has_f32_out() {
             true => f64::from(f32::from_bits(bits)),
-            false => f64::from(self.rows.widen(bits as u16)),
+            false => f64::from(widen(self.rows, bits as u16)),
         }
     }
 
