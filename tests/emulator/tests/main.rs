@@ -1,4 +1,8 @@
 //! Tests of the CUDA kernels on the emulator, and of the emulator.
 
+mod awq_gemm;
 mod common;
+mod faults;
+mod gemm;
+mod matmul;
 mod silu_and_mul;

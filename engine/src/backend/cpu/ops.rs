@@ -140,12 +140,7 @@ impl Backend for CpuBackend {
         self.load_norm(&weight)
     }
 
-    fn new_rows(
-        &mut self,
-        rows_max: usize,
-        width: usize,
-        _: RowsKind,
-    ) -> Result<CpuRows, Error> {
+    fn new_rows(&mut self, rows_max: usize, width: usize, _: RowsKind) -> Result<CpuRows, Error> {
         CpuRows::new(rows_max, width)
     }
 
