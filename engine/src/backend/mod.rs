@@ -71,6 +71,12 @@ pub trait Backend {
     /// Rows as the linear `role` reads them.
     fn new_input(&mut self, rows_max: usize, role: LinearRole) -> Result<Self::Input, Error>;
     fn new_kv_cache(&mut self, num_pages: usize) -> Result<Self::KvCache, Error>;
+    /// Pages of the KV cache: as many as are wanted, or as there is room for once everything else
+    /// is allocated.
+    fn num_pages(&self, wanted: Option<usize>) -> Result<usize, Error> {
+        wanted.ok_or_else(|| Error::Request("the backend wants a number of pages".into()))
+    }
+
     /// Bytes of the KV cache one page takes, over all layers.
     fn page_bytes(&self) -> usize;
     /// Bytes held by weights.

@@ -38,6 +38,26 @@ uint32_t shuffle(uint32_t value, uint32_t source_lane, Site site) {
     return result;
 }
 
+struct Any {
+    bool condition;
+    bool* result;
+};
+
+bool any(bool condition, Site site) {
+    bool result;
+    Any mine = {condition, &result};
+    block->collective("any", site, &mine, [](Thread* lanes, Warp&) {
+        bool found = false;
+        for (uint32_t i = 0; i < LANES; i++) {
+            found |= static_cast<const Any*>(lanes[i].operands)->condition;
+        }
+        for (uint32_t i = 0; i < LANES; i++) {
+            *static_cast<const Any*>(lanes[i].operands)->result = found;
+        }
+    });
+    return result;
+}
+
 void barrier_sync(uint32_t barrier, uint32_t num_threads, Site site) {
     block->barrier_sync(barrier, num_threads, site);
 }
@@ -352,6 +372,29 @@ void ldmatrix_x4(uint32_t* d, uint32_t address, bool transposed, Site site) {
         uint16_t place = block->launch.places.number(site);
         block->launch.add_passes(place, count_passes(addresses, ~0u, 16));
     });
+}
+
+struct Movmatrix {
+    uint32_t a;
+    uint32_t* d;
+};
+
+uint32_t movmatrix_trans(uint32_t a, Site site) {
+    uint32_t d;
+    Movmatrix mine = {a, &d};
+    block->collective("movmatrix", site, &mine, [](Thread* lanes, Warp&) {
+        auto of = [lanes](uint32_t lane) {
+            return static_cast<const Movmatrix*>(lanes[lane].operands);
+        };
+        auto element = [&of](uint32_t row, uint32_t col) {
+            return of(row * 4 + col / 2)->a >> (col % 2 * 16) & 0xffff;
+        };
+        for (uint32_t i = 0; i < LANES; i++) {
+            uint32_t row = i / 4, col = i % 4 * 2;
+            *of(i)->d = element(col, row) | element(col + 1, row) << 16;
+        }
+    });
+    return d;
 }
 
 struct Mma {

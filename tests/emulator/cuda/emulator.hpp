@@ -36,6 +36,7 @@ uint32_t num_blocks_x();
 void warp_sync(Site site);
 void warp_converge(Site site);
 uint32_t shuffle(uint32_t value, uint32_t source_lane, Site site);
+bool any(bool condition, Site site);
 // All of `num_threads` threads, whole warps.
 void barrier_sync(uint32_t barrier, uint32_t num_threads, Site site);
 void block_sync(Site site);
@@ -72,6 +73,7 @@ void cp_async_bulk(uint32_t shared, const void* source, uint32_t bytes, uint32_t
 // --- matrices ------------------------------------------------------------------------------------
 
 void ldmatrix_x4(uint32_t* d, uint32_t address, bool transposed, Site site);
+uint32_t movmatrix_trans(uint32_t a, Site site);
 enum class Half { F16, BF16 };
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Half half, Site site);
 

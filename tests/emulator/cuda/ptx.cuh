@@ -92,6 +92,8 @@ DEVICE i32 cvt_rni_s32(float value) {
     return i32(nearbyintf(value));
 }
 
+DEVICE float cvt_rni_f32(float value) { return nearbyintf(value); }
+
 DEVICE float ex2(float x) { return number::flush(exp2f(number::flush(x))); }
 DEVICE float lg2(float x) { return number::flush(log2f(number::flush(x))); }
 DEVICE float rcp(float x) { return number::flush(1.0f / number::flush(x)); }
@@ -134,6 +136,7 @@ DEVICE float shfl(float value, u32 lane, Site site = here()) {
     return as_float(shfl(as_bits(value), lane, site));
 }
 
+DEVICE bool any(bool condition, Site site = here()) { return emulator::any(condition, site); }
 DEVICE void warp_sync(Site site = here()) { emulator::warp_sync(site); }
 DEVICE void block_sync(Site site = here()) { emulator::block_sync(site); }
 DEVICE void barrier_sync(u32 barrier, u32 num_threads, Site site = here()) {
@@ -215,6 +218,9 @@ DEVICE void ldmatrix_x4(u32 (&d)[4], u32 address, Site site = here()) {
 }
 DEVICE void ldmatrix_x4_trans(u32 (&d)[4], u32 address, Site site = here()) {
     emulator::ldmatrix_x4(d, address, true, site);
+}
+DEVICE u32 movmatrix_trans(u32 a, Site site = here()) {
+    return emulator::movmatrix_trans(a, site);
 }
 DEVICE void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
                              Site site = here()) {

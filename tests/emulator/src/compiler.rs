@@ -9,6 +9,9 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs, io, process, thread};
 
+use bespoke_kernel_gen::cuda::Variant;
+use bespoke_kernel_gen::cuda::render::render_with;
+use bespoke_kernel_gen::cuda::templates::Template;
 use libloading::os::unix::{self, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
 
 /// One kernel: its entry's name and the text that defines it with `KERNEL`.
@@ -25,6 +28,17 @@ impl Source {
     #[must_use]
     pub fn new(symbol: impl Into<String>, text: impl Into<String>) -> Source {
         Source { symbol: symbol.into(), text: text.into() }
+    }
+
+    /// The kernel that the generator makes of `variant`, with the emulator's `ptx.cuh`.
+    ///
+    /// # Errors
+    /// What `render` says; the emulator's files cannot be read.
+    pub fn of(variant: &Variant) -> Result<Source, CompileError> {
+        let text = flatten("ptx", "#include \"ptx.cuh\"\n").map_err(CompileError)?;
+        let ptx = Template { path: "emulator/ptx.cuh", text: &text };
+        let source = render_with(variant, Some(ptx)).map_err(|e| CompileError(e.to_string()))?;
+        Ok(Source { symbol: source.symbol, text: source.text })
     }
 }
 

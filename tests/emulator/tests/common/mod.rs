@@ -1,49 +1,33 @@
 //! What the tests share: bytes of values, random numbers, 16-bit types.
 
-use bespoke_emulator::{Access, Emulator, Library, Source, compile};
+use bespoke_emulator::{Access, Emulator, Fault, Launch, Library, Report, Source, compile};
+use bespoke_kernel_gen::cuda::{RowType, Variant};
 use half::{bf16, f16};
 
 pub(crate) const SEEDS: [u64; 5] = [1, 2, 3, 4, 5];
 
-/// The type of 16-bit rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Rows {
-    F16,
-    Bf16,
+/// `value` as an element of 16-bit rows.
+pub(crate) fn round(rows: RowType, value: f32) -> u16 {
+    match rows {
+        RowType::F16 => f16::from_f32(value).to_bits(),
+        RowType::BF16 => bf16::from_f32(value).to_bits(),
+    }
 }
 
-pub(crate) const ROWS: [Rows; 2] = [Rows::F16, Rows::Bf16];
-
-impl Rows {
-    /// Its name in `types.cuh`.
-    pub(crate) fn cuda(self) -> &'static str {
-        match self {
-            Rows::F16 => "F16",
-            Rows::Bf16 => "BF16",
-        }
+pub(crate) fn widen(rows: RowType, bits: u16) -> f32 {
+    match rows {
+        RowType::F16 => f16::from_bits(bits).to_f32(),
+        RowType::BF16 => bf16::from_bits(bits).to_f32(),
     }
+}
 
-    pub(crate) fn round(self, value: f32) -> u16 {
-        match self {
-            Rows::F16 => f16::from_f32(value).to_bits(),
-            Rows::Bf16 => bf16::from_f32(value).to_bits(),
-        }
-    }
-
-    pub(crate) fn widen(self, bits: u16) -> f32 {
-        match self {
-            Rows::F16 => f16::from_bits(bits).to_f32(),
-            Rows::Bf16 => bf16::from_bits(bits).to_f32(),
-        }
-    }
-
-    /// The largest relative error of rounding.
-    pub(crate) fn epsilon(self) -> f32 {
-        match self {
-            Rows::F16 => 1.0 / 2048.0,
-            Rows::Bf16 => 1.0 / 256.0,
-        }
-    }
+/// What rounding `value`, which has an error of float32 itself, may change.
+pub(crate) fn tolerance(rows: RowType, value: f32) -> f32 {
+    let half_step = match rows {
+        RowType::F16 => 1.0 / 2048.0,
+        RowType::BF16 => 1.0 / 256.0,
+    };
+    value.abs() * half_step * 1.01 + 1e-6
 }
 
 /// splitmix64
@@ -135,4 +119,29 @@ where
     [T]: Bytes,
 {
     emulator.upload(&values.bytes(), access)
+}
+
+/// The kernel that the generator makes of `variant`, compiled.
+pub(crate) fn generated(variant: &Variant) -> Library {
+    let source = Source::of(variant).unwrap_or_else(|e| panic!("{e}"));
+    compile(&[source]).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Launches a generated kernel; `rows` as in `Variant::launch`.
+pub(crate) fn launch(
+    device: &mut Emulator,
+    library: &Library,
+    variant: &Variant,
+    rows: usize,
+    params: &Params,
+) -> Result<Report, Fault> {
+    const NUM_SMS: usize = 4;
+    let instance = variant.instance();
+    let grid = variant.launch(rows, NUM_SMS);
+    let launch = Launch {
+        grid: [grid.grid_x as u32, grid.grid_y as u32],
+        block: instance.threads as u32,
+        shared_bytes: instance.shared_bytes as u32,
+    };
+    device.launch(library, &variant.symbol(), launch, &params.0)
 }
