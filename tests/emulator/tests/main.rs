@@ -5,4 +5,5 @@ mod common;
 mod faults;
 mod gemm;
 mod matmul;
+mod primitives;
 mod silu_and_mul;
