@@ -2,6 +2,7 @@
 
 mod awq_gemm;
 mod common;
+mod engine;
 mod faults;
 mod gemm;
 mod matmul;
