@@ -3,8 +3,11 @@
 mod awq_gemm;
 mod common;
 mod engine;
+mod embed;
 mod faults;
 mod gemm;
 mod matmul;
 mod primitives;
+mod rms_norm;
+mod sample;
 mod silu_and_mul;
