@@ -20,19 +20,27 @@
 pub mod arch;
 pub mod attention_plan;
 pub mod awq_gemm;
+pub mod cache;
+pub mod compile;
 pub mod embed;
+pub mod emit;
 pub mod gemm;
+pub mod jobs;
 pub mod op;
 pub mod paged_attention;
 pub mod pages;
 pub mod plan;
+pub mod process;
+pub mod ptxas;
 pub mod render;
 pub mod rms_norm;
 pub mod rope;
 pub mod sample;
 pub mod silu_and_mul;
 pub mod spec;
+pub mod table;
 pub mod templates;
+pub mod toolkit;
 mod variant;
 
 pub use arch::Arch;
@@ -46,4 +54,19 @@ pub use rope::Rope;
 pub use sample::Sample;
 pub use silu_and_mul::SiluAndMul;
 pub use spec::{KvType, OutType, Regime, RowType};
+pub use table::{CudaKernelTable, KernelSet, LoadedKernel};
 pub use variant::{Choice, Kernel, Spec, Variant};
+
+use crate::error::Error;
+use crate::spec::ModelShape;
+
+/// All stages in order: the kernels of `shapes` on `archs`, compiled.
+pub fn generate(
+    shapes: &[ModelShape],
+    archs: &[Arch],
+    compiler: &compile::Compiler,
+) -> Result<Vec<compile::Artifact>, Error> {
+    let variants = plan::plan(shapes, archs)?;
+    let sources: Result<Vec<render::Source>, Error> = variants.iter().map(render::render).collect();
+    compiler.compile(sources?)
+}

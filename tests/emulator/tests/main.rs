@@ -1,0 +1,4 @@
+//! Tests of the CUDA kernels on the emulator, and of the emulator.
+
+mod common;
+mod silu_and_mul;
