@@ -224,9 +224,8 @@ fn compiler() -> Result<&'static Compiler, String> {
             .map_err(|e| format!("no C++ compiler: {e}; install g++ or set CXX"))?;
         let path = tool.path().to_path_buf();
         let version = Command::new(&path).arg("--version").output();
-        let version = version
-            .map_err(|e| format!("{}: {e}; install g++ or set CXX", path.display()))?
-            .stdout;
+        let version =
+            version.map_err(|e| format!("{}: {e}; install g++ or set CXX", path.display()))?.stdout;
         Ok(Compiler { path, env: tool.env().to_vec(), version })
     };
     COMPILER.get_or_init(find).as_ref().map_err(Clone::clone)
