@@ -63,7 +63,9 @@ pub fn cuda_environment() -> Result<Environment, Error> {
                     .to_string(),
         })?;
     let cache = Cache { root };
-    Ok(Environment { cuda_home: path("CUDA_HOME"), path: std::env::var_os("PATH"), cache })
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    let path_folders = std::env::split_paths(&folders).collect();
+    Ok(Environment { cuda_home: path("CUDA_HOME"), path: path_folders, cache })
 }
 
 /// The jobs that cargo grants, or all cores.

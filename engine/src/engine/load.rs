@@ -10,7 +10,7 @@ use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::backend::null::{NullBackend, NullOptions};
 use crate::backend::reference::ReferenceBackend;
-use crate::batch::Batch;
+use crate::batch::{Batch, BatchLimits};
 use crate::config::{BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, Progress, context_max};
 use crate::error::Error;
 use crate::kv_cache::{PagePool, num_pages};
@@ -112,8 +112,8 @@ impl Engine {
             next_id: 0,
             batch: Batch::default(),
             start_lens: Vec::new(),
-            stats: Vec::with_capacity(limits.logit_rows_max),
-            samples: Vec::with_capacity(limits.logit_rows_max),
+            stats: Vec::with_capacity(limits.batch.logit_rows_max),
+            samples: Vec::with_capacity(limits.batch.logit_rows_max),
             ended: Vec::new(),
         })
     }
@@ -188,8 +188,12 @@ impl Loader<'_> {
         });
         check_num_pages(num_pages, page_size)?;
         let limits = DecoderLimits {
-            rows_max: options.max_batch_tokens,
-            logit_rows_max: LOGIT_ROWS.max(options.max_sequences),
+            batch: BatchLimits {
+                rows_max: options.max_batch_tokens,
+                sequences_max: options.max_sequences,
+                context_max: max_context,
+                logit_rows_max: LOGIT_ROWS.max(options.max_sequences),
+            },
             num_pages,
         };
         Ok((limits, max_context))

@@ -32,7 +32,7 @@ use crate::kv_cache::{Keep, Page, PageCounts, PagePool, num_pages};
 use crate::model::decoder::{Decoder, DecoderLimits};
 use crate::model::rope::Rope;
 use crate::request::{Generation, Request, RequestId, RequestOutput, check_prompt};
-use crate::sampling::{Sample, Sampler, choice_seed};
+use crate::sampling::{Sample, Sampler, choice_seed, needs_logits, sample_greedily};
 use crate::scheduler::{Scheduler, append_span};
 use crate::sequence::{Sequence, StopCheck};
 use crate::session::Sessions;
@@ -231,7 +231,7 @@ impl Engine {
             )));
         }
         pages.extend((0..num_needed).filter_map(|_| self.pool.allocate()));
-        let rows_max = on_decoder!(&self.model, decoder => decoder.limits().rows_max);
+        let rows_max = on_decoder!(&self.model, decoder => decoder.limits().batch.rows_max);
         for first in (0..ids.len()).step_by(rows_max) {
             let positions = first..ids.len().min(first + rows_max);
             self.logits_of_chunk(ids, positions, &wanted, &pages, sink);
@@ -257,10 +257,10 @@ impl Engine {
         batch.logit_rows.extend(rows.map(|position| (position - first_row) as u32));
         on_decoder!(&mut self.model, decoder => {
             decoder.run_layers(&self.batch);
-            let rows_max = decoder.limits().logit_rows_max;
+            let rows_max = decoder.limits().batch.logit_rows_max;
             for select in self.batch.logit_rows.chunks(rows_max) {
                 decoder.head(select);
-                let logits = decoder.logits(select.len());
+                let logits = decoder.logits(0..select.len());
                 for (row, logits) in select.iter().zip(logits.chunks_exact(self.shape.vocab_size)) {
                     sink(first_row + *row as usize, logits);
                 }
@@ -359,21 +359,35 @@ impl Engine {
         self.stats.clear();
         self.stats.resize(self.batch.logit_rows.len(), LogitStats::default());
         on_decoder!(&mut self.model, decoder => {
-            decoder.run_layers(&self.batch);
-            decoder.head(&self.batch.logit_rows);
+            decoder.step(&self.batch);
             decoder.logit_stats(&mut self.stats);
         });
     }
 
-    /// Chooses the next token of every logit row.
+    /// Chooses the next token of every logit row. Logits are fetched from the backend only as far
+    /// as statistics alone do not decide.
     fn sample(&mut self) {
-        let num_rows = self.stats.len();
-        let logits = on_decoder!(&mut self.model, decoder => decoder.logits(num_rows));
-        let rows = logits.chunks_exact(self.shape.vocab_size).zip(&self.stats);
+        let vocab_size = self.shape.vocab_size;
+        let mut fetched = 0..0;
+        for (row, (sequence, stats)) in self.scheduler.sampled().zip(&self.stats).enumerate() {
+            if needs_logits(&sequence.sampling, &sequence.history(), stats) {
+                fetched = if fetched.is_empty() { row..row + 1 } else { fetched.start..row + 1 };
+            }
+        }
+        let logits = match fetched.is_empty() {
+            true => &[],
+            false => on_decoder!(&mut self.model, decoder => decoder.logits(fetched.clone())),
+        };
         self.samples.clear();
-        for (sequence, (logits, stats)) in self.scheduler.sampled().zip(rows) {
+        for (row, (sequence, stats)) in self.scheduler.sampled().zip(&self.stats).enumerate() {
             let (params, history) = (&sequence.sampling, sequence.history());
-            self.samples.push(self.sampler.sample(params, &history, logits, stats));
+            self.samples.push(match fetched.contains(&row) {
+                true => {
+                    let logits = &logits[(row - fetched.start) * vocab_size..][..vocab_size];
+                    self.sampler.sample(params, &history, logits, stats)
+                }
+                false => sample_greedily(stats),
+            });
         }
     }
 }

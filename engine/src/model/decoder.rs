@@ -1,10 +1,12 @@
 //! The forward pass of a decoder-only model, about eight backend ops a layer.
 
+use std::ops::Range;
+
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::{DType, LinearRole, ModelShape};
 
-use crate::backend::Backend;
-use crate::batch::Batch;
+use crate::backend::{Backend, RowsKind, Step};
+use crate::batch::{Batch, BatchLimits};
 use crate::config::Progress;
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
@@ -14,10 +16,7 @@ use crate::model::weights::Weights;
 /// What a decoder is allocated for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecoderLimits {
-    /// Rows of one step.
-    pub rows_max: usize,
-    /// Rows whose logits one call of [`Decoder::head`] computes.
-    pub logit_rows_max: usize,
+    pub batch: BatchLimits,
     /// Pages of the KV cache.
     pub num_pages: usize,
 }
@@ -73,7 +72,9 @@ impl<B: Backend> Decoder<B> {
         limits: DecoderLimits,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Decoder<B>, Error> {
-        assert!(limits.rows_max > 0 && limits.logit_rows_max > 0 && limits.num_pages > 0);
+        let BatchLimits { rows_max, logit_rows_max, .. } = limits.batch;
+        assert!(rows_max > 0 && logit_rows_max > 0 && limits.num_pages > 0);
+        backend.reserve(&limits.batch)?;
         let rows = RowBuffers::new(&mut backend, shape, limits)?;
         let kv_cache = backend.new_kv_cache(limits.num_pages)?;
         let num_parts = config.num_layers + 2;
@@ -100,6 +101,7 @@ impl<B: Backend> Decoder<B> {
         shape: &ModelShape,
         limits: DecoderLimits,
     ) -> Result<Decoder<B>, Error> {
+        backend.reserve(&limits.batch)?;
         let empty = DenseView { n: 0, k: 0, dtype: DType::F32, bytes: &[] };
         let layer = |_| Layer::empty(&mut backend);
         let layers = (0..shape.num_layers).map(layer).collect::<Result<_, _>>()?;
@@ -119,18 +121,34 @@ impl<B: Backend> Decoder<B> {
     /// Runs the layers over the batch's rows and returns the logits of `batch.logit_rows`,
     /// `[num_logit_rows, vocab]`.
     pub fn forward(&mut self, batch: &Batch) -> &[f32] {
-        self.run_layers(batch);
-        self.head(&batch.logit_rows);
-        self.logits(batch.logit_rows.len())
+        self.step(batch);
+        self.logits(0..batch.logit_rows.len())
     }
 
-    /// Copies pages as the batch asks, then runs the layers and appends the rows to the KV cache;
-    /// [`Decoder::head`] follows.
+    /// Copies pages as the batch asks, runs the layers, appends the rows to the KV cache and
+    /// computes the logits of `batch.logit_rows`.
+    pub fn step(&mut self, batch: &Batch) {
+        self.check(batch);
+        assert!(batch.logit_rows.len() <= self.limits.batch.logit_rows_max, "too many logit rows");
+        self.backend.copy_pages(&batch.copies, &mut self.kv_cache);
+        if self.backend.begin_step(batch) == Step::Compute {
+            self.layers(batch);
+            self.head(&batch.logit_rows);
+            self.backend.end_step();
+        }
+    }
+
+    /// As [`Decoder::step`] without logits; calls of [`Decoder::head`] may follow.
     pub fn run_layers(&mut self, batch: &Batch) {
         self.check(batch);
+        self.backend.copy_pages(&batch.copies, &mut self.kv_cache);
+        self.backend.begin_rows(batch);
+        self.layers(batch);
+    }
+
+    fn layers(&mut self, batch: &Batch) {
         let num_rows = batch.num_rows();
         let Decoder { backend, rows, kv_cache, .. } = self;
-        backend.copy_pages(&batch.copies, kv_cache);
         backend.embed(&self.embedding, &batch.tokens, &mut rows.residual);
         for (layer_idx, layer) in self.layers.iter().enumerate() {
             let delta = (layer_idx > 0).then_some(&rows.delta);
@@ -162,7 +180,7 @@ impl<B: Backend> Decoder<B> {
     /// Logits of the rows `select` of the last [`Decoder::run_layers`]. A row may be asked for once
     /// only, because the final norm adds to its residual.
     pub fn head(&mut self, select: &[u32]) {
-        assert!(select.len() <= self.limits.logit_rows_max, "too many logit rows");
+        assert!(select.len() <= self.limits.batch.logit_rows_max, "too many logit rows");
         if select.is_empty() {
             return;
         }
@@ -183,10 +201,10 @@ impl<B: Backend> Decoder<B> {
         self.backend.sample(&self.rows.logits, stats);
     }
 
-    /// The first `num_rows` rows of the last [`Decoder::head`], `[num_rows, vocab]`.
-    pub fn logits(&mut self, num_rows: usize) -> &[f32] {
-        assert!(num_rows <= self.limits.logit_rows_max);
-        self.backend.read(num_rows, &self.rows.logits)
+    /// Some rows of the last [`Decoder::head`], `[rows.len(), vocab]`.
+    pub fn logits(&mut self, rows: Range<usize>) -> &[f32] {
+        assert!(rows.end <= self.limits.batch.logit_rows_max);
+        self.backend.read(rows, &self.rows.logits)
     }
 
     pub fn limits(&self) -> DecoderLimits {
@@ -212,7 +230,7 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Appends the bytes of a page of the KV cache over all layers to `out`.
-    pub fn read_page(&self, page: u32, out: &mut Vec<u8>) {
+    pub fn read_page(&mut self, page: u32, out: &mut Vec<u8>) {
         self.check_page(page);
         self.backend.read_page(page, &self.kv_cache, out);
     }
@@ -237,7 +255,7 @@ impl<B: Backend> Decoder<B> {
     fn check(&self, batch: &Batch) {
         let num_rows = batch.num_rows();
         let shape = &self.shape;
-        assert!(num_rows > 0 && num_rows <= self.limits.rows_max, "{num_rows} rows");
+        assert!(num_rows > 0 && num_rows <= self.limits.batch.rows_max, "{num_rows} rows");
         assert!(batch.tokens.iter().all(|token| (*token as usize) < shape.vocab_size));
         assert_eq!(batch.positions.len(), num_rows);
         assert_eq!(batch.slots.len(), num_rows);
@@ -310,13 +328,13 @@ impl<B: Backend> RowBuffers<B> {
         shape: &ModelShape,
         limits: DecoderLimits,
     ) -> Result<RowBuffers<B>, Error> {
-        let DecoderLimits { rows_max, logit_rows_max, .. } = limits;
+        let BatchLimits { rows_max, logit_rows_max, .. } = limits.batch;
         Ok(RowBuffers {
-            residual: backend.new_rows(rows_max, shape.hidden_size)?,
-            delta: backend.new_rows(rows_max, shape.hidden_size)?,
-            qkv: backend.new_rows(rows_max, shape.qkv.n)?,
-            gate_up: backend.new_rows(rows_max, shape.gate_up.n)?,
-            logits: backend.new_rows(logit_rows_max, shape.vocab_size)?,
+            residual: backend.new_rows(rows_max, shape.hidden_size, RowsKind::Residual)?,
+            delta: backend.new_rows(rows_max, shape.hidden_size, RowsKind::Linear)?,
+            qkv: backend.new_rows(rows_max, shape.qkv.n, RowsKind::Linear)?,
+            gate_up: backend.new_rows(rows_max, shape.gate_up.n, RowsKind::Linear)?,
+            logits: backend.new_rows(logit_rows_max, shape.vocab_size, RowsKind::Logits)?,
             qkv_in: backend.new_input(rows_max, LinearRole::Qkv)?,
             o_in: backend.new_input(rows_max, LinearRole::O)?,
             gate_up_in: backend.new_input(rows_max, LinearRole::GateUp)?,

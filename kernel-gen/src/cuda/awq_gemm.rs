@@ -1,10 +1,11 @@
 //! `awq_gemm`: fused AWQ-dequant matmul of 16-bit rows and int4 weights.
 
-use super::op::{Instance, Launch, Op, config, size, type_of};
+use super::matmul::{AwqLayout, Config, Shape, check_awq_group};
+use super::op::{Instance, Launch, Op, Workspace, size, type_of};
 use super::spec::{check_positive, check_regime};
 use super::{Arch, Regime, RowType};
 use crate::name::Words;
-use crate::spec::{GroupSize, check_group};
+use crate::spec::GroupSize;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AwqGemm {
@@ -14,10 +15,13 @@ pub struct AwqGemm {
     pub rows: RowType,
 }
 
-config! {
-    pub struct Config {
-        /// Of a block.
-        threads: "t",
+impl AwqGemm {
+    pub fn layout(&self) -> AwqLayout {
+        AwqLayout::new(self.n, self.k, self.group)
+    }
+
+    fn shape(&self) -> Shape {
+        Shape::awq(&self.layout())
     }
 }
 
@@ -39,34 +43,43 @@ impl Op for AwqGemm {
         })
     }
 
-    fn default_config(&self, _regime: Regime, _arch: Arch) -> Config {
-        Config { threads: 128 }
+    fn default_config(&self, regime: Regime, arch: Arch) -> Config {
+        self.shape().default_config(regime, arch)
     }
 
-    fn is_feasible(&self, _config: &Config, regime: Regime, _arch: Arch) -> Result<(), String> {
+    fn candidates(&self, regime: Regime, arch: Arch) -> Vec<Config> {
+        self.shape().candidates(regime, arch)
+    }
+
+    fn is_feasible(&self, config: &Config, regime: Regime, _arch: Arch) -> Result<(), String> {
         check_regime::<AwqGemm>(regime)?;
         check_positive(&[("n", self.n), ("k", self.k)])?;
-        check_group(self.k, self.group).map_err(|error| error.to_string())
+        check_awq_group(self.k, self.group)?;
+        self.shape().is_feasible(config, regime)
     }
 
-    fn instance(&self, config: &Config, regime: Regime, _arch: Arch) -> Instance {
+    fn instance(&self, config: &Config, _regime: Regime, arch: Arch) -> Instance {
+        let mut constants = vec![
+            type_of("Rows", self.rows.template()),
+            type_of("Out", self.rows.template()),
+            size("SCALE_GROUP", self.layout().scale_group),
+        ];
+        constants.extend(self.shape().constants(config));
         Instance {
-            kernel: if regime == Regime::Many { "Tiled" } else { "Skinny" },
+            kernel: "Kernel",
             params: "LinearParams",
-            constants: vec![
-                type_of("Rows", self.rows.template()),
-                size("N", self.n),
-                size("K", self.k),
-                size("GROUP", self.group.of(self.k)),
-                size("THREADS", config.threads),
-            ],
-            threads: config.threads,
-            min_blocks: 1,
-            shared_bytes: 0,
+            constants,
+            threads: config.threads(),
+            min_blocks: config.min_blocks(&self.shape(), arch),
+            shared_bytes: config.shared_bytes(&self.shape()),
         }
     }
 
-    fn launch(&self, _config: &Config, _regime: Regime, _rows: usize, _num_sms: usize) -> Launch {
-        Launch { grid_x: self.n.div_ceil(64), grid_y: 1 }
+    fn launch(&self, config: &Config, _regime: Regime, rows: usize, _num_sms: usize) -> Launch {
+        self.shape().launch(config, rows)
+    }
+
+    fn workspace(&self, config: &Config, _regime: Regime, rows: usize) -> Workspace {
+        self.shape().workspace(config, rows)
     }
 }

@@ -92,6 +92,8 @@ impl Compiler {
         };
         std::fs::write(text.path(), &source.text).map_err(io(text.path()))?;
         let mut command = Command::new(&self.toolkit.nvcc);
+        // NOTE: nvcc takes flags from there, which the key does not know.
+        command.env_remove("NVCC_PREPEND_FLAGS").env_remove("NVCC_APPEND_FLAGS");
         command
             .args(FLAGS)
             .arg(format!("-arch={}", source.variant.arch.name()))

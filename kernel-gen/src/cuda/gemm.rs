@@ -1,6 +1,7 @@
 //! `gemm`: dense matmul of 16-bit rows and weights.
 
-use super::op::{Instance, Launch, Op, config, flag, size, type_of};
+use super::matmul::{Config, DenseLayout, Shape};
+use super::op::{Instance, Launch, Op, Workspace, type_of};
 use super::spec::{check_positive, check_regime};
 use super::{Arch, OutType, Regime, RowType};
 use crate::name::Words;
@@ -14,10 +15,13 @@ pub struct Gemm {
     pub out: OutType,
 }
 
-config! {
-    pub struct Config {
-        /// Of a block.
-        threads: "t",
+impl Gemm {
+    pub fn layout(&self) -> DenseLayout {
+        DenseLayout { n: self.n, k: self.k }
+    }
+
+    fn shape(&self) -> Shape {
+        Shape::dense(self.n, self.k)
     }
 }
 
@@ -43,33 +47,42 @@ impl Op for Gemm {
         })
     }
 
-    fn default_config(&self, _regime: Regime, _arch: Arch) -> Config {
-        Config { threads: 128 }
+    fn default_config(&self, regime: Regime, arch: Arch) -> Config {
+        self.shape().default_config(regime, arch)
     }
 
-    fn is_feasible(&self, _config: &Config, regime: Regime, _arch: Arch) -> Result<(), String> {
+    fn candidates(&self, regime: Regime, arch: Arch) -> Vec<Config> {
+        self.shape().candidates(regime, arch)
+    }
+
+    fn is_feasible(&self, config: &Config, regime: Regime, _arch: Arch) -> Result<(), String> {
         check_regime::<Gemm>(regime)?;
-        check_positive(&[("n", self.n), ("k", self.k)])
+        check_positive(&[("n", self.n), ("k", self.k)])?;
+        self.shape().is_feasible(config, regime)
     }
 
-    fn instance(&self, config: &Config, regime: Regime, _arch: Arch) -> Instance {
+    fn instance(&self, config: &Config, _regime: Regime, arch: Arch) -> Instance {
+        let out = match self.out {
+            OutType::Rows => self.rows.template(),
+            OutType::F32 => "F32",
+        };
+        let mut constants = vec![type_of("Rows", self.rows.template()), type_of("Out", out)];
+        constants.extend(self.shape().constants(config));
         Instance {
-            kernel: if regime == Regime::Many { "Tiled" } else { "Skinny" },
+            kernel: "Kernel",
             params: "LinearParams",
-            constants: vec![
-                type_of("Rows", self.rows.template()),
-                size("N", self.n),
-                size("K", self.k),
-                flag("F32_OUT", self.out == OutType::F32),
-                size("THREADS", config.threads),
-            ],
-            threads: config.threads,
-            min_blocks: 1,
-            shared_bytes: 0,
+            constants,
+            threads: config.threads(),
+            min_blocks: config.min_blocks(&self.shape(), arch),
+            shared_bytes: config.shared_bytes(&self.shape()),
         }
     }
 
-    fn launch(&self, _config: &Config, _regime: Regime, _rows: usize, _num_sms: usize) -> Launch {
-        Launch { grid_x: self.n.div_ceil(64), grid_y: 1 }
+    fn launch(&self, config: &Config, _regime: Regime, rows: usize, _num_sms: usize) -> Launch {
+        self.shape().launch(config, rows)
+    }
+
+    fn workspace(&self, config: &Config, _regime: Regime, rows: usize) -> Workspace {
+        self.shape().workspace(config, rows)
     }
 }

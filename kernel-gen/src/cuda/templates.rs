@@ -18,10 +18,14 @@ macro_rules! templates {
 }
 
 templates! {
+    "awq_gemm/awq_gemm.cuh",
+    "common/dequant.cuh",
+    "common/matmul.cuh",
     "common/pages.cuh",
     "common/params.h",
     "common/ptx.cuh",
     "common/types.cuh",
+    "gemm/gemm.cuh",
     "paged_attention/paged_attention.cuh",
     "rope/rope.cuh",
     "silu_and_mul/silu_and_mul.cuh",

@@ -3,7 +3,6 @@
 //! The order is `CUDA_HOME`, `PATH`, the cache's own. `kernel-gen toolkit` puts the latter there,
 //! from NVIDIA's Python packages, a few hundred megabytes without the rest of CUDA.
 
-use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,8 +17,8 @@ use crate::error::Error;
 pub struct Environment {
     /// `CUDA_HOME`.
     pub cuda_home: Option<PathBuf>,
-    /// `PATH`.
-    pub path: Option<OsString>,
+    /// The folders of `PATH`.
+    pub path: Vec<PathBuf>,
     pub cache: Cache,
 }
 
@@ -63,8 +62,7 @@ impl Toolkit {
             // NOTE: whoever names a toolkit wants that one and no other.
             return Toolkit::at(&home.join("bin/nvcc"));
         }
-        let folders = path.iter().flat_map(std::env::split_paths);
-        let mut on_path = folders.map(|folder| folder.join("nvcc"));
+        let mut on_path = path.iter().map(|folder| folder.join("nvcc"));
         if let Some(nvcc) = on_path.find(|nvcc| nvcc.is_file()) {
             return Toolkit::at(&nvcc);
         }
@@ -193,7 +191,7 @@ mod tests {
     #[test]
     fn without_a_compiler_the_error_says_how_to_get_one() {
         let cache = Cache { root: PathBuf::from("/nowhere") };
-        let environment = Environment { cuda_home: None, path: None, cache };
+        let environment = Environment { cuda_home: None, path: Vec::new(), cache };
         let error = Toolkit::find(&environment).unwrap_err().to_string();
         assert!(error.contains("-p bespoke-kernel-gen -- toolkit"), "{error}");
         let environment = Environment { cuda_home: Some("/nowhere".into()), ..environment };
@@ -213,7 +211,7 @@ mod tests {
             fs::set_permissions(&nvcc, fs::Permissions::from_mode(0o755)).unwrap();
             let cache = Cache { root: root.join("cache") };
             let cuda_home = Some(root.clone());
-            Toolkit::find(&Environment { cuda_home, path: None, cache })
+            Toolkit::find(&Environment { cuda_home, path: Vec::new(), cache })
         };
         let old = find("Cuda compilation tools, release 12.4, V12.4.131").unwrap_err().to_string();
         assert!(old.contains("12.4.131") && old.contains("12.8"), "{old}");
