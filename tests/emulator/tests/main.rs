@@ -10,4 +10,7 @@ mod matmul;
 mod primitives;
 mod rms_norm;
 mod sample;
+mod paged_attention;
+mod primitives;
+mod rope;
 mod silu_and_mul;
