@@ -26,6 +26,8 @@ pub mod emit;
 pub mod error;
 pub mod model;
 pub mod name;
+#[cfg(feature = "bindgen")]
+pub mod params;
 pub mod plan;
 pub mod presets;
 pub mod render;

@@ -23,6 +23,8 @@ kernel-gen check  [MODEL…] [--target T]          generates twice and compares;
 kernel-gen toolkit [--python PYTHON]             installs the CUDA compiler with pip
 kernel-gen sass   [MODEL…] [--target T]          instructions of CUDA kernels and of their loops
 kernel-gen sass   --check FILE | --write FILE    those of some kernels, compared or written
+kernel-gen params --check FILE | --write FILE    launch parameters for the engine, compared or
+                                                 written (with the feature bindgen)
 
 MODEL is a model folder, a config.json or a preset; without one, the default models (check: and
 every preset); for CUDA also the symbols of single kernels. T is portable, x86_64_v3 or avx512, without one all of these; or a CUDA target:
@@ -81,6 +83,7 @@ fn run(command: &str, arguments: &Arguments) -> Result<String, Error> {
         "build" => run_build(arguments),
         "toolkit" => run_toolkit(arguments),
         "sass" => run_sass(arguments),
+        "params" => run_params(arguments),
         _ => run_check(arguments),
     }
 }
@@ -94,7 +97,7 @@ const OPTIONS: [(&str, &[&str]); 8] = [
     ("check", &["--target"]),
     ("toolkit", &["--python"]),
     ("sass", &["--target", "--jobs", "--check", "--write"]),
-    ("help", &[]),
+    ("params", &["--check", "--write"]),
 ];
 
 fn parse_arguments(command: &str, words: &[String]) -> Result<Arguments, String> {
@@ -150,6 +153,9 @@ fn check_arguments(command: &str, arguments: &mut Arguments) -> Result<(), Strin
     }
     if command == "source" && arguments.models.is_empty() {
         return Err("source wants the symbol of a CUDA kernel".to_string());
+    }
+    if command == "params" && arguments.check.is_some() == arguments.write.is_some() {
+        return Err("params wants --check FILE or --write FILE".to_string());
     }
     if command == "sass" {
         let has_file = arguments.check.is_some() || arguments.write.is_some();
@@ -235,6 +241,23 @@ fn run_sass(arguments: &Arguments) -> Result<String, Error> {
         return commands::write_sass(&compiler, path);
     }
     commands::print_sass(&variants(arguments)?, &compiler)
+}
+
+#[cfg(feature = "bindgen")]
+fn run_params(arguments: &Arguments) -> Result<String, Error> {
+    use bespoke_kernel_gen::params;
+    match (&arguments.check, &arguments.write) {
+        (Some(path), _) => params::check(path),
+        (None, Some(path)) => params::write(path),
+        (None, None) => params::generate(),
+    }
+}
+
+#[cfg(not(feature = "bindgen"))]
+fn run_params(_arguments: &Arguments) -> Result<String, Error> {
+    let message = "this kernel-gen was built without the feature bindgen: cargo run -p \
+                   bespoke-kernel-gen --features bindgen -- params …";
+    Err(Error::Toolkit { message: message.to_string() })
 }
 
 fn compiler(arguments: &Arguments) -> Result<Compiler, Error> {

@@ -71,8 +71,21 @@ pub trait Backend {
     /// Rows as the linear `role` reads them.
     fn new_input(&mut self, rows_max: usize, role: LinearRole) -> Result<Self::Input, Error>;
     fn new_kv_cache(&mut self, num_pages: usize) -> Result<Self::KvCache, Error>;
+    /// Pages of the KV cache: as many as are wanted, or as there is room for once everything else
+    /// is allocated.
+    fn num_pages(&self, wanted: Option<usize>) -> Result<usize, Error> {
+        wanted.ok_or_else(|| Error::Request("the backend wants a number of pages".into()))
+    }
+
+    /// Whether [`Backend::num_pages`] knows how many there is room for.
+    fn has_own_memory(&self) -> bool {
+        false
+    }
+
     /// Bytes of the KV cache one page takes, over all layers.
     fn page_bytes(&self) -> usize;
+    /// Names what the bits of keys and values depend on, the model and the KV cache's type aside.
+    fn identity(&self) -> String;
     /// Bytes held by weights.
     fn weights_bytes(&self) -> usize;
 

@@ -53,7 +53,7 @@ pub fn emit(artifacts: &[Artifact], toolkit: &str) -> Generated {
     let cuda_kernels_rs = format!(
         "{HEADER}\
          /// The CUDA kernels of this build.\n\
-         pub static CUDA_KERNELS: {TABLE}::CudaKernelTable = {TABLE}::CudaKernelTable {{\n    \
+         pub(super) static CUDA_KERNELS: {TABLE}::CudaKernelTable = {TABLE}::CudaKernelTable {{\n    \
              toolkit: \"{toolkit}\",\n    \
              targets: &[\n{targets}    ],\n\
          }};\n"
