@@ -160,7 +160,7 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     return d;
 }
 
-// --- threads of a warp, of a block, of a grid ------------------------------------------------------
+// --- threads of a warp, of a block, of a grid ----------------------------------------------------
 
 DEVICE u32 shfl_xor(u32 value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE u32 shfl(u32 value, u32 lane) { return __shfl_sync(0xffffffffu, value, lane); }
@@ -197,7 +197,7 @@ DEVICE void grid_launch_dependents() {
 #endif
 }
 
-// --- memory ----------------------------------------------------------------------------------------
+// --- memory --------------------------------------------------------------------------------------
 
 // T is u8, u16, u32, u64, i32, float, u32x2 or u32x4.
 
@@ -239,7 +239,7 @@ template <class T> DEVICE void store_shared(u32 address, T value) {
     *reinterpret_cast<T*>(__cvta_shared_to_generic(address)) = value;
 }
 
-// --- asynchronous copies, global → shared, per thread ----------------------------------------------
+// --- asynchronous copies, global → shared, per thread --------------------------------------------
 
 // 16 bytes, past L1. Where `bytes` is less, the rest of the 16 becomes zero; 0 reads nothing, but
 // `source` must be a valid address.
@@ -264,7 +264,7 @@ template <u32 PENDING> DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// --- asynchronous bulk copies, sm_90 and later -------------------------------------------------------
+// --- asynchronous bulk copies, sm_90 and later ---------------------------------------------------
 
 // An mbarrier is 8 bytes of shared memory.
 DEVICE void mbarrier_init(u32 barrier, u32 num_arrivals) {
@@ -315,7 +315,7 @@ DEVICE void cp_async_bulk(u32 shared, const void* source, u32 bytes, u32 barrier
 #endif
 }
 
-// --- matrices ----------------------------------------------------------------------------------------
+// --- matrices ------------------------------------------------------------------------------------
 
 // Four 8×8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 // Register j of lane i holds elements 2 (i % 4) and + 1 of row i / 4 of matrix j.

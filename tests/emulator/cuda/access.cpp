@@ -6,7 +6,7 @@ namespace emulator {
 
 static std::string bytes_text(size_t size) { return std::to_string(size) + " bytes"; }
 
-// --- order -----------------------------------------------------------------------------------------
+// --- order ---------------------------------------------------------------------------------------
 
 // Of an access in this block: ordered before what the running thread does next?
 bool Block::ordered(Stamp stamp, bool warp_wide) const {
@@ -54,7 +54,7 @@ void Block::race(Site site, const std::string& what, Stamp earlier, bool earlier
          what + " is not ordered after the " + describe(earlier, earlier_write));
 }
 
-// --- shared memory ---------------------------------------------------------------------------------
+// --- shared memory -------------------------------------------------------------------------------
 
 uint8_t* Block::shared_at(uint32_t address, size_t size, Site site, const char* what) {
     uint32_t offset = address - SHARED_BASE;
@@ -147,7 +147,7 @@ uint8_t* Block::write_shared(uint32_t address, uint32_t size, Site site) {
     return bytes;
 }
 
-// --- global memory ---------------------------------------------------------------------------------
+// --- global memory -------------------------------------------------------------------------------
 
 static std::string global_text(const char* what, uint64_t address, size_t size) {
     return std::string(what) + " of " + bytes_text(size) + " at byte " +

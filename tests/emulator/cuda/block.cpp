@@ -7,7 +7,7 @@ namespace emulator {
 __thread Block* block INITIAL_EXEC;
 __thread Thread* self INITIAL_EXEC;
 
-// --- start and end ---------------------------------------------------------------------------------
+// --- start and end -------------------------------------------------------------------------------
 
 void Block::fiber_main() {
     block->launch.kernel->run(block->launch.params);
@@ -108,7 +108,7 @@ void Block::fail(Fault fault, Site site, const std::string& message) {
     __builtin_unreachable();
 }
 
-// --- scheduling ------------------------------------------------------------------------------------
+// --- scheduling ----------------------------------------------------------------------------------
 
 Thread* Block::next_ready() {
     if (!(ready_warps >> current_warp & 1)) {
@@ -159,7 +159,7 @@ void Block::wake_warp(uint32_t warp, uint32_t lanes) {
     if (lanes) ready_warps |= 1u << warp;
 }
 
-// --- who waits where ---------------------------------------------------------------------------------
+// --- who waits where -----------------------------------------------------------------------------
 
 static std::string wait_text(const Thread& thread, const char* operation) {
     std::string id = std::to_string(thread.wait_id);
@@ -203,7 +203,7 @@ void Block::report_deadlock() {
     record(Fault::DEADLOCK, site, text);
 }
 
-// --- collectives and barriers ----------------------------------------------------------------------
+// --- collectives and barriers --------------------------------------------------------------------
 
 bool Block::arrive(const char* operation, Site site, const void* operands) {
     Warp& warp = warps[self->index / LANES];

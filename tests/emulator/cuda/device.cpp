@@ -14,7 +14,7 @@ uint32_t block_idx_x() { return block->x; }
 uint32_t block_idx_y() { return block->y; }
 uint32_t num_blocks_x() { return block->launch.grid.x; }
 
-// --- threads ---------------------------------------------------------------------------------------
+// --- threads -------------------------------------------------------------------------------------
 
 void warp_sync(Site site) {
     block->collective("warp_sync", site, nullptr,
@@ -108,7 +108,7 @@ uint32_t atomic_add(uint32_t* address, uint32_t value, Site site) {
 void grid_wait() { self->grid_waited = true; }
 void grid_launch_dependents() { block->launch.dependents_launched = true; }
 
-// --- memory ----------------------------------------------------------------------------------------
+// --- memory --------------------------------------------------------------------------------------
 
 const void* global_read(const void* address, uint32_t size, Cache cache, Site site) {
     return block->read_global(reinterpret_cast<uint64_t>(address), size, size, cache, site);
@@ -141,7 +141,7 @@ void* shared_write(uint32_t address, uint32_t size, Site site) {
     return bytes;
 }
 
-// --- copies of a thread ------------------------------------------------------------------------------
+// --- copies of a thread --------------------------------------------------------------------------
 
 static void check_source(const void* source, uint32_t bytes, uint32_t align, Site site) {
     uint64_t address = reinterpret_cast<uint64_t>(source);
@@ -204,7 +204,7 @@ void cp_async_wait(uint32_t num_pending, Site) {
     self->num_committed -= num_copies;
 }
 
-// --- mbarriers -------------------------------------------------------------------------------------
+// --- mbarriers -----------------------------------------------------------------------------------
 
 static std::string mbarrier_text(uint32_t address) {
     return "the mbarrier at shared address " + std::to_string(address);
@@ -342,7 +342,7 @@ void cp_async_bulk(uint32_t shared, const void* source, uint32_t bytes, uint32_t
     block->complete_phase(barrier);
 }
 
-// --- matrices --------------------------------------------------------------------------------------
+// --- matrices ------------------------------------------------------------------------------------
 
 struct Ldmatrix {
     uint32_t* d;

@@ -121,7 +121,7 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     return number::on_pairs<number::BF16>(a, b, c, fma_to_odd);
 }
 
-// --- threads of a warp, of a block, of a grid ------------------------------------------------------
+// --- threads of a warp, of a block, of a grid ----------------------------------------------------
 
 DEVICE u32 shfl_xor(u32 value, u32 mask, Site site = here()) {
     return emulator::shuffle(value, lane_idx() ^ mask, site);
@@ -149,7 +149,7 @@ DEVICE u32 atomic_add(u32* address, u32 value, Site site = here()) {
 DEVICE void grid_wait() { emulator::grid_wait(); }
 DEVICE void grid_launch_dependents() { emulator::grid_launch_dependents(); }
 
-// --- memory ----------------------------------------------------------------------------------------
+// --- memory --------------------------------------------------------------------------------------
 
 template <class T> DEVICE T load_from(const void* memory) {
     T value;
@@ -180,7 +180,7 @@ template <class T> DEVICE void store_shared(u32 address, T value, Site site = he
     memcpy(emulator::shared_write(address, sizeof(T), site), &value, sizeof(T));
 }
 
-// --- asynchronous copies ---------------------------------------------------------------------------
+// --- asynchronous copies -------------------------------------------------------------------------
 
 DEVICE void cp_async_16(u32 shared, const void* source, u32 bytes = 16, Site site = here()) {
     emulator::cp_async(shared, source, 16, bytes, site);
@@ -211,7 +211,7 @@ DEVICE void cp_async_bulk(u32 shared, const void* source, u32 bytes, u32 barrier
     emulator::cp_async_bulk(shared, source, bytes, barrier, site);
 }
 
-// --- matrices ----------------------------------------------------------------------------------------
+// --- matrices ------------------------------------------------------------------------------------
 
 DEVICE void ldmatrix_x4(u32 (&d)[4], u32 address, Site site = here()) {
     emulator::ldmatrix_x4(d, address, false, site);

@@ -134,7 +134,7 @@ pub(crate) fn hadamard(x: &mut [f64]) {
     for head in x.chunks_mut(block) {
         let old = head.to_vec();
         for (i, out) in head.iter_mut().enumerate() {
-            let sign = |j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+            let sign = |j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
             let sum: f64 = old.iter().enumerate().map(|(j, v)| sign(j) * v).sum();
             *out = sum / (block as f64).sqrt();
         }
