@@ -30,6 +30,17 @@ pub struct PageCopy {
     pub to: u32,
 }
 
+/// What batches are bounded by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchLimits {
+    pub rows_max: usize,
+    pub sequences_max: usize,
+    /// Tokens of one sequence.
+    pub context_max: usize,
+    /// Rows whose logits are computed at once.
+    pub logit_rows_max: usize,
+}
+
 impl Batch {
     pub fn num_rows(&self) -> usize {
         self.tokens.len()

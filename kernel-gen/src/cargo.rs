@@ -5,6 +5,11 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::cuda::cache::Cache;
+use crate::cuda::compile::{self, Compiler};
+use crate::cuda::jobs::Jobs;
+use crate::cuda::toolkit::{Environment, Toolkit};
+use crate::cuda::{self, Arch};
 use crate::emit::Generated;
 use crate::error::Error;
 use crate::presets;
@@ -16,15 +21,103 @@ use crate::target::Target;
 ///
 /// `BESPOKE_PAGE_SIZE` chooses the slots of a KV page, one of [`PAGE_SIZES`].
 ///
+/// Where the package's feature `cuda` is on, the same models' CUDA kernels are compiled for the
+/// architectures of `BESPOKE_CUDA_TARGETS`, or for [`DEFAULT_ARCHS`].
+///
 /// A failure is printed for cargo and ends the process with exit code 1.
 pub fn build() {
-    println!("cargo::rerun-if-env-changed=BESPOKE_MODEL");
-    println!("cargo::rerun-if-env-changed=BESPOKE_PAGE_SIZE");
-    let variable = |name| std::env::var(name).unwrap_or_default();
+    for name in ["BESPOKE_MODEL", "BESPOKE_PAGE_SIZE"] {
+        rerun_if_env_changed(name);
+    }
     finish(page_size(&variable("BESPOKE_PAGE_SIZE")).and_then(|page_size| {
         let shapes = with_pages(shapes(&variable("BESPOKE_MODEL"))?, page_size);
-        generate_into(&out_dir()?, &shapes, &Target::ALL)
+        let folder = out_dir()?;
+        generate_into(&folder, &shapes, &Target::ALL)?;
+        match std::env::var_os("CARGO_FEATURE_CUDA") {
+            Some(_) => generate_cuda_into(&folder, &shapes),
+            None => Ok(()),
+        }
     }));
+}
+
+/// What decides about the CUDA compiler and the cache of its results.
+pub const CUDA_VARIABLES: [&str; 6] =
+    ["CUDA_HOME", "PATH", "BESPOKE_KERNEL_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA", "HOME"];
+
+/// Architectures of a build that names none: the machines that serve, one of each kind.
+pub const DEFAULT_ARCHS: [Arch; 3] = [Arch::Sm80, Arch::Sm89, Arch::Sm90a];
+
+/// The compiler's environment: `CUDA_HOME`, `PATH`, and the cache in `BESPOKE_KERNEL_CACHE`, else
+/// in the user's cache folder.
+pub fn cuda_environment() -> Result<Environment, Error> {
+    let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let user = path("XDG_CACHE_HOME")
+        .or_else(|| path("LOCALAPPDATA"))
+        .or_else(|| path("HOME").map(|home| home.join(".cache")));
+    let root = path("BESPOKE_KERNEL_CACHE")
+        .or_else(|| user.map(|folder| folder.join("bespoke/cuda")))
+        .ok_or_else(|| Error::Toolkit {
+            message:
+                "no home folder is known; set BESPOKE_KERNEL_CACHE to the folder for compiled \
+                      CUDA kernels"
+                    .to_string(),
+        })?;
+    let cache = Cache { root };
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    let path_folders = std::env::split_paths(&folders).collect();
+    Ok(Environment { cuda_home: path("CUDA_HOME"), path: path_folders, cache })
+}
+
+/// The jobs that cargo grants, or all cores.
+pub fn jobs() -> Jobs {
+    let flags = [variable("CARGO_MAKEFLAGS"), variable("MAKEFLAGS")];
+    let flags = flags.iter().find(|flags| !flags.is_empty());
+    flags.map_or_else(Jobs::cores, |flags| Jobs::from_flags(flags))
+}
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_default()
+}
+
+/// The architectures that `BESPOKE_CUDA_TARGETS` names, separated by commas.
+fn archs(text: &str) -> Result<Vec<Arch>, Error> {
+    let names: Vec<&str> = text.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
+    if names.is_empty() {
+        return Ok(DEFAULT_ARCHS.to_vec());
+    }
+    let arch = |name: &&str| {
+        Arch::from_name(name).ok_or_else(|| Error::Toolkit {
+            message: format!(
+                "BESPOKE_CUDA_TARGETS names {name:?}; choose of {}",
+                Arch::ALL.map(Arch::name).join(", ")
+            ),
+        })
+    };
+    names.iter().map(arch).collect()
+}
+
+fn generate_cuda_into(folder: &Path, shapes: &[ModelShape]) -> Result<(), Error> {
+    rerun_if_env_changed("BESPOKE_CUDA_TARGETS");
+    for name in CUDA_VARIABLES {
+        rerun_if_env_changed(name);
+    }
+    let archs = archs(&variable("BESPOKE_CUDA_TARGETS"))?;
+    let environment = cuda_environment()?;
+    let toolkit = Toolkit::find(&environment)?;
+    rerun_if_changed(&toolkit.nvcc);
+    let version = toolkit.version.clone();
+    let compiler =
+        Compiler { toolkit, cache: environment.cache, jobs: jobs(), limit: compile::LIMIT };
+    let artifacts = cuda::generate(shapes, &archs, &compiler)?;
+    let generated = cuda::emit::emit(&artifacts, &version);
+    for (name, bytes) in &generated.blobs {
+        write_if_changed(&folder.join(name), bytes)?;
+    }
+    write_if_changed(&folder.join("cuda_kernels.rs"), generated.cuda_kernels_rs.as_bytes())?;
+    write_if_changed(
+        &folder.join("cuda_kernels.json"),
+        crate::emit::json_text(generated.rows).as_bytes(),
+    )
 }
 
 /// Generates kernels for `config.json` files, such as those of a test's models, with pages of
@@ -62,6 +155,10 @@ fn finish(result: Result<(), Error>) {
     }
 }
 
+fn rerun_if_env_changed(name: &str) {
+    println!("cargo::rerun-if-env-changed={name}");
+}
+
 fn rerun_if_changed(path: &Path) {
     println!("cargo::rerun-if-changed={}", path.display());
 }
@@ -96,22 +193,30 @@ fn generate_into(folder: &Path, shapes: &[ModelShape], targets: &[Target]) -> Re
     let Generated { kernels_rs, kernels_json } = crate::generate(shapes, targets)?;
     let io = |source| Error::Io { path: folder.display().to_string(), source };
     std::fs::create_dir_all(folder).map_err(io)?;
-    write_if_changed(&folder.join("kernels.rs"), &kernels_rs)?;
-    write_if_changed(&folder.join("kernels.json"), &kernels_json)
+    write_if_changed(&folder.join("kernels.rs"), kernels_rs.as_bytes())?;
+    write_if_changed(&folder.join("kernels.json"), kernels_json.as_bytes())
 }
 
 /// Leaves an equal file alone, so that nothing is compiled again for its sake.
-fn write_if_changed(path: &Path, text: &str) -> Result<(), Error> {
-    if std::fs::read(path).is_ok_and(|bytes| bytes == text.as_bytes()) {
+fn write_if_changed(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    if std::fs::read(path).is_ok_and(|found| found == bytes) {
         return Ok(());
     }
     let io = |source| Error::Io { path: path.display().to_string(), source };
-    std::fs::write(path, text).map_err(io)
+    std::fs::write(path, bytes).map_err(io)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn architectures_are_checked() {
+        assert_eq!(archs(" ").unwrap(), DEFAULT_ARCHS);
+        assert_eq!(archs("sm_90a, sm_80,").unwrap(), [Arch::Sm90a, Arch::Sm80]);
+        let error = archs("sm_80,sm_90").unwrap_err().to_string();
+        assert!(error.contains("\"sm_90\"") && error.contains("sm_90a"), "{error}");
+    }
 
     #[test]
     fn page_sizes_are_checked() {

@@ -31,10 +31,13 @@ pub fn emit(artifacts: &[Artifact], page_size: usize) -> Generated {
         kernels_rs.push_str(&artifact.source.declaration(&artifact.hash));
     }
     kernels_rs.push_str("}\n");
-    let rows: Vec<Value> = artifacts.iter().map(row).collect();
-    let mut kernels_json = format!("{:#}", Value::Array(rows));
-    kernels_json.push('\n');
+    let kernels_json = json_text(artifacts.iter().map(row).collect());
     Generated { kernels_rs, kernels_json }
+}
+
+/// `kernels.json` of these rows.
+pub fn json_text(rows: Vec<Value>) -> String {
+    format!("{:#}\n", Value::Array(rows))
 }
 
 fn row(artifact: &Artifact) -> Value {

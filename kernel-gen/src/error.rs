@@ -18,6 +18,10 @@ pub enum Error {
     Io { path: String, source: std::io::Error },
     /// A template or rendered source that does not parse: `file:line:col: message`.
     Source { position: String, message: String },
+    /// No CUDA compiler, or one that cannot be used, and what to do.
+    Toolkit { message: String },
+    /// A kernel that the CUDA compiler refuses, or whose machine code is not as it has to be.
+    Compile { symbol: String, message: String },
 }
 
 impl fmt::Display for Error {
@@ -36,6 +40,8 @@ impl fmt::Display for Error {
             Error::Infeasible { symbol, reason } => write!(f, "{symbol}: {reason}"),
             Error::Io { path, source } => write!(f, "{path}: {source}"),
             Error::Source { position, message } => write!(f, "{position}: {message}"),
+            Error::Toolkit { message } => f.write_str(message),
+            Error::Compile { symbol, message } => write!(f, "{symbol}: {message}"),
         }
     }
 }

@@ -21,10 +21,13 @@
 pub mod cargo;
 pub mod compile;
 pub mod config;
+pub mod cuda;
 pub mod emit;
 pub mod error;
 pub mod model;
 pub mod name;
+#[cfg(feature = "bindgen")]
+pub mod params;
 pub mod plan;
 pub mod presets;
 pub mod render;

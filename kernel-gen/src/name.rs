@@ -7,6 +7,7 @@
 //! ```
 
 use crate::config::KernelConfig;
+use crate::cuda::{KvType, RowType};
 use crate::plan::KernelVariant;
 use crate::spec::{ActivationType, DType, GroupSize, KernelSpec, KvDType, RowFormat, RowRegime};
 use crate::target::Target;
@@ -71,25 +72,43 @@ fn spec_name(spec: &KernelSpec) -> String {
 }
 
 /// The words of a symbol, taken one after the other.
-struct Words<'a>(std::iter::Peekable<std::str::Split<'a, char>>);
+#[derive(Debug)]
+pub struct Words<'a>(std::iter::Peekable<std::str::Split<'a, char>>);
 
-impl Words<'_> {
-    /// The number behind `letter` in the next word.
-    fn size(&mut self, letter: char) -> Option<usize> {
-        self.0.next()?.strip_prefix(letter)?.parse().ok()
+impl<'a> Words<'a> {
+    pub(crate) fn new(text: &'a str) -> Words<'a> {
+        Words(text.split('_').peekable())
     }
 
-    fn size_if(&mut self, letter: char) -> Option<usize> {
-        let size = self.0.peek()?.strip_prefix(letter)?.parse().ok()?;
+    pub(crate) fn is_empty(&mut self) -> bool {
+        self.0.peek().is_none()
+    }
+
+    /// The number behind `prefix` in the next word.
+    pub(crate) fn size(&mut self, prefix: &str) -> Option<usize> {
+        self.0.next()?.strip_prefix(prefix)?.parse().ok()
+    }
+
+    fn size_if(&mut self, prefix: &str) -> Option<usize> {
+        let size = self.0.peek()?.strip_prefix(prefix)?.parse().ok()?;
         self.0.next();
         Some(size)
     }
 
-    fn take(&mut self, word: &str) -> bool {
+    /// Whether the next word is `word`, which is passed then.
+    pub(crate) fn take(&mut self, word: &str) -> bool {
         self.0.next_if_eq(&word).is_some()
     }
 
-    fn dtype(&mut self) -> Option<DType> {
+    pub(crate) fn row_type(&mut self) -> Option<RowType> {
+        RowType::ALL.into_iter().find(|rows| self.take(rows.name()))
+    }
+
+    pub(crate) fn kv_type(&mut self) -> Option<KvType> {
+        KvType::ALL.into_iter().find(|kv| self.take(kv.name()))
+    }
+
+    pub(crate) fn dtype(&mut self) -> Option<DType> {
         let word = self.0.next()?;
         [DType::F32, DType::F16, DType::BF16, DType::I8].into_iter().find(|d| d.name() == word)
     }
@@ -102,16 +121,16 @@ impl Words<'_> {
     fn rows(&mut self) -> Option<RowFormat> {
         match self.0.next()? {
             "f32" => Some(RowFormat::F32),
-            "int8" => Some(RowFormat::I8 { group: self.size('g')? }),
+            "int8" => Some(RowFormat::I8 { group: self.size("g")? }),
             _ => None,
         }
     }
 
-    fn group(&mut self) -> Option<GroupSize> {
+    pub(crate) fn group(&mut self) -> Option<GroupSize> {
         if self.take("gchannel") {
             return Some(GroupSize::Channel);
         }
-        Some(GroupSize::Of(self.size('g')?))
+        Some(GroupSize::Of(self.size("g")?))
     }
 
     fn activation(&mut self) -> Option<ActivationType> {
@@ -149,53 +168,53 @@ pub fn parse(text: &str) -> Option<KernelVariant> {
     let op = OPS
         .into_iter()
         .find(|op| name.strip_prefix(op).is_some_and(|rest| rest.starts_with('_')))?;
-    let mut words = Words(name[op.len() + 1..].split('_').peekable());
+    let mut words = Words::new(&name[op.len() + 1..]);
     let spec = parse_spec(op, &mut words)?;
     let regime = words.regime();
-    let config = match words.size_if('r') {
-        Some(rows) => KernelConfig { rows, cols: words.size('c')? },
+    let config = match words.size_if("r") {
+        Some(rows) => KernelConfig { rows, cols: words.size("c")? },
         None => KernelConfig::default_for(&spec, regime, target),
     };
     let variant = KernelVariant { spec, regime, target, config };
     // NOTE: leftover words, leading zeros and the like do not survive the way back.
-    (words.0.next().is_none() && symbol(&variant) == text).then_some(variant)
+    (words.is_empty() && symbol(&variant) == text).then_some(variant)
 }
 
 fn parse_spec(op: &str, words: &mut Words<'_>) -> Option<KernelSpec> {
     // NOTE: fields are evaluated in the order they are written, the order of the words.
     Some(match op {
-        "embed" => KernelSpec::Embed { hidden: words.size('h')?, dtype: words.dtype()? },
-        "rms_norm" => KernelSpec::RmsNorm { hidden: words.size('h')?, out: words.rows()? },
+        "embed" => KernelSpec::Embed { hidden: words.size("h")?, dtype: words.dtype()? },
+        "rms_norm" => KernelSpec::RmsNorm { hidden: words.size("h")?, out: words.rows()? },
         "gemm" => {
-            KernelSpec::Gemm { n: words.size('n')?, k: words.size('k')?, weight: words.dtype()? }
+            KernelSpec::Gemm { n: words.size("n")?, k: words.size("k")?, weight: words.dtype()? }
         }
         "awq_gemm" => KernelSpec::AwqGemm {
-            n: words.size('n')?,
-            k: words.size('k')?,
+            n: words.size("n")?,
+            k: words.size("k")?,
             group: words.group()?,
             activation: words.activation()?,
         },
         "rope" => KernelSpec::Rope {
-            num_heads: words.size('h')?,
-            num_kv_heads: words.size('v')?,
-            head_dim: words.size('d')?,
-            rotary_dim: words.size('r')?,
-            page_size: words.size('p')?,
+            num_heads: words.size("h")?,
+            num_kv_heads: words.size("v")?,
+            head_dim: words.size("d")?,
+            rotary_dim: words.size("r")?,
+            page_size: words.size("p")?,
             kv: words.kv()?,
             qk_norm: words.take("qknorm"),
         },
         "paged_attention" => KernelSpec::PagedAttention {
-            num_heads: words.size('h')?,
-            num_kv_heads: words.size('v')?,
-            head_dim: words.size('d')?,
-            window: words.size('w')?,
-            page_size: words.size('p')?,
+            num_heads: words.size("h")?,
+            num_kv_heads: words.size("v")?,
+            head_dim: words.size("d")?,
+            window: words.size("w")?,
+            page_size: words.size("p")?,
             kv: words.kv()?,
         },
         "silu_and_mul" => {
-            KernelSpec::SiluAndMul { intermediate: words.size('i')?, out: words.rows()? }
+            KernelSpec::SiluAndMul { intermediate: words.size("i")?, out: words.rows()? }
         }
-        "quantize" => KernelSpec::Quantize { k: words.size('k')?, group: words.size('g')? },
-        _ => KernelSpec::Sample { vocab: words.size('v')? },
+        "quantize" => KernelSpec::Quantize { k: words.size("k")?, group: words.size("g")? },
+        _ => KernelSpec::Sample { vocab: words.size("v")? },
     })
 }

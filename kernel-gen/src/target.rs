@@ -1,4 +1,4 @@
-//! What kernels are made for: CPU instruction sets (CUDA architectures join them later).
+//! What CPU kernels are made for; GPU kernels have `cuda::Arch`.
 
 /// A CPU instruction set level, from the most general to the most special.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -92,6 +92,13 @@ DEVICE i32 cvt_rni_s32(float value) {
     return d;
 }
 
+// To the nearest integer, ties to even.
+DEVICE float cvt_rni_f32(float value) {
+    float d;
+    asm("cvt.rni.f32.f32 %0, %1;" : "=f"(d) : "f"(value));
+    return d;
+}
+
 DEVICE float ex2(float x) {
     float d;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
@@ -153,12 +160,15 @@ DEVICE u32 fma_bf16x2(u32 a, u32 b, u32 c) {
     return d;
 }
 
-// --- threads of a warp, of a block, of a grid ------------------------------------------------------
+// --- threads of a warp, of a block, of a grid ----------------------------------------------------
 
 DEVICE u32 shfl_xor(u32 value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE u32 shfl(u32 value, u32 lane) { return __shfl_sync(0xffffffffu, value, lane); }
 DEVICE float shfl_xor(float value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE float shfl(float value, u32 lane) { return __shfl_sync(0xffffffffu, value, lane); }
+
+// Whether `condition` holds in any lane.
+DEVICE bool any(bool condition) { return __any_sync(0xffffffffu, condition); }
 
 DEVICE void warp_sync() { __syncwarp(); }
 // All threads of the block.
@@ -187,7 +197,7 @@ DEVICE void grid_launch_dependents() {
 #endif
 }
 
-// --- memory ----------------------------------------------------------------------------------------
+// --- memory --------------------------------------------------------------------------------------
 
 // T is u8, u16, u32, u64, i32, float, u32x2 or u32x4.
 
@@ -199,7 +209,7 @@ template <class T> DEVICE T load_constant(const T* address) {
     if constexpr (sizeof(T) == 16) {
         uint4 v = __ldg(reinterpret_cast<const uint4*>(address));
         return T{v.x, v.y, v.z, v.w};
-    } else if constexpr (sizeof(T) == 8 && !__is_arithmetic(T)) {
+    } else if constexpr (sizeof(T) == 8 && __is_class(T)) {
         uint2 v = __ldg(reinterpret_cast<const uint2*>(address));
         return T{v.x, v.y};
     } else {
@@ -229,7 +239,7 @@ template <class T> DEVICE void store_shared(u32 address, T value) {
     *reinterpret_cast<T*>(__cvta_shared_to_generic(address)) = value;
 }
 
-// --- asynchronous copies, global → shared, per thread ----------------------------------------------
+// --- asynchronous copies, global → shared, per thread --------------------------------------------
 
 // 16 bytes, past L1. Where `bytes` is less, the rest of the 16 becomes zero; 0 reads nothing, but
 // `source` must be a valid address.
@@ -254,7 +264,7 @@ template <u32 PENDING> DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// --- asynchronous bulk copies, sm_90 and later -------------------------------------------------------
+// --- asynchronous bulk copies, sm_90 and later ---------------------------------------------------
 
 // An mbarrier is 8 bytes of shared memory.
 DEVICE void mbarrier_init(u32 barrier, u32 num_arrivals) {
@@ -305,7 +315,7 @@ DEVICE void cp_async_bulk(u32 shared, const void* source, u32 bytes, u32 barrier
 #endif
 }
 
-// --- matrices ----------------------------------------------------------------------------------------
+// --- matrices ------------------------------------------------------------------------------------
 
 // Four 8×8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 // Register j of lane i holds elements 2 (i % 4) and + 1 of row i / 4 of matrix j.
@@ -322,6 +332,14 @@ DEVICE void ldmatrix_x4_trans(u32 (&d)[4], u32 address) {
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                  : "r"(address)
                  : "memory");
+}
+
+// An 8×8 matrix of 16-bit elements, lane i holding elements 2 (i % 4) and + 1 of row i / 4,
+// transposed.
+DEVICE u32 movmatrix_trans(u32 a) {
+    u32 d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+    return d;
 }
 
 // d += a · b with a [16, 16], b [16, 8], d [16, 8]. With g = lane / 4 and t = lane % 4:

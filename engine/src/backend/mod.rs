@@ -1,14 +1,37 @@
 //! The ops of a decoder and where they run.
 
 pub mod cpu;
+pub mod cuda;
 pub mod null;
 pub mod reference;
 
-use crate::batch::{Batch, PageCopy};
+use std::ops::Range;
+
+use crate::batch::{Batch, BatchLimits, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
 use crate::model::linear::{DenseView, LinearSource};
 use bespoke_kernel_gen::spec::LinearRole;
+
+/// Rows between ops, by who writes them: a device may keep each in another type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowsKind {
+    /// What embedding starts and norms add to.
+    Residual,
+    /// Outputs of a layer's linears.
+    Linear,
+    /// Outputs of the head.
+    Logits,
+}
+
+/// What the caller of [`Backend::begin_step`] does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Calls the step's ops, then [`Backend::end_step`].
+    Compute,
+    /// Nothing: the device has run a recording of these very ops.
+    Replayed,
+}
 
 /// Weights, activations and KV cache of one device, and the ops over them.
 ///
@@ -21,11 +44,16 @@ pub trait Backend {
     type Embedding;
     /// A norm's weight vector.
     type Norm;
-    /// float32 `[rows_max, width]`.
+    /// `[rows_max, width]`.
     type Rows;
     /// Rows in the form that a linear reads.
     type Input;
     type KvCache;
+
+    /// Makes room for what ops read of a batch. Called once, before any other method.
+    fn reserve(&mut self, _limits: &BatchLimits) -> Result<(), Error> {
+        Ok(())
+    }
 
     fn load_linear(
         &mut self,
@@ -34,12 +62,30 @@ pub trait Backend {
     ) -> Result<Self::Linear, Error>;
     fn load_embedding(&mut self, source: &DenseView<'_>) -> Result<Self::Embedding, Error>;
     fn load_norm(&mut self, weight: Vec<f32>) -> Result<Self::Norm, Error>;
-    fn new_rows(&mut self, rows_max: usize, width: usize) -> Result<Self::Rows, Error>;
+    fn new_rows(
+        &mut self,
+        rows_max: usize,
+        width: usize,
+        kind: RowsKind,
+    ) -> Result<Self::Rows, Error>;
     /// Rows as the linear `role` reads them.
     fn new_input(&mut self, rows_max: usize, role: LinearRole) -> Result<Self::Input, Error>;
     fn new_kv_cache(&mut self, num_pages: usize) -> Result<Self::KvCache, Error>;
+    /// Pages of the KV cache: as many as are wanted, or as there is room for once everything else
+    /// is allocated.
+    fn num_pages(&self, wanted: Option<usize>) -> Result<usize, Error> {
+        wanted.ok_or_else(|| Error::Request("the backend wants a number of pages".into()))
+    }
+
+    /// Whether [`Backend::num_pages`] knows how many there is room for.
+    fn has_own_memory(&self) -> bool {
+        false
+    }
+
     /// Bytes of the KV cache one page takes, over all layers.
     fn page_bytes(&self) -> usize;
+    /// Names what the bits of keys and values depend on, the model and the KV cache's type aside.
+    fn identity(&self) -> String;
     /// Bytes held by weights.
     fn weights_bytes(&self) -> usize;
 
@@ -49,10 +95,23 @@ pub trait Backend {
 
     /// Appends the bytes of a page over all layers, [`Backend::page_bytes`] of them, to `out`. Only
     /// [`Backend::write_page`] of the same backend and model knows what they mean.
-    fn read_page(&self, page: u32, kv_cache: &Self::KvCache, out: &mut Vec<u8>);
+    fn read_page(&mut self, page: u32, kv_cache: &Self::KvCache, out: &mut Vec<u8>);
 
     /// Fills a page with what [`Backend::read_page`] gave.
     fn write_page(&mut self, page: u32, bytes: &[u8], kv_cache: &mut Self::KvCache);
+
+    /// Starts a step over the rows of `batch` and the logits of all its `logit_rows`: a fixed
+    /// sequence of ops, [`Backend::embed`] to the head's [`Backend::linear`], that depends on
+    /// nothing but the batch. A device may record it and run the recording the next time.
+    fn begin_step(&mut self, _batch: &Batch) -> Step {
+        Step::Compute
+    }
+
+    fn end_step(&mut self) {}
+
+    /// As [`Backend::begin_step`] for rows whose logits are computed in pieces afterwards, or not
+    /// at all.
+    fn begin_rows(&mut self, _batch: &Batch) {}
 
     /// `out[i] = table[tokens[i]]`
     fn embed(&mut self, table: &Self::Embedding, tokens: &[u32], out: &mut Self::Rows);
@@ -113,6 +172,6 @@ pub trait Backend {
     /// Statistics of the first `stats.len()` rows of logits.
     fn sample(&mut self, logits: &Self::Rows, stats: &mut [LogitStats]);
 
-    /// The first `num_rows` rows on the host.
-    fn read<'a>(&'a mut self, num_rows: usize, rows: &'a Self::Rows) -> &'a [f32];
+    /// Some rows of logits on the host.
+    fn read<'a>(&'a mut self, rows: Range<usize>, logits: &'a Self::Rows) -> &'a [f32];
 }

@@ -9,7 +9,9 @@
 use bespoke_kernel_gen::model::{Architecture, ModelConfig, RopeScaling};
 use bespoke_kernel_gen::spec::{DType, LinearRole};
 
-use crate::backend::Backend;
+use std::ops::Range;
+
+use crate::backend::{Backend, RowsKind};
 use crate::batch::{Batch, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::{LogitStats, SequenceSpan};
@@ -216,14 +218,13 @@ impl Backend for NullBackend {
         Ok(())
     }
 
-    fn new_rows(&mut self, rows_max: usize, width: usize) -> Result<Rows, Error> {
-        // NOTE: the model is one number wide, so that only logits are as wide as the vocabulary.
-        let num_logits = if width == self.vocab_size { rows_max * width } else { 0 };
+    fn new_rows(&mut self, rows_max: usize, width: usize, kind: RowsKind) -> Result<Rows, Error> {
+        let num_logits = if kind == RowsKind::Logits { rows_max * width } else { 0 };
         Ok(Rows { hashes: vec![0; rows_max], logits: vec![0.0; num_logits] })
     }
 
     fn new_input(&mut self, rows_max: usize, _: LinearRole) -> Result<Rows, Error> {
-        self.new_rows(rows_max, 1)
+        self.new_rows(rows_max, 1, RowsKind::Linear)
     }
 
     fn new_kv_cache(&mut self, num_pages: usize) -> Result<KvCache, Error> {
@@ -240,6 +241,10 @@ impl Backend for NullBackend {
         self.page_size * SLOT_BYTES
     }
 
+    fn identity(&self) -> String {
+        "null".to_owned()
+    }
+
     fn weights_bytes(&self) -> usize {
         0
     }
@@ -251,7 +256,7 @@ impl Backend for NullBackend {
         }
     }
 
-    fn read_page(&self, page: u32, kv_cache: &KvCache, out: &mut Vec<u8>) {
+    fn read_page(&mut self, page: u32, kv_cache: &KvCache, out: &mut Vec<u8>) {
         let start = self.page_start(page);
         let slots = &kv_cache.slots[start..start + self.page_size];
         out.extend(slots.iter().flat_map(|slot| slot.to_le_bytes()));
@@ -360,8 +365,8 @@ impl Backend for NullBackend {
         }
     }
 
-    fn read<'a>(&'a mut self, num_rows: usize, rows: &'a Rows) -> &'a [f32] {
-        &rows.logits[..num_rows * self.vocab_size]
+    fn read<'a>(&'a mut self, rows: Range<usize>, logits: &'a Rows) -> &'a [f32] {
+        &logits.logits[rows.start * self.vocab_size..rows.end * self.vocab_size]
     }
 }
 

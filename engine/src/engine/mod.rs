@@ -7,6 +7,7 @@ macro_rules! on_decoder {
             Model::Reference($decoder) => $value,
             Model::Cpu($decoder) => $value,
             Model::Null($decoder) => $value,
+            Model::Cuda($decoder) => $value,
         }
     };
 }
@@ -25,14 +26,14 @@ use bespoke_kernel_gen::spec::ModelShape;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::null::NullBackend;
 use crate::backend::reference::ReferenceBackend;
-use crate::batch::Batch;
+use crate::batch::{Batch, BatchLimits};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
 use crate::kv_cache::{Keep, Page, PageCounts, PagePool, num_pages};
-use crate::model::decoder::{Decoder, DecoderLimits};
+use crate::model::decoder::{AnyDecoder, Decoder};
 use crate::model::rope::Rope;
 use crate::request::{Generation, Request, RequestId, RequestOutput, check_prompt};
-use crate::sampling::{Sample, Sampler, choice_seed};
+use crate::sampling::{Sample, Sampler, choice_seed, needs_logits, sample_greedily};
 use crate::scheduler::{Scheduler, append_span};
 use crate::sequence::{Sequence, StopCheck};
 use crate::session::Sessions;
@@ -92,11 +93,16 @@ enum Model {
     Reference(Decoder<ReferenceBackend>),
     Cpu(Decoder<CpuBackend>),
     Null(Decoder<NullBackend>),
+    Cuda(Box<dyn AnyDecoder>),
 }
 
 impl Model {
-    fn limits(&self) -> DecoderLimits {
+    fn limits(&self) -> &BatchLimits {
         on_decoder!(self, decoder => decoder.limits())
+    }
+
+    fn num_pages(&self) -> usize {
+        on_decoder!(self, decoder => decoder.num_pages())
     }
 }
 
@@ -260,7 +266,7 @@ impl Engine {
             let rows_max = decoder.limits().logit_rows_max;
             for select in self.batch.logit_rows.chunks(rows_max) {
                 decoder.head(select);
-                let logits = decoder.logits(select.len());
+                let logits = decoder.logits(0..select.len());
                 for (row, logits) in select.iter().zip(logits.chunks_exact(self.shape.vocab_size)) {
                     sink(first_row + *row as usize, logits);
                 }
@@ -316,6 +322,7 @@ impl Engine {
             Model::Reference(_) => "reference",
             Model::Cpu(_) => "cpu",
             Model::Null(_) => "null",
+            Model::Cuda(_) => "cuda",
         }
     }
 
@@ -359,21 +366,35 @@ impl Engine {
         self.stats.clear();
         self.stats.resize(self.batch.logit_rows.len(), LogitStats::default());
         on_decoder!(&mut self.model, decoder => {
-            decoder.run_layers(&self.batch);
-            decoder.head(&self.batch.logit_rows);
+            decoder.step(&self.batch);
             decoder.logit_stats(&mut self.stats);
         });
     }
 
-    /// Chooses the next token of every logit row.
+    /// Chooses the next token of every logit row. Logits are fetched from the backend only as far
+    /// as statistics alone do not decide.
     fn sample(&mut self) {
-        let num_rows = self.stats.len();
-        let logits = on_decoder!(&mut self.model, decoder => decoder.logits(num_rows));
-        let rows = logits.chunks_exact(self.shape.vocab_size).zip(&self.stats);
+        let vocab_size = self.shape.vocab_size;
+        let mut fetched = 0..0;
+        for (row, (sequence, stats)) in self.scheduler.sampled().zip(&self.stats).enumerate() {
+            if needs_logits(&sequence.sampling, &sequence.history(), stats) {
+                fetched = if fetched.is_empty() { row..row + 1 } else { fetched.start..row + 1 };
+            }
+        }
+        let logits = match fetched.is_empty() {
+            true => &[],
+            false => on_decoder!(&mut self.model, decoder => decoder.logits(fetched.clone())),
+        };
         self.samples.clear();
-        for (sequence, (logits, stats)) in self.scheduler.sampled().zip(rows) {
+        for (row, (sequence, stats)) in self.scheduler.sampled().zip(&self.stats).enumerate() {
             let (params, history) = (&sequence.sampling, sequence.history());
-            self.samples.push(self.sampler.sample(params, &history, logits, stats));
+            self.samples.push(match fetched.contains(&row) {
+                true => {
+                    let logits = &logits[(row - fetched.start) * vocab_size..][..vocab_size];
+                    self.sampler.sample(params, &history, logits, stats)
+                }
+                false => sample_greedily(stats),
+            });
         }
     }
 }

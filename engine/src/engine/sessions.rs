@@ -60,7 +60,7 @@ impl Engine {
         let pages: Vec<_> = revived.collect();
         let mut kv = Vec::new();
         for page in &pages {
-            on_decoder!(&self.model, decoder => decoder.read_page(page.id(), &mut kv));
+            on_decoder!(&mut self.model, decoder => decoder.read_page(page.id(), &mut kv));
         }
         let num_kept = session.kept.num_tokens.min(pages.len() * page_size);
         // NOTE: the last token's page goes first, so that it is evicted first.

@@ -2,6 +2,8 @@
 
 #![allow(non_snake_case, reason = "a symbol's target stands behind two underscores")]
 
+use bespoke_kernel_gen::cuda::CudaKernelTable;
+
 use super::KernelTable;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -9,4 +11,17 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 /// All kernels of this build.
 pub fn table() -> KernelTable {
     KernelTable { kernels: KERNELS, page_size: PAGE_SIZE }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    include!(concat!(env!("OUT_DIR"), "/cuda_kernels.rs"));
+}
+
+/// All CUDA kernels of this build; without the feature `cuda` there are none.
+pub fn cuda_table() -> CudaKernelTable {
+    #[cfg(feature = "cuda")]
+    return cuda::CUDA_KERNELS;
+    #[cfg(not(feature = "cuda"))]
+    CudaKernelTable::default()
 }

@@ -11,6 +11,37 @@ pub(super) struct AdjustedLogits {
     counts: Vec<u32>,
 }
 
+/// Which of the parameters act on a row.
+struct Changes {
+    is_too_short: bool,
+    has_repetition: bool,
+    has_frequency: bool,
+    has_lists: bool,
+}
+
+impl Changes {
+    fn of(params: &SamplingParams, history: &History<'_>) -> Changes {
+        let output = output(history);
+        let has_penalty = params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
+        Changes {
+            is_too_short: output.len() < params.min_tokens && !history.stop_token_ids.is_empty(),
+            has_repetition: params.repetition_penalty != 1.0 && !history.tokens.is_empty(),
+            has_frequency: has_penalty && !output.is_empty(),
+            has_lists: !params.logit_bias.is_empty() || !params.bad_words.is_empty(),
+        }
+    }
+}
+
+/// Whether `params` change any logit after `history`.
+pub(super) fn is_changed(params: &SamplingParams, history: &History<'_>) -> bool {
+    let changes = Changes::of(params, history);
+    changes.is_too_short || changes.has_repetition || changes.has_frequency || changes.has_lists
+}
+
+fn output<'a>(history: &History<'a>) -> &'a [u32] {
+    &history.tokens[history.num_prompt.min(history.tokens.len())..]
+}
+
 impl AdjustedLogits {
     pub(super) fn new(vocab_size: usize) -> AdjustedLogits {
         AdjustedLogits { logits: Vec::with_capacity(vocab_size), counts: vec![0; vocab_size] }
@@ -23,15 +54,12 @@ impl AdjustedLogits {
         history: &History<'_>,
         logits: &[f32],
     ) -> Option<&[f32]> {
-        let output = &history.tokens[history.num_prompt.min(history.tokens.len())..];
-        let is_too_short = output.len() < params.min_tokens && !history.stop_token_ids.is_empty();
-        let has_repetition = params.repetition_penalty != 1.0 && !history.tokens.is_empty();
-        let has_frequency = (params.presence_penalty != 0.0 || params.frequency_penalty != 0.0)
-            && !output.is_empty();
-        let has_lists = !params.logit_bias.is_empty() || !params.bad_words.is_empty();
-        if !is_too_short && !has_repetition && !has_frequency && !has_lists {
+        let Changes { is_too_short, has_repetition, has_frequency, .. } =
+            Changes::of(params, history);
+        if !is_changed(params, history) {
             return None;
         }
+        let output = output(history);
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         for (token, bias) in &params.logit_bias {

@@ -53,6 +53,23 @@ pub struct Sampler {
     sums: Vec<f64>,
 }
 
+/// Whether [`Sampler::sample`] would look at the logits, and not at their statistics alone.
+pub fn needs_logits(params: &SamplingParams, history: &History<'_>, stats: &LogitStats) -> bool {
+    params.temperature != 0.0
+        || params.num_top_logprobs > 0
+        || adjusted_logits::is_changed(params, history)
+        || (stats.log_sum_exp.is_nan() && stats.max != f32::INFINITY)
+}
+
+/// What [`Sampler::sample`] gives where [`needs_logits`] is false.
+pub fn sample_greedily(stats: &LogitStats) -> Option<Sample> {
+    if stats.max == f32::NEG_INFINITY {
+        return None;
+    }
+    let logprob = logprob(stats.max, stats.log_sum_exp.max(stats.max));
+    Some(Sample { token: stats.argmax, logprob, top_logprobs: Vec::new() })
+}
+
 impl Sampler {
     /// For rows of `vocab_size` logits.
     pub fn new(vocab_size: usize) -> Sampler {

@@ -3,7 +3,7 @@
 use std::ops::{ControlFlow, Range};
 
 use bespoke::Error;
-use bespoke::backend::Backend;
+use bespoke::backend::{Backend, RowsKind};
 use bespoke::backend::null::{KvCache, NullBackend, NullOptions, Rows, next_token};
 use bespoke::batch::{Batch, PageCopy};
 use bespoke::config::EngineOptions;
@@ -110,8 +110,8 @@ impl Bare {
         let mut backend = NullBackend::new(&null_options());
         Bare {
             kv_cache: backend.new_kv_cache(8).unwrap(),
-            rows: backend.new_rows(64, 1).unwrap(),
-            logits: backend.new_rows(1, VOCAB).unwrap(),
+            rows: backend.new_rows(64, 1, RowsKind::Linear).unwrap(),
+            logits: backend.new_rows(1, VOCAB, RowsKind::Logits).unwrap(),
             backend,
         }
     }
@@ -136,12 +136,12 @@ impl Bare {
         let Bare { backend, kv_cache, rows, logits } = self;
         backend.embed(&(), &batch.tokens, rows);
         backend.rope(&batch, 0, rows, None, kv_cache);
-        let mut out = backend.new_rows(64, 1).unwrap();
+        let mut out = backend.new_rows(64, 1, RowsKind::Linear).unwrap();
         backend.paged_attention(&batch, 0, rows, kv_cache, &mut out);
-        let mut last = backend.new_rows(1, 1).unwrap();
+        let mut last = backend.new_rows(1, 1, RowsKind::Linear).unwrap();
         backend.rms_norm_select(&[positions.len() as u32 - 1], &mut out, None, &(), &mut last);
         backend.linear(1, &LinearRole::Head, &last, logits);
-        let logits = backend.read(1, logits);
+        let logits = backend.read(0..1, logits);
         (0..VOCAB as u32)
             .max_by(|a, b| logits[*a as usize].total_cmp(&logits[*b as usize]))
             .unwrap()

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use bespoke::backend::Backend;
 use bespoke::backend::cpu::{CpuBackend, CpuOptions};
 use bespoke::backend::reference::ReferenceBackend;
-use bespoke::batch::{Batch, PageCopy};
+use bespoke::batch::{Batch, BatchLimits, PageCopy};
 use bespoke::kernels::abi::SequenceSpan;
 use bespoke::model::decoder::{Decoder, DecoderLimits};
 use bespoke::model::rope::Rope;
@@ -61,7 +61,9 @@ fn check<B: Backend>(backend: B) {
     let (dir, config, shape) = config_and_shape();
     let page_size = shape.page_size;
     let weights = Weights::open(&dir, &config, &shape).unwrap();
-    let limits = DecoderLimits { rows_max: 64, logit_rows_max: 1, num_pages: NUM_PAGES };
+    let batch_limits =
+        BatchLimits { rows_max: 64, sequences_max: 1, context_max: 128, logit_rows_max: 1 };
+    let limits = DecoderLimits { batch: batch_limits, num_pages: Some(NUM_PAGES) };
     let mut decoder =
         Decoder::load(backend, &weights, &config, &shape, limits, &mut |_| {}).unwrap();
     let [first, second] = PAGES;

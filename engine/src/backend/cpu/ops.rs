@@ -1,12 +1,14 @@
 //! The decoder's ops as calls of generated kernels.
 
+use std::ops::Range;
+
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape, RowFormat};
 
 use super::buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows, Packed};
 use super::kernels::{Matmul, Run};
 use super::memory::Memory;
 use super::{CpuBackend, team::Team};
-use crate::backend::Backend;
+use crate::backend::{Backend, RowsKind};
 use crate::batch::{Batch, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::{
@@ -138,7 +140,7 @@ impl Backend for CpuBackend {
         self.load_norm(&weight)
     }
 
-    fn new_rows(&mut self, rows_max: usize, width: usize) -> Result<CpuRows, Error> {
+    fn new_rows(&mut self, rows_max: usize, width: usize, _: RowsKind) -> Result<CpuRows, Error> {
         CpuRows::new(rows_max, width)
     }
 
@@ -152,6 +154,10 @@ impl Backend for CpuBackend {
 
     fn page_bytes(&self) -> usize {
         self.page_layer_bytes() * self.shape.num_layers
+    }
+
+    fn identity(&self) -> String {
+        format!("cpu {}", self.kernels.target.name())
     }
 
     fn weights_bytes(&self) -> usize {
@@ -168,7 +174,7 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn read_page(&self, page: u32, kv_cache: &CpuKvCache, out: &mut Vec<u8>) {
+    fn read_page(&mut self, page: u32, kv_cache: &CpuKvCache, out: &mut Vec<u8>) {
         for layer_idx in 0..kv_cache.num_layers {
             out.extend_from_slice(&kv_cache.data.bytes()[kv_cache.page_range(layer_idx, page)]);
         }
@@ -346,8 +352,8 @@ impl Backend for CpuBackend {
         unsafe { self.run_rows(stats.len(), run, &args) }
     }
 
-    fn read<'a>(&'a mut self, num_rows: usize, rows: &'a CpuRows) -> &'a [f32] {
-        assert!(num_rows <= rows.rows_max);
-        &rows.data.as_f32()[..num_rows * rows.width]
+    fn read<'a>(&'a mut self, rows: Range<usize>, logits: &'a CpuRows) -> &'a [f32] {
+        assert!(rows.end <= logits.rows_max);
+        &logits.data.as_f32()[rows.start * logits.width..rows.end * logits.width]
     }
 }

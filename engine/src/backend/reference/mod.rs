@@ -12,7 +12,7 @@ use std::ops::Range;
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, RowsKind};
 use crate::batch::{Batch, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
@@ -137,7 +137,7 @@ impl Backend for ReferenceBackend {
         Ok(weight)
     }
 
-    fn new_rows(&mut self, rows_max: usize, width: usize) -> Result<Rows, Error> {
+    fn new_rows(&mut self, rows_max: usize, width: usize, _: RowsKind) -> Result<Rows, Error> {
         Ok(Rows { width, values: zeros(rows_max * width)? })
     }
 
@@ -147,7 +147,7 @@ impl Backend for ReferenceBackend {
         if self.transposed.len() < num_outputs {
             self.transposed = zeros(num_outputs)?;
         }
-        self.new_rows(rows_max, linear.k)
+        self.new_rows(rows_max, linear.k, RowsKind::Linear)
     }
 
     fn new_kv_cache(&mut self, num_pages: usize) -> Result<KvCache, Error> {
@@ -160,6 +160,10 @@ impl Backend for ReferenceBackend {
     fn page_bytes(&self) -> usize {
         let shape = &self.shape;
         2 * 4 * shape.num_layers * shape.page_size * shape.num_kv_heads * shape.head_dim
+    }
+
+    fn identity(&self) -> String {
+        "reference".to_owned()
     }
 
     fn weights_bytes(&self) -> usize {
@@ -175,7 +179,7 @@ impl Backend for ReferenceBackend {
         }
     }
 
-    fn read_page(&self, page: u32, kv_cache: &KvCache, out: &mut Vec<u8>) {
+    fn read_page(&mut self, page: u32, kv_cache: &KvCache, out: &mut Vec<u8>) {
         for values in kv_cache.layers.iter().flat_map(|layer| [&layer.keys, &layer.values]) {
             let page = &values[self.page_values(page)];
             out.extend(page.iter().flat_map(|value| value.to_le_bytes()));
@@ -298,8 +302,8 @@ impl Backend for ReferenceBackend {
         }
     }
 
-    fn read<'a>(&'a mut self, num_rows: usize, rows: &'a Rows) -> &'a [f32] {
-        &rows.values[..num_rows * rows.width]
+    fn read<'a>(&'a mut self, rows: Range<usize>, logits: &'a Rows) -> &'a [f32] {
+        &logits.values[rows.start * logits.width..rows.end * logits.width]
     }
 }
 

@@ -1,0 +1,144 @@
+//! Generated kernels on an NVIDIA GPU.
+//!
+//! The backend is generic over [`Device`]: the driver's, or one that emulates a GPU in tests. Rows
+//! between ops are 16 bits wide (the model's type; float16 for float32 models), residuals and
+//! logits float32.
+//!
+//! Everything that a step depends on (tokens, slots, angles, pages, work items) is uploaded to fixed
+//! places before its ops are launched, so that the ops of decoding steps are recorded once for each
+//! of a few batch sizes ([`step::buckets`]) and replayed afterwards.
+
+mod buffers;
+pub mod device;
+mod kernels;
+mod ops;
+pub mod pack;
+pub mod params;
+pub mod step;
+
+use std::collections::BTreeMap;
+
+use bespoke_kernel_gen::cuda::KvType;
+use bespoke_kernel_gen::model::ModelConfig;
+use bespoke_kernel_gen::spec::{KvDType, ModelShape};
+
+pub use buffers::{CudaInput, CudaKvCache, CudaLinear, CudaRows};
+use device::{Address, Device};
+use kernels::Kernels;
+use step::StepInputs;
+
+use crate::error::Error;
+
+/// Memory of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum KvMemory {
+    /// Of what is free once weights and activations are there, above 0 and at most 1.
+    Share(f64),
+    Bytes(usize),
+}
+
+/// How the CUDA backend runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CudaOptions {
+    pub kv_dtype: KvDType,
+    pub kv_memory: KvMemory,
+    /// Whether decoding steps are recorded and replayed.
+    pub graphs: bool,
+}
+
+/// The generated kernels of one model on one device.
+pub struct CudaBackend<D: Device> {
+    device: D,
+    kernels: Kernels<D::Kernel>,
+    shape: ModelShape,
+    eps: f32,
+    kv_type: KvType,
+    kv_memory: KvMemory,
+    has_graphs: bool,
+    /// By the number of rows.
+    graphs: BTreeMap<usize, D::Graph>,
+    /// Rows of the step that is being recorded.
+    recorded_rows: Option<usize>,
+    inputs: Option<StepInputs<D::Host>>,
+    work: Work<D::Host>,
+    weights_bytes: usize,
+    num_graph_steps: u64,
+}
+
+/// Memory that ops share.
+struct Work<H> {
+    workspace: Address,
+    counters: Address,
+    /// `[logit_rows_max]` row indices.
+    select: Address,
+    /// `[logit_rows_max]`
+    stats: Address,
+    host: Option<H>,
+    logits: Vec<f32>,
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// Looks up every kernel the model needs; [`Error::MissingKernels`] names those that `device`
+    /// has not.
+    pub fn new(
+        mut device: D,
+        config: &ModelConfig,
+        shape: &ModelShape,
+        options: &CudaOptions,
+    ) -> Result<CudaBackend<D>, Error> {
+        let Some(kv_type) = KvType::of(options.kv_dtype) else {
+            return Err(Error::Request(
+                "a KV cache of float32 elements exists on the CPU only; choose f16, int8 or int4"
+                    .into(),
+            ));
+        };
+        check_kv_memory(options.kv_memory)?;
+        let kernels = Kernels::load(&mut device, shape, kv_type)?;
+        let work = Work {
+            workspace: Address::NULL,
+            counters: Address::NULL,
+            select: Address::NULL,
+            stats: Address::NULL,
+            host: None,
+            logits: Vec::new(),
+        };
+        Ok(CudaBackend {
+            device,
+            kernels,
+            shape: shape.clone(),
+            eps: config.rms_norm_eps,
+            kv_type,
+            kv_memory: options.kv_memory,
+            has_graphs: options.graphs,
+            graphs: BTreeMap::new(),
+            recorded_rows: None,
+            inputs: None,
+            work,
+            weights_bytes: 0,
+            num_graph_steps: 0,
+        })
+    }
+
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// Steps that were replayed from a recording.
+    pub fn num_graph_steps(&self) -> u64 {
+        self.num_graph_steps
+    }
+
+    /// Rows that an op is launched for where the batch has `num_rows`.
+    fn launched(&self, num_rows: usize) -> usize {
+        self.recorded_rows.unwrap_or(num_rows)
+    }
+}
+
+fn check_kv_memory(kv_memory: KvMemory) -> Result<(), Error> {
+    match kv_memory {
+        KvMemory::Share(share) if !(share > 0.0 && share <= 1.0) => Err(Error::Request(format!(
+            "kv_memory is {share}, it must be a share above 0 and at most 1, or a number of bytes"
+        ))),
+        _ => Ok(()),
+    }
+}
