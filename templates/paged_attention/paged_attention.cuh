@@ -439,10 +439,11 @@ template <class C> struct Columns {
     }
 
     // Adds probability · value of a block for 32 dimensions, whose two fragments lie at `first` and
-    // `second`. Some keys of `partial` blocks are seen by no column.
-    DEVICE static void add_values(u32 first, u32 second, u32 cell, bool partial, u32 block,
-                                  Keys keys, const Probabilities& p,
-                                  const float (&factors)[NT][2], State& state) {
+    // `second`. MASK: some keys of the block are seen by no column.
+    template <bool MASK>
+    DEVICE static void add_values(u32 first, u32 second, u32 cell, u32 block, Keys keys,
+                                  const Probabilities& p, const float (&factors)[NT][2],
+                                  State& state) {
         u32x4 pieces[2][PIECES];
         read_fragment(first, pieces[0]);
         read_fragment(second, pieces[1]);
@@ -451,10 +452,8 @@ template <class C> struct Columns {
             UNROLL for (u32 i = 0; i < 4; i++) {
                 u32 half = i / 2, ks = i % 2, v[2][4], a[4];
                 Kv::unpack_v(mt, pieces[half], v);
-                if constexpr (!QUANTIZED) {
-                    if (partial) {
-                        mask_values(block + v_octet(half) * 8, keys, v);
-                    }
+                if constexpr (MASK && !QUANTIZED) {
+                    mask_values(block + v_octet(half) * 8, keys, v);
                 }
                 operand(v, ks, a);
                 UNROLL for (u32 nt = 0; nt < NT; nt++) {
@@ -509,7 +508,8 @@ template <class C> struct Decode : Columns<C> {
     // float32 values of a part of a row in the workspace, for one KV head and tile of heads.
     static constexpr u32 PART = C::HEADS_TILE * COLUMN;
     static constexpr u32 HEAD_SETS = C::KV_HEADS * Base::HEAD_TILES;
-    static_assert(C::WARPS * BLOCK == C::CHUNK && STAGES <= UNITS, "a block for each warp");
+    static_assert(C::WARPS * BLOCK == C::CHUNK, "a block for each warp");
+    static_assert(STAGES >= 2 && STAGES <= UNITS, "two fragments of values are read at once");
     static_assert(C::HEADS_TILE <= NT * 8, "a column for each head");
 
     // A column's sums: lane l holds dimensions l + 32 i.
@@ -542,9 +542,10 @@ private:
         Keys keys = {max_of(work.item.first_key, block),
                      min_of(work.item.first_key + work.item.num_keys, block + BLOCK)};
         State state;
-        Base::clear(state);
         if (keys.begin < keys.end) {
             attend_block(params, work, block, keys, state);
+        } else {
+            Base::clear(state);
         }
         // The ring becomes room for sums.
         ptx::block_sync();
@@ -585,19 +586,26 @@ private:
         if (partial) {
             Base::mask(work, 0, block, keys, v_params, s);
         }
-        typename Base::Stats stats;
-        float powers[NT][2], factors[NT][2];
+        float powers[NT][2];
         Probabilities p;
-        Base::softmax(params.scale * LOG2_E, v_params, s, stats, powers, p);
-        Base::raise(stats, state, factors);
-        UNROLL for (u32 i = 0; i < 2 * NT; i++) {
-            factors[i / 2][i % 2] *= powers[i / 2][i % 2];
+        Base::clear(state);
+        Base::softmax(params.scale * LOG2_E, v_params, s, state.stats, powers, p);
+        if (partial) {
+            add_values<true>(ring, cells, block, keys, p, powers, state);
+        } else {
+            add_values<false>(ring, cells, block, keys, p, powers, state);
         }
+    }
+
+    template <bool MASK>
+    DEVICE static void add_values(u32 ring, const u8* const (&cells)[4], u32 block, Keys keys,
+                                  const Probabilities& p, const float (&powers)[NT][2],
+                                  State& state) {
         UNROLL for (u32 cell = 0; cell < CELLS; cell++) {
             u32 unit = UNITS / 2 + 2 * cell;
-            ptx::cp_async_wait<(STAGES >= 2 ? STAGES - 2 : 0)>();
-            Base::add_values(slot(ring, unit), slot(ring, unit + 1), cell, partial, block, keys, p,
-                             factors, state);
+            ptx::cp_async_wait<STAGES - 2>();
+            Base::template add_values<MASK>(slot(ring, unit), slot(ring, unit + 1), cell, block,
+                                            keys, p, powers, state);
             copy(unit + STAGES, ring, cells);
             copy(unit + 1 + STAGES, ring, cells);
         }
@@ -1066,10 +1074,20 @@ private:
             bool partial = block < keys().begin || block + BLOCK > keys().end;
             at = slot(2 * idx + 1);
             advance(2 * idx + 1);
+            if (partial) {
+                add_values<true>(at, block, p, factors, chunk);
+            } else {
+                add_values<false>(at, block, p, factors, chunk);
+            }
+        }
+
+        template <bool MASK>
+        DEVICE void add_values(u32 at, u32 block, const Probabilities& p,
+                               const float (&factors)[NT][2], State& chunk) {
             UNROLL for (u32 cell = 0; cell < CELLS; cell++) {
                 u32 first = at + cell * FRAGMENT_BYTES;
-                Base::add_values(first, first + CELLS * FRAGMENT_BYTES, cell, partial, block, keys(),
-                                 p, factors, chunk);
+                Base::template add_values<MASK>(first, first + CELLS * FRAGMENT_BYTES, cell, block,
+                                                keys(), p, factors, chunk);
             }
         }
 
