@@ -4,6 +4,7 @@ use bespoke_kernel_gen::model::{CONTEXT_MAX, ModelConfig, RopeScaling};
 use bespoke_kernel_gen::spec::{ActivationType, KvDType};
 use bespoke_kernel_gen::target::Target;
 
+use crate::backend::cuda::KvMemory;
 use crate::kernels::KernelTable;
 
 /// Where a model runs.
@@ -44,6 +45,10 @@ pub struct EngineOptions {
     /// Pages of the KV cache; `None`: enough for `max_sequences` of `max_context` tokens, as far as
     /// [`KV_CACHE_BYTES_DEFAULT`] holds them, but always for one.
     pub num_pages: Option<usize>,
+    /// Memory of the KV cache on a GPU, where `num_pages` does not say.
+    pub kv_memory: KvMemory,
+    /// Whether a GPU records steps of decoding and replays them.
+    pub cuda_graphs: bool,
     /// Whether requests find the keys and values of earlier ones with the same beginning.
     pub prefix_cache: bool,
     /// Key of the prefix index's hashes; `None`: a random one.
@@ -79,6 +84,8 @@ impl EngineOptions {
             max_sequences: 64,
             max_context: None,
             num_pages: None,
+            kv_memory: KvMemory::Share(0.8),
+            cuda_graphs: true,
             prefix_cache: true,
             hash_key: None,
             max_sessions: 256,

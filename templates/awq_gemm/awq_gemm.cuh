@@ -27,25 +27,16 @@ template <class C> struct Weights {
     static constexpr u32 RECORD_BYTES = 64;
     static constexpr u32 SCALE_BYTES = NUM_CHAINS * RECORD_BYTES;
 
-    // Records to [chain][tile].
-    template <u32 BLOCK_TILES, u32 TEAM_THREADS>
-    DEVICE static void copy_scales(const LinearParams& params, u32 to, u32 first_tile, u32 kb,
-                                   u32 thread) {
-        constexpr u32 NUM_TILES = round_up(C::N, 64) / matmul::TILE;
+    // Record `chain` of a tile's first 64 inputs. In shared memory records lie [chain][tile].
+    DEVICE static const u8* scales(const LinearParams& params, u32 tile, u32 chain) {
         constexpr u32 NUM_GROUPS = round_up(C::PACKED_K, 64) / C::SCALE_GROUP;
-        constexpr u32 CHUNKS = NUM_CHAINS * BLOCK_TILES * RECORD_BYTES / 16;
-        u32 first_group = kb * matmul::BLOCK_K / C::SCALE_GROUP;
-        const u8* source = static_cast<const u8*>(params.scales);
-        UNROLL
-        for (u32 i = 0; i < CHUNKS; i += TEAM_THREADS) {
-            u32 chunk = i + thread;
-            if (CHUNKS % TEAM_THREADS != 0 && chunk >= CHUNKS) break;
-            u32 tile = first_tile + chunk / 4 % BLOCK_TILES;
-            if (NUM_TILES % BLOCK_TILES != 0) tile = min_of(tile, NUM_TILES - 1);
-            u32 group = first_group + chunk / (4 * BLOCK_TILES);
-            u64 place = u64(tile / 4 * NUM_GROUPS + group) * 4 + tile % 4;
-            ptx::cp_async_16(to + chunk * 16, source + place * RECORD_BYTES + chunk % 4 * 16);
-        }
+        u64 record = u64(tile / 4 * NUM_GROUPS + chain) * 4 + tile % 4;
+        return static_cast<const u8*>(params.scales) + record * RECORD_BYTES;
+    }
+
+    // How many bytes further the records of inputs 64 kb .. 64 kb + 64 are.
+    DEVICE static u32 scales_at(u32 kb) {
+        return kb * matmul::BLOCK_K / C::SCALE_GROUP * (4 * RECORD_BYTES);
     }
 
     template <u32 BLOCK_TILES>

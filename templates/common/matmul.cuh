@@ -11,9 +11,11 @@
 //
 // `Weights` is how 16 outputs × 64 inputs of weights, a tile, are stored and multiplied:
 //   TILE_BYTES, SCALE_BYTES         of a tile, its weights and its scales
-//   copy_scales(…)                  to shared memory
-//   multiply(acc, b, weights, scales)  adds a tile's products to `acc`
-// Tiles lie as [N / 64][K / 64][4], N and K rounded up to 64; what is beyond N and K is zero.
+//   scales(params, tile, record), scales_at(kb)  where a tile's scales are, and how much further
+//                                   those of the kb-th 64 inputs
+//   multiply(acc, b, weights, scales, tile)  adds a tile's products to `acc`
+// Tiles lie as [N / 64][K / 64][4], N and K rounded up to 64; what is beyond K meets rows of zeros,
+// what is beyond N is computed and dropped.
 //
 // Bound: for few rows the bytes of the weights at the speed of memory, for many the tensor cores.
 
@@ -86,6 +88,13 @@ template <class C, class Weights> struct Matmul {
     // NOTE: 4 floats of padding put the two rows and eight outputs that a warp's threads store at
     // once into different banks.
     static constexpr u32 SUM_STRIDE = BLOCK_OUTS + 4;
+    // Bytes from a tile to that of the next 64 inputs.
+    static constexpr u32 K_STRIDE = TILES_PER_BLOCK * Weights::TILE_BYTES;
+    static constexpr u32 TILE_CHUNKS = Weights::TILE_BYTES / 16;
+    static constexpr u32 NUM_CHUNKS = BLOCK_TILES * TILE_CHUNKS;
+    static constexpr u32 WEIGHT_COPIES = div_up(NUM_CHUNKS, TEAM_THREADS);
+    static constexpr u32 NUM_SCALE_COPIES =
+        div_up(BLOCK_TILES * Weights::SCALE_BYTES / 16, TEAM_THREADS);
     static constexpr u32 RING_BYTES = C::K_WARPS * C::STAGES * STAGE_BYTES;
     static constexpr u32 SUM_BYTES = C::K_WARPS * BLOCK_ROWS * SUM_STRIDE * 4;
     static_assert(max_of(RING_BYTES, SUM_BYTES) <= C::SHARED_BYTES, "the generator's sum is off");
@@ -103,6 +112,9 @@ private:
     u32 first_row, out_block, split;
     u32 team, thread, out_warp, row_warp;
     u32 ring;
+    // Where the thread's copies come from, at the first 64 inputs.
+    const u8* weight_from[WEIGHT_COPIES];
+    const u8* scales_from[max_of(NUM_SCALE_COPIES, 1u)];
     // A sum of a slice, and of all slices before it where the team has all.
     Sums acc[C::OUT_TILES][C::ROW_TILES];
     Sums total[C::OUT_TILES][C::ROW_TILES];
@@ -117,6 +129,7 @@ private:
         out_warp = warp % C::OUT_WARPS;
         row_warp = warp / C::OUT_WARPS % C::ROW_WARPS;
         ring = ptx::shared_base() + team * (C::STAGES * STAGE_BYTES);
+        find_weights();
     }
 
     // First block of 64 inputs of a slice.
@@ -237,49 +250,73 @@ private:
 
     // --- copies to shared memory, 16 bytes a thread ---
 
-    DEVICE void copy_weights(u32 stage, u32 kb) {
-        constexpr u32 CHUNKS = BLOCK_TILES * Weights::TILE_BYTES / 16;
-        constexpr u32 TILE_CHUNKS = Weights::TILE_BYTES / 16;
-        u32 weights = ring + stage * STAGE_BYTES + X_BYTES;
+    DEVICE void find_weights() {
         const u8* source = static_cast<const u8*>(params.weight);
         UNROLL
-        for (u32 i = 0; i < CHUNKS; i += TEAM_THREADS) {
-            u32 chunk = i + thread;
-            if (CHUNKS % TEAM_THREADS != 0 && chunk >= CHUNKS) break;
-            u32 tile = first_tile(chunk / TILE_CHUNKS);
-            u64 place = u64(tile / TILES_PER_BLOCK) * (NUM_K_BLOCKS * TILES_PER_BLOCK);
-            place += kb * TILES_PER_BLOCK + tile % TILES_PER_BLOCK;
-            const u8* from = source + place * Weights::TILE_BYTES + chunk % TILE_CHUNKS * 16;
-            ptx::cp_async_16(weights + chunk * 16, from);
+        for (u32 i = 0; i < WEIGHT_COPIES; i++) {
+            u32 chunk = i * TEAM_THREADS + thread;
+            u32 tile = tile_at(chunk / TILE_CHUNKS);
+            u64 place = u64(tile / TILES_PER_BLOCK) * NUM_K_BLOCKS * TILES_PER_BLOCK;
+            place += tile % TILES_PER_BLOCK;
+            weight_from[i] = source + place * Weights::TILE_BYTES + chunk % TILE_CHUNKS * 16;
         }
-        if constexpr (Weights::SCALE_BYTES > 0) {
-            Weights::template copy_scales<BLOCK_TILES, TEAM_THREADS>(
-                params, weights + WEIGHT_BYTES, out_block * BLOCK_TILES, kb, thread);
+        if constexpr (NUM_SCALE_COPIES > 0) find_scales();
+    }
+
+    DEVICE void find_scales() {
+        UNROLL
+        for (u32 i = 0; i < NUM_SCALE_COPIES; i++) {
+            u32 chunk = i * TEAM_THREADS + thread;
+            u32 tile = tile_at(chunk / 4 % BLOCK_TILES);
+            scales_from[i] = Weights::scales(params, tile, chunk / (4 * BLOCK_TILES));
+            scales_from[i] += chunk % 4 * 16;
         }
     }
 
     // Tile `i` of the block; the last one where the block is wider than the weights.
-    DEVICE u32 first_tile(u32 i) {
+    DEVICE u32 tile_at(u32 i) {
         u32 tile = out_block * BLOCK_TILES + i;
         return NUM_TILES % BLOCK_TILES == 0 ? tile : min_of(tile, NUM_TILES - 1);
+    }
+
+    DEVICE void copy_weights(u32 stage, u32 kb) {
+        u32 to = ring + stage * STAGE_BYTES + X_BYTES + thread * 16;
+        UNROLL
+        for (u32 i = 0; i < WEIGHT_COPIES; i++) {
+            u32 chunk = i * TEAM_THREADS + thread;
+            if ((i + 1) * TEAM_THREADS > NUM_CHUNKS && chunk >= NUM_CHUNKS) break;
+            ptx::cp_async_16(to + i * TEAM_THREADS * 16, weight_from[i] + u64(kb) * K_STRIDE);
+        }
+        if constexpr (NUM_SCALE_COPIES > 0) copy_scales(to + WEIGHT_BYTES, Weights::scales_at(kb));
+    }
+
+    DEVICE void copy_scales(u32 to, u32 at) {
+        constexpr u32 CHUNKS = BLOCK_TILES * Weights::SCALE_BYTES / 16;
+        UNROLL
+        for (u32 i = 0; i < NUM_SCALE_COPIES; i++) {
+            if ((i + 1) * TEAM_THREADS > CHUNKS && i * TEAM_THREADS + thread >= CHUNKS) break;
+            ptx::cp_async_16(to + i * TEAM_THREADS * 16, scales_from[i] + at);
+        }
     }
 
     // Rows lie [row][8 chunks], chunk c in place c ^ row % 8, so that ldmatrix meets every bank
     // once. Rows and inputs that do not exist become zero.
     DEVICE void copy_rows(u32 stage, u32 kb) {
         constexpr u32 CHUNKS = BLOCK_ROWS * 8;
-        u32 rows = ring + stage * STAGE_BYTES;
+        u32 place = thread / 8 * ROW_BYTES + (thread % 8 ^ thread / 8 % 8) * 16;
+        u32 to = ring + stage * STAGE_BYTES;
+        u32 k = source_k(kb * BLOCK_K + thread % 8 * 8);
         UNROLL
         for (u32 i = 0; i < CHUNKS; i += TEAM_THREADS) {
-            u32 row = (i + thread) / 8, chunk = thread % 8;
-            if (CHUNKS % TEAM_THREADS != 0 && i + thread >= CHUNKS) break;
-            u32 to = rows + row * ROW_BYTES + (chunk ^ row % 8) * 16;
-            copy_chunk(to, first_row + row, source_k(kb * BLOCK_K + chunk * 8));
+            if (i + TEAM_THREADS > CHUNKS && i + thread >= CHUNKS) break;
+            // NOTE: 32 threads are 4 rows, so that the place changes by 0 or 4 chunks.
+            u32 at = (place ^ i / 8 % 8 * 16) + i / 8 * ROW_BYTES;
+            copy_chunk(to + at, first_row + (i + thread) / 8, k);
         }
     }
 
     // The input that is packed at `k`, a multiple of 8; K where there is none. Groups that are no
-    // multiple of 16 are packed with zero weights behind them up to the next.
+    // multiple of 16 are packed with room behind them up to the next.
     DEVICE static u32 source_k(u32 k) {
         if constexpr (C::GROUP == C::PACKED_GROUP) return k;
         u32 place = k % C::PACKED_GROUP;
@@ -288,17 +325,17 @@ private:
 
     DEVICE void copy_chunk(u32 to, u32 row, u32 k) {
         constexpr bool TAIL = C::K % BLOCK_K != 0 || C::GROUP != C::PACKED_GROUP;
-        const u16* x = static_cast<const u16*>(params.x);
         bool exists = row < params.num_rows;
+        const u16* x = static_cast<const u16*>(params.x) + u64(exists ? row : 0) * C::K;
         if constexpr (C::K % 8 == 0) {
             if constexpr (TAIL) exists = exists && k < C::K;
-            ptx::cp_async_16(to, exists ? x + u64(row) * C::K + k : x, exists ? 16 : 0);
+            ptx::cp_async_16(to, x + (TAIL && k >= C::K ? 0 : k), exists ? 16 : 0);
         } else {
             static_assert(C::K % 2 == 0, "rows are copied by 4 bytes or 16");
             UNROLL
             for (u32 i = 0; i < 8; i += 2) {
                 bool pair = exists && k + i < C::K;
-                ptx::cp_async_4(to + 2 * i, pair ? x + u64(row) * C::K + k + i : x, pair ? 4 : 0);
+                ptx::cp_async_4(to + 2 * i, pair ? x + k + i : x, pair ? 4 : 0);
             }
         }
     }

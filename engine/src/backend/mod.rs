@@ -77,8 +77,15 @@ pub trait Backend {
         wanted.ok_or_else(|| Error::Request("the backend wants a number of pages".into()))
     }
 
+    /// Whether [`Backend::num_pages`] knows how many there is room for.
+    fn has_own_memory(&self) -> bool {
+        false
+    }
+
     /// Bytes of the KV cache one page takes, over all layers.
     fn page_bytes(&self) -> usize;
+    /// Names what the bits of keys and values depend on, the model and the KV cache's type aside.
+    fn identity(&self) -> String;
     /// Bytes held by weights.
     fn weights_bytes(&self) -> usize;
 

@@ -241,6 +241,10 @@ impl Backend for NullBackend {
         self.page_size * SLOT_BYTES
     }
 
+    fn identity(&self) -> String {
+        "null".to_owned()
+    }
+
     fn weights_bytes(&self) -> usize {
         0
     }

@@ -8,6 +8,8 @@ use bespoke_kernel_gen::spec::ModelShape;
 use super::{Engine, LOGIT_ROWS, Model};
 use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuOptions};
+use crate::backend::cuda::device::Device;
+use crate::backend::cuda::{CudaBackend, CudaOptions};
 use crate::backend::null::{NullBackend, NullOptions};
 use crate::backend::reference::ReferenceBackend;
 use crate::batch::{Batch, BatchLimits};
@@ -30,34 +32,51 @@ impl Engine {
         options: &EngineOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Engine, Error> {
+        Engine::load_by(dir, options, &mut |loader, weights| match options.backend {
+            BackendChoice::Reference => {
+                let (config, shape) = (loader.config, loader.shape);
+                let backend = match options.num_threads {
+                    None => ReferenceBackend::new(config, shape),
+                    Some(num) => ReferenceBackend::with_threads(config, shape, num),
+                };
+                let (decoder, max_context) = loader.load(backend, weights, progress)?;
+                Ok((Model::Reference(decoder), max_context))
+            }
+            BackendChoice::Auto | BackendChoice::Cpu => {
+                let (decoder, max_context) = loader.load(loader.cpu()?, weights, progress)?;
+                Ok((Model::Cpu(decoder), max_context))
+            }
+        })
+    }
+
+    /// As [`Engine::load`] on a GPU, or on what stands for one.
+    pub fn load_on<D: Device>(
+        dir: &Path,
+        device: D,
+        options: &EngineOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Engine, Error>
+    where
+        CudaBackend<D>: Send + 'static,
+    {
+        let mut device = Some(device);
+        Engine::load_by(dir, options, &mut |loader, weights| {
+            let device = device.take().expect("a model is loaded once");
+            let backend = loader.cuda(device)?;
+            let (decoder, max_context) = loader.load(backend, weights, progress)?;
+            Ok((Model::Cuda(Box::new(decoder)), max_context))
+        })
+    }
+
+    fn load_by(dir: &Path, options: &EngineOptions, load: LoadModel<'_>) -> Result<Engine, Error> {
         let config_text = read_json_file(&dir.join("config.json"))?;
         let config = ModelConfig::parse(&config_text)?;
         let name = dir.file_name().map_or("model".into(), |name| name.to_string_lossy());
         let shape = ModelShape { page_size: options.kernels.page_size, ..config.shape(&name)? };
         check_options(options)?;
         let weights = Weights::open(dir, &config, &shape)?;
-        let loader = Loader { config: &config, shape: &shape, options };
-        let (model, max_context) = match options.backend {
-            BackendChoice::Reference => {
-                let backend = match options.num_threads {
-                    None => ReferenceBackend::new(&config, &shape),
-                    Some(num) => ReferenceBackend::with_threads(&config, &shape, num),
-                };
-                let (decoder, max_context) = loader.load(backend, &weights, progress)?;
-                (Model::Reference(decoder), max_context)
-            }
-            BackendChoice::Auto | BackendChoice::Cpu => {
-                let cpu_options = CpuOptions {
-                    kv_dtype: options.kv_dtype,
-                    activation: options.activation,
-                    num_threads: options.num_threads,
-                    target: options.target,
-                };
-                let backend = CpuBackend::new(&options.kernels, &config, &shape, &cpu_options)?;
-                let (decoder, max_context) = loader.load(backend, &weights, progress)?;
-                (Model::Cpu(decoder), max_context)
-            }
-        };
+        let (model, max_context) =
+            load(&Loader { config: &config, shape: &shape, options }, &weights)?;
         let fingerprint = weights.fingerprint()?;
         drop(weights);
         let model_name = format!("{} {fingerprint}", blake3::hash(config_text.as_bytes()));
@@ -86,7 +105,7 @@ impl Engine {
         options: &EngineOptions,
         model_name: &str,
     ) -> Result<Engine, Error> {
-        let limits = model.limits();
+        let limits = *model.limits();
         let scheduler = Scheduler::new(SchedulerLimits {
             batch_tokens_max: options.max_batch_tokens,
             chunk_tokens_max: options.max_chunk_tokens.unwrap_or(options.max_batch_tokens),
@@ -99,7 +118,7 @@ impl Engine {
         Ok(Engine {
             rope: Rope::new(&config),
             sampler: Sampler::new(shape.vocab_size),
-            pool: PagePool::new(limits.num_pages, shape.page_size, hash_key(options)?),
+            pool: PagePool::new(model.num_pages(), shape.page_size, hash_key(options)?),
             config,
             shape,
             max_context,
@@ -112,8 +131,8 @@ impl Engine {
             next_id: 0,
             batch: Batch::default(),
             start_lens: Vec::new(),
-            stats: Vec::with_capacity(limits.batch.logit_rows_max),
-            samples: Vec::with_capacity(limits.batch.logit_rows_max),
+            stats: Vec::with_capacity(limits.logit_rows_max),
+            samples: Vec::with_capacity(limits.logit_rows_max),
             ended: Vec::new(),
         })
     }
@@ -123,15 +142,11 @@ impl Engine {
 fn layout(model: &Model, shape: &ModelShape, options: &EngineOptions) -> String {
     let mut hasher = blake3::Hasher::new();
     let page_bytes = on_decoder!(model, decoder => decoder.page_bytes());
-    let (name, target) = match model {
-        Model::Reference(_) => ("reference", "".to_owned()),
-        Model::Cpu(decoder) => ("cpu", decoder.backend().target().name().to_owned()),
-        Model::Null(_) => ("null", "".to_owned()),
-    };
+    let backend = on_decoder!(model, decoder => decoder.identity());
     let EngineOptions { kv_dtype, activation, kernels, .. } = options;
     let page_size = shape.page_size;
     hasher.update(
-        format!("{name} {target} {kv_dtype:?} {activation:?} {page_size} {page_bytes}").as_bytes(),
+        format!("{backend} {kv_dtype:?} {activation:?} {page_size} {page_bytes}").as_bytes(),
     );
     for kernel in kernels.kernels {
         hasher.update(kernel.symbol.as_bytes());
@@ -152,6 +167,10 @@ fn hash_key(options: &EngineOptions) -> Result<[u8; 32], Error> {
     Ok(key)
 }
 
+/// Loads a model on some backend; gives the longest context too.
+type LoadModel<'a> =
+    &'a mut dyn FnMut(&Loader<'_>, &Weights<'_>) -> Result<(Model, usize), Error>;
+
 /// What a decoder is loaded from.
 struct Loader<'a> {
     config: &'a ModelConfig,
@@ -160,6 +179,23 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
+    fn cpu(&self) -> Result<CpuBackend, Error> {
+        let options = self.options;
+        let cpu_options = CpuOptions {
+            kv_dtype: options.kv_dtype,
+            activation: options.activation,
+            num_threads: options.num_threads,
+            target: options.target,
+        };
+        CpuBackend::new(&options.kernels, self.config, self.shape, &cpu_options)
+    }
+
+    fn cuda<D: Device>(&self, device: D) -> Result<CudaBackend<D>, Error> {
+        let EngineOptions { kv_dtype, kv_memory, cuda_graphs, .. } = *self.options;
+        let cuda_options = CudaOptions { kv_dtype, kv_memory, graphs: cuda_graphs };
+        CudaBackend::new(device, self.config, self.shape, &cuda_options)
+    }
+
     /// The decoder and the longest context it serves.
     fn load<B: Backend>(
         &self,
@@ -167,10 +203,41 @@ impl Loader<'_> {
         weights: &Weights<'_>,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Decoder<B>, usize), Error> {
-        let (limits, max_context) = self.limits(backend.page_bytes())?;
+        let (limits, max_context) = match backend.has_own_memory() {
+            true => self.limits_on_device()?,
+            false => self.limits(backend.page_bytes())?,
+        };
         let (config, shape) = (self.config, self.shape);
         let decoder = Decoder::load(backend, weights, config, shape, limits, progress)?;
-        Ok((decoder, max_context))
+        let num_slots = decoder.num_pages() * shape.page_size;
+        match self.options.max_context {
+            Some(max_context) if max_context > num_slots => Err(Error::Resources(format!(
+                "max_context is {max_context}, and the KV cache has room for {num_slots} tokens; \
+                 choose a shorter context, or a KV cache of int8 or int4"
+            ))),
+            _ => Ok((decoder, max_context.min(num_slots))),
+        }
+    }
+
+    /// As [`Loader::limits`] where the KV cache takes what memory the device has left.
+    fn limits_on_device(&self) -> Result<(DecoderLimits, usize), Error> {
+        let options = self.options;
+        let max_context = options.max_context.unwrap_or_else(|| position_max(self.config));
+        check_context(self.config, max_context)?;
+        if let Some(num_pages) = options.num_pages {
+            check_num_pages(num_pages, self.shape.page_size)?;
+        }
+        let batch = self.batch_limits(max_context);
+        Ok((DecoderLimits { batch, num_pages: options.num_pages }, max_context))
+    }
+
+    fn batch_limits(&self, max_context: usize) -> BatchLimits {
+        BatchLimits {
+            rows_max: self.options.max_batch_tokens,
+            sequences_max: self.options.max_sequences,
+            context_max: max_context,
+            logit_rows_max: LOGIT_ROWS.max(self.options.max_sequences),
+        }
     }
 
     /// What a decoder is allocated for, and the longest context it serves.
@@ -188,13 +255,8 @@ impl Loader<'_> {
         });
         check_num_pages(num_pages, page_size)?;
         let limits = DecoderLimits {
-            batch: BatchLimits {
-                rows_max: options.max_batch_tokens,
-                sequences_max: options.max_sequences,
-                context_max: max_context,
-                logit_rows_max: LOGIT_ROWS.max(options.max_sequences),
-            },
-            num_pages,
+            batch: self.batch_limits(max_context),
+            num_pages: Some(num_pages),
         };
         Ok((limits, max_context))
     }

@@ -7,6 +7,7 @@ macro_rules! on_decoder {
             Model::Reference($decoder) => $value,
             Model::Cpu($decoder) => $value,
             Model::Null($decoder) => $value,
+            Model::Cuda($decoder) => $value,
         }
     };
 }
@@ -25,11 +26,11 @@ use bespoke_kernel_gen::spec::ModelShape;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::null::NullBackend;
 use crate::backend::reference::ReferenceBackend;
-use crate::batch::Batch;
+use crate::batch::{Batch, BatchLimits};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
 use crate::kv_cache::{Keep, Page, PageCounts, PagePool, num_pages};
-use crate::model::decoder::{Decoder, DecoderLimits};
+use crate::model::decoder::{AnyDecoder, Decoder};
 use crate::model::rope::Rope;
 use crate::request::{Generation, Request, RequestId, RequestOutput, check_prompt};
 use crate::sampling::{Sample, Sampler, choice_seed, needs_logits, sample_greedily};
@@ -92,11 +93,16 @@ enum Model {
     Reference(Decoder<ReferenceBackend>),
     Cpu(Decoder<CpuBackend>),
     Null(Decoder<NullBackend>),
+    Cuda(Box<dyn AnyDecoder>),
 }
 
 impl Model {
-    fn limits(&self) -> DecoderLimits {
+    fn limits(&self) -> &BatchLimits {
         on_decoder!(self, decoder => decoder.limits())
+    }
+
+    fn num_pages(&self) -> usize {
+        on_decoder!(self, decoder => decoder.num_pages())
     }
 }
 
@@ -231,7 +237,7 @@ impl Engine {
             )));
         }
         pages.extend((0..num_needed).filter_map(|_| self.pool.allocate()));
-        let rows_max = on_decoder!(&self.model, decoder => decoder.limits().batch.rows_max);
+        let rows_max = on_decoder!(&self.model, decoder => decoder.limits().rows_max);
         for first in (0..ids.len()).step_by(rows_max) {
             let positions = first..ids.len().min(first + rows_max);
             self.logits_of_chunk(ids, positions, &wanted, &pages, sink);
@@ -257,7 +263,7 @@ impl Engine {
         batch.logit_rows.extend(rows.map(|position| (position - first_row) as u32));
         on_decoder!(&mut self.model, decoder => {
             decoder.run_layers(&self.batch);
-            let rows_max = decoder.limits().batch.logit_rows_max;
+            let rows_max = decoder.limits().logit_rows_max;
             for select in self.batch.logit_rows.chunks(rows_max) {
                 decoder.head(select);
                 let logits = decoder.logits(0..select.len());
@@ -316,6 +322,7 @@ impl Engine {
             Model::Reference(_) => "reference",
             Model::Cpu(_) => "cpu",
             Model::Null(_) => "null",
+            Model::Cuda(_) => "cuda",
         }
     }
 

@@ -17,15 +17,16 @@ use crate::model::weights::Weights;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecoderLimits {
     pub batch: BatchLimits,
-    /// Pages of the KV cache.
-    pub num_pages: usize,
+    /// Pages of the KV cache; `None` for as many as the backend has room for.
+    pub num_pages: Option<usize>,
 }
 
 /// A model on a backend: its weights, its KV cache and the rows between its ops.
 pub struct Decoder<B: Backend> {
     backend: B,
     shape: ModelShape,
-    limits: DecoderLimits,
+    limits: BatchLimits,
+    num_pages: usize,
     embedding: B::Embedding,
     layers: Vec<Layer<B>>,
     final_norm: B::Norm,
@@ -73,10 +74,9 @@ impl<B: Backend> Decoder<B> {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Decoder<B>, Error> {
         let BatchLimits { rows_max, logit_rows_max, .. } = limits.batch;
-        assert!(rows_max > 0 && logit_rows_max > 0 && limits.num_pages > 0);
+        assert!(rows_max > 0 && logit_rows_max > 0 && limits.num_pages != Some(0));
         backend.reserve(&limits.batch)?;
-        let rows = RowBuffers::new(&mut backend, shape, limits)?;
-        let kv_cache = backend.new_kv_cache(limits.num_pages)?;
+        let rows = RowBuffers::new(&mut backend, shape, &limits.batch)?;
         let num_parts = config.num_layers + 2;
         let mut report = |num_done| progress(Progress { num_done, num_parts });
         report(0);
@@ -90,9 +90,21 @@ impl<B: Backend> Decoder<B> {
         let final_norm = backend.load_norm(weights.final_norm()?)?;
         let head = weights.linear(LinearRole::Head, 0)?;
         let head = backend.load_linear(LinearRole::Head, &head.source())?;
+        let num_pages = backend.num_pages(limits.num_pages)?;
+        let kv_cache = backend.new_kv_cache(num_pages)?;
         report(num_parts);
-        let shape = shape.clone();
-        Ok(Decoder { backend, shape, limits, embedding, layers, final_norm, head, kv_cache, rows })
+        Ok(Decoder {
+            backend,
+            shape: shape.clone(),
+            limits: limits.batch,
+            num_pages,
+            embedding,
+            layers,
+            final_norm,
+            head,
+            kv_cache,
+            rows,
+        })
     }
 
     /// A decoder on a backend that needs no weights: it is given empty ones.
@@ -105,16 +117,18 @@ impl<B: Backend> Decoder<B> {
         let empty = DenseView { n: 0, k: 0, dtype: DType::F32, bytes: &[] };
         let layer = |_| Layer::empty(&mut backend);
         let layers = (0..shape.num_layers).map(layer).collect::<Result<_, _>>()?;
+        let num_pages = backend.num_pages(limits.num_pages)?;
         Ok(Decoder {
-            rows: RowBuffers::new(&mut backend, shape, limits)?,
-            kv_cache: backend.new_kv_cache(limits.num_pages)?,
+            rows: RowBuffers::new(&mut backend, shape, &limits.batch)?,
+            kv_cache: backend.new_kv_cache(num_pages)?,
+            num_pages,
             embedding: backend.load_embedding(&empty)?,
             layers,
             final_norm: backend.load_norm(Vec::new())?,
             head: load_empty(&mut backend, LinearRole::Head)?,
             backend,
             shape: shape.clone(),
-            limits,
+            limits: limits.batch,
         })
     }
 
@@ -129,7 +143,7 @@ impl<B: Backend> Decoder<B> {
     /// computes the logits of `batch.logit_rows`.
     pub fn step(&mut self, batch: &Batch) {
         self.check(batch);
-        assert!(batch.logit_rows.len() <= self.limits.batch.logit_rows_max, "too many logit rows");
+        assert!(batch.logit_rows.len() <= self.limits.logit_rows_max, "too many logit rows");
         self.backend.copy_pages(&batch.copies, &mut self.kv_cache);
         if self.backend.begin_step(batch) == Step::Compute {
             self.layers(batch);
@@ -180,7 +194,7 @@ impl<B: Backend> Decoder<B> {
     /// Logits of the rows `select` of the last [`Decoder::run_layers`]. A row may be asked for once
     /// only, because the final norm adds to its residual.
     pub fn head(&mut self, select: &[u32]) {
-        assert!(select.len() <= self.limits.batch.logit_rows_max, "too many logit rows");
+        assert!(select.len() <= self.limits.logit_rows_max, "too many logit rows");
         if select.is_empty() {
             return;
         }
@@ -203,12 +217,22 @@ impl<B: Backend> Decoder<B> {
 
     /// Some rows of the last [`Decoder::head`], `[rows.len(), vocab]`.
     pub fn logits(&mut self, rows: Range<usize>) -> &[f32] {
-        assert!(rows.end <= self.limits.batch.logit_rows_max);
+        assert!(rows.end <= self.limits.logit_rows_max);
         self.backend.read(rows, &self.rows.logits)
     }
 
-    pub fn limits(&self) -> DecoderLimits {
-        self.limits
+    pub fn limits(&self) -> &BatchLimits {
+        &self.limits
+    }
+
+    /// Pages of the KV cache.
+    pub fn num_pages(&self) -> usize {
+        self.num_pages
+    }
+
+    /// Names what the bits of keys and values depend on, the model aside.
+    pub fn identity(&self) -> String {
+        self.backend.identity()
     }
 
     pub fn backend(&self) -> &B {
@@ -226,7 +250,7 @@ impl<B: Backend> Decoder<B> {
 
     /// Bytes of the KV cache.
     pub fn kv_cache_bytes(&self) -> usize {
-        self.backend.page_bytes() * self.limits.num_pages
+        self.backend.page_bytes() * self.num_pages
     }
 
     /// Appends the bytes of a page of the KV cache over all layers to `out`.
@@ -247,7 +271,7 @@ impl<B: Backend> Decoder<B> {
     }
 
     fn check_page(&self, page: u32) {
-        let num_pages = self.limits.num_pages;
+        let num_pages = self.num_pages;
         assert!((page as usize) < num_pages, "page {page} of {num_pages}");
     }
 
@@ -255,12 +279,12 @@ impl<B: Backend> Decoder<B> {
     fn check(&self, batch: &Batch) {
         let num_rows = batch.num_rows();
         let shape = &self.shape;
-        assert!(num_rows > 0 && num_rows <= self.limits.batch.rows_max, "{num_rows} rows");
+        assert!(num_rows > 0 && num_rows <= self.limits.rows_max, "{num_rows} rows");
         assert!(batch.tokens.iter().all(|token| (*token as usize) < shape.vocab_size));
         assert_eq!(batch.positions.len(), num_rows);
         assert_eq!(batch.slots.len(), num_rows);
         assert_eq!(batch.cos_sin.len(), num_rows * shape.rotary_dim);
-        let num_slots = self.limits.num_pages * shape.page_size;
+        let num_slots = self.num_pages * shape.page_size;
         assert!(batch.slots.iter().all(|slot| (*slot as usize) < num_slots));
         batch.page_table.iter().for_each(|page| self.check_page(*page));
         batch.copies.iter().for_each(|copy| {
@@ -278,6 +302,80 @@ impl<B: Backend> Decoder<B> {
         assert_eq!(next_row as usize, num_rows);
         assert!(batch.logit_rows.is_sorted_by(|a, b| a < b));
         assert!(batch.logit_rows.last().is_none_or(|row| (*row as usize) < num_rows));
+    }
+}
+
+/// A decoder on a backend that its user does not know.
+pub trait AnyDecoder: Send {
+    fn limits(&self) -> &BatchLimits;
+    fn num_pages(&self) -> usize;
+    fn identity(&self) -> String;
+    fn step(&mut self, batch: &Batch);
+    fn run_layers(&mut self, batch: &Batch);
+    fn head(&mut self, select: &[u32]);
+    fn logit_stats(&mut self, stats: &mut [LogitStats]);
+    fn logits(&mut self, rows: Range<usize>) -> &[f32];
+    fn weights_bytes(&self) -> usize;
+    fn kv_cache_bytes(&self) -> usize;
+    fn page_bytes(&self) -> usize;
+    fn read_page(&mut self, page: u32, out: &mut Vec<u8>);
+    fn write_page(&mut self, page: u32, bytes: &[u8]);
+}
+
+impl<B: Backend> AnyDecoder for Decoder<B>
+where
+    Decoder<B>: Send,
+{
+    fn limits(&self) -> &BatchLimits {
+        Decoder::limits(self)
+    }
+
+    fn num_pages(&self) -> usize {
+        Decoder::num_pages(self)
+    }
+
+    fn identity(&self) -> String {
+        Decoder::identity(self)
+    }
+
+    fn step(&mut self, batch: &Batch) {
+        Decoder::step(self, batch)
+    }
+
+    fn run_layers(&mut self, batch: &Batch) {
+        Decoder::run_layers(self, batch)
+    }
+
+    fn head(&mut self, select: &[u32]) {
+        Decoder::head(self, select)
+    }
+
+    fn logit_stats(&mut self, stats: &mut [LogitStats]) {
+        Decoder::logit_stats(self, stats)
+    }
+
+    fn logits(&mut self, rows: Range<usize>) -> &[f32] {
+        Decoder::logits(self, rows)
+    }
+
+    fn weights_bytes(&self) -> usize {
+        Decoder::weights_bytes(self)
+    }
+
+    fn kv_cache_bytes(&self) -> usize {
+        Decoder::kv_cache_bytes(self)
+    }
+
+    fn page_bytes(&self) -> usize {
+        Decoder::page_bytes(self)
+    }
+
+    fn read_page(&mut self, page: u32, out: &mut Vec<u8>) {
+        Decoder::read_page(self, page, out)
+    }
+
+    fn write_page(&mut self, page: u32, bytes: &[u8]) {
+        Decoder::write_page(self, page, bytes)
     }
 }
 
@@ -326,9 +424,9 @@ impl<B: Backend> RowBuffers<B> {
     fn new(
         backend: &mut B,
         shape: &ModelShape,
-        limits: DecoderLimits,
+        limits: &BatchLimits,
     ) -> Result<RowBuffers<B>, Error> {
-        let BatchLimits { rows_max, logit_rows_max, .. } = limits.batch;
+        let BatchLimits { rows_max, logit_rows_max, .. } = *limits;
         Ok(RowBuffers {
             residual: backend.new_rows(rows_max, shape.hidden_size, RowsKind::Residual)?,
             delta: backend.new_rows(rows_max, shape.hidden_size, RowsKind::Linear)?,

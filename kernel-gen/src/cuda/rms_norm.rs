@@ -18,6 +18,11 @@ config! {
     }
 }
 
+const THREADS_MAX: usize = 512;
+
+/// The sums of 32 warps, twice.
+const SHARED_BYTES: usize = 2 * 32 * 4;
+
 impl Op for RmsNorm {
     const NAME: &'static str = "rms_norm";
     type Config = Config;
@@ -31,7 +36,9 @@ impl Op for RmsNorm {
     }
 
     fn default_config(&self, _regime: Regime, _arch: Arch) -> Config {
-        Config { threads: 256 }
+        // One run of 8 elements a thread, as far as a block reaches.
+        let threads = self.hidden.div_ceil(8).next_multiple_of(32);
+        Config { threads: threads.clamp(32, THREADS_MAX) }
     }
 
     fn is_feasible(&self, _config: &Config, regime: Regime, _arch: Arch) -> Result<(), String> {
@@ -50,7 +57,7 @@ impl Op for RmsNorm {
             ],
             threads: config.threads,
             min_blocks: 1,
-            shared_bytes: 1024,
+            shared_bytes: SHARED_BYTES,
         }
     }
 

@@ -17,6 +17,9 @@ config! {
     }
 }
 
+/// Of 32 warps: the best logit with its index, and a sum.
+const SHARED_BYTES: usize = 32 * (8 + 4);
+
 impl Op for Sample {
     const NAME: &'static str = "sample";
     type Config = Config;
@@ -45,7 +48,7 @@ impl Op for Sample {
             constants: vec![size("VOCAB", self.vocab), size("THREADS", config.threads)],
             threads: config.threads,
             min_blocks: 1,
-            shared_bytes: 1024,
+            shared_bytes: SHARED_BYTES,
         }
     }
 

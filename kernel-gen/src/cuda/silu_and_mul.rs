@@ -62,7 +62,9 @@ impl Op for SiluAndMul {
     }
 
     fn launch(&self, config: &Config, _regime: Regime, rows: usize, num_sms: usize) -> Launch {
-        let blocks = (rows * self.intermediate / 2).div_ceil(config.threads);
+        // What a thread of the body moves at once.
+        let elements = if self.intermediate.is_multiple_of(8) { 8 } else { 2 };
+        let blocks = (rows * self.intermediate / elements).div_ceil(config.threads);
         Launch { grid_x: blocks.clamp(1, num_sms * BLOCKS_PER_SM), grid_y: 1 }
     }
 }

@@ -25,9 +25,13 @@ templates! {
     "common/params.h",
     "common/ptx.cuh",
     "common/types.cuh",
+    "common/words.cuh",
+    "embed/embed.cuh",
     "gemm/gemm.cuh",
     "paged_attention/paged_attention.cuh",
+    "rms_norm/rms_norm.cuh",
     "rope/rope.cuh",
+    "sample/sample.cuh",
     "silu_and_mul/silu_and_mul.cuh",
 }
 

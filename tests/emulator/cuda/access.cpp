@@ -30,8 +30,8 @@ bool Block::ordered_globally(Stamp stamp) const {
         const Release& release = launch.releases[i];
         if (tick <= release.base) continue;
         if (flags & ATOMIC ? release.thread == who && release.tick >= tick
-            : flags & SEVERAL ? release.clock.covers(who / LANES, tick)
-                              : release.clock.covers_lane(who, tick)) {
+            : flags & SEVERAL ? release.published.covers(who / LANES, tick)
+                              : release.published.covers_lane(who, tick)) {
             return true;
         }
     }

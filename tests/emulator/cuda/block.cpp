@@ -4,8 +4,8 @@
 
 namespace emulator {
 
-__thread Block* block;
-__thread Thread* self;
+__thread Block* block INITIAL_EXEC;
+__thread Thread* self INITIAL_EXEC;
 
 // --- start and end ---------------------------------------------------------------------------------
 
@@ -29,7 +29,6 @@ void Block::start_threads() {
         thread.tick = base + 1;
         thread.clock = &warps[i / LANES].clock;
         thread.grid_waited = false;
-        thread.has_fenced = false;
         thread.observed.clear();
         thread.copies.clear();
         thread.groups.clear();
@@ -296,13 +295,18 @@ void Block::barrier_sync(uint32_t id, uint32_t count, Site site) {
     }
 }
 
-// What `clock` covers is ordered before what this thread does next.
-void Block::acquire(const Clock& clock) {
+// The running thread's, apart from its warp's.
+Clock& Block::own_clock() {
     if (self->clock != &self->own) {
         self->own = *self->clock;
         self->clock = &self->own;
     }
-    self->own.join(clock);
+    return self->own;
+}
+
+// What `clock` covers is ordered before what this thread does next.
+void Block::acquire(const Clock& clock) {
+    own_clock().join(clock);
     self->own.update_floor(num_warps);
     self->grid_waited |= clock.grid_waited;
 }

@@ -66,9 +66,7 @@ struct Thread {
     Clock* clock = nullptr;
     Clock own;
     bool grid_waited = false;
-    // What it knew at its last fence, and the releases that its atomics saw since.
-    Clock fenced;
-    bool has_fenced = false;
+    // Releases that its atomics saw since its last fence.
     std::vector<uint32_t> observed;
 
     // Copies under way in the order of issue, and how many each committed group has.
@@ -113,10 +111,10 @@ struct Mbarrier {
     std::vector<BulkCopy> copies;
 };
 
-// What a thread made visible to other blocks: a fence, then an atomic.
+// An atomic, and what it lets others know of its block: what fences published before it.
 struct Release {
     Tick base;
-    Clock clock;
+    Coverage published;
     uint32_t thread;
     Tick tick;
 };
@@ -206,6 +204,7 @@ public:
     void sync_warps(uint32_t mask);
     void barrier_sync(uint32_t id, uint32_t count, Site site);
     void acquire(const Clock& clock);
+    Clock& own_clock();
     void release_into(Clock& clock);
 
     Mbarrier& mbarrier(uint32_t address, Site site);
@@ -241,8 +240,10 @@ private:
     static void fiber_main();
 };
 
-extern __thread Block* block;
-extern __thread Thread* self;
+// NOTE: found without a call; the few bytes fit into what the loader keeps for such libraries.
+#define INITIAL_EXEC __attribute__((tls_model("initial-exec")))
+extern __thread Block* block INITIAL_EXEC;
+extern __thread Thread* self INITIAL_EXEC;
 
 template <class Compute>
 void Block::collective(const char* operation, Site site, const void* operands, Compute compute) {

@@ -44,45 +44,78 @@ struct LaneTick {
     Tick tick;
 };
 
-struct Clock {
-    // Known of every warp.
-    Tick floor = 0;
+// The first lane of `thread` or of a later one.
+template <class Lanes> auto find(Lanes& lanes, uint32_t thread) {
+    return std::lower_bound(
+        lanes.begin(), lanes.end(), thread,
+        [](const LaneTick& lane, uint32_t wanted) { return lane.thread < wanted; });
+}
+
+// A set of accesses: of every warp up to a tick, and of single lanes beyond that.
+struct Coverage {
     Tick all[SOURCES_MAX] = {};
+    // Sorted by thread.
     std::vector<LaneTick> lanes;
-    // Releases of other blocks that were acquired, sorted.
-    std::vector<uint32_t> releases;
-    bool grid_waited = false;
-
-    void start(Tick base) {
-        floor = base;
-        std::fill(all, all + SOURCES_MAX, base);
-        lanes.clear();
-        releases.clear();
-        grid_waited = false;
-    }
-
-    void update_floor(uint32_t num_warps) { floor = *std::min_element(all, all + num_warps); }
 
     bool covers(uint32_t source, Tick tick) const { return all[source] >= tick; }
 
     bool covers_lane(uint32_t thread, Tick tick) const {
         if (covers(thread / LANES, tick)) return true;
-        for (const LaneTick& lane : lanes) {
-            if (lane.thread == thread && lane.tick >= tick) return true;
-        }
-        return false;
+        auto lane = find(lanes, thread);
+        return lane != lanes.end() && lane->thread == thread && lane->tick >= tick;
     }
 
     void add_lane(uint32_t thread, Tick tick) {
         if (covers(thread / LANES, tick)) return;
-        for (LaneTick& lane : lanes) {
-            if (lane.thread == thread) {
-                lane.tick = std::max(lane.tick, tick);
-                return;
-            }
-        }
-        lanes.push_back({thread, tick});
+        auto lane = find(lanes, thread);
+        if (lane != lanes.end() && lane->thread == thread) lane->tick = std::max(lane->tick, tick);
+        else lanes.insert(lane, {thread, tick});
     }
+
+    void add(const Coverage& other) {
+        for (uint32_t i = 0; i < SOURCES_MAX; i++) all[i] = std::max(all[i], other.all[i]);
+        for (const LaneTick& lane : other.lanes) add_lane(lane.thread, lane.tick);
+        drop_covered();
+    }
+
+    // 32 lanes at one tick are their warp; lanes known no further than their warp say nothing.
+    void drop_covered() {
+        if (lanes.empty()) return;
+        uint32_t counts[WARPS_MAX] = {};
+        Tick lowest[WARPS_MAX];
+        for (const LaneTick& lane : lanes) {
+            uint32_t warp = lane.thread / LANES;
+            lowest[warp] = counts[warp] ? std::min(lowest[warp], lane.tick) : lane.tick;
+            counts[warp]++;
+        }
+        for (uint32_t warp = 0; warp < WARPS_MAX; warp++) {
+            if (counts[warp] == LANES) all[warp] = std::max(all[warp], lowest[warp]);
+        }
+        auto covered = [this](const LaneTick& lane) {
+            return covers(lane.thread / LANES, lane.tick);
+        };
+        lanes.erase(std::remove_if(lanes.begin(), lanes.end(), covered), lanes.end());
+    }
+};
+
+// What a thread knows.
+struct Clock : Coverage {
+    // Known of every warp.
+    Tick floor = 0;
+    // The part of it that a fence has made visible to the whole device.
+    Coverage published;
+    bool has_published = false;
+    // Releases of other blocks that were acquired, sorted.
+    std::vector<uint32_t> releases;
+    bool grid_waited = false;
+
+    void start(Tick base) {
+        *this = Clock();
+        floor = base;
+        std::fill(all, all + SOURCES_MAX, base);
+    }
+
+    void update_floor(uint32_t num_warps) { floor = *std::min_element(all, all + num_warps); }
 
     void add_release(uint32_t release) {
         auto place = std::lower_bound(releases.begin(), releases.end(), release);
@@ -90,33 +123,11 @@ struct Clock {
     }
 
     void join(const Clock& other) {
-        for (uint32_t i = 0; i < SOURCES_MAX; i++) all[i] = std::max(all[i], other.all[i]);
-        for (const LaneTick& lane : other.lanes) add_lane(lane.thread, lane.tick);
+        add(other);
+        if (other.has_published) published.add(other.published);
+        has_published |= other.has_published;
         for (uint32_t release : other.releases) add_release(release);
         grid_waited |= other.grid_waited;
-        drop_covered();
-    }
-
-    // Lanes that are known no further than their warp; 32 lanes at the same tick are their warp.
-    void drop_covered() {
-        if (lanes.empty()) return;
-        for (uint32_t warp = 0; warp < WARPS_MAX; warp++) raise_warp(warp);
-        auto covered = [&](const LaneTick& lane) {
-            return covers(lane.thread / LANES, lane.tick);
-        };
-        lanes.erase(std::remove_if(lanes.begin(), lanes.end(), covered), lanes.end());
-    }
-
-private:
-    void raise_warp(uint32_t warp) {
-        uint32_t count = 0;
-        Tick lowest = ~Tick(0);
-        for (const LaneTick& lane : lanes) {
-            if (lane.thread / LANES != warp) continue;
-            count++;
-            lowest = std::min(lowest, lane.tick);
-        }
-        if (count == LANES) all[warp] = std::max(all[warp], lowest);
     }
 };
 

@@ -3,6 +3,10 @@
 #include "block.hpp"
 #include "number.hpp"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace emulator {
 
 uint32_t thread_idx() { return self->index; }
@@ -64,22 +68,21 @@ void barrier_sync(uint32_t barrier, uint32_t num_threads, Site site) {
 void block_sync(Site site) { block->barrier_sync(0, block->num_threads, site); }
 
 void fence_device(Site) {
+    Clock& clock = block->own_clock();
     // What atomics saw before the fence is ordered before what comes after it.
-    if (!self->observed.empty()) {
-        Clock seen;
-        for (uint32_t i : self->observed) {
-            const Release& release = block->launch.releases[i];
-            bool same_block = release.base == block->base;
-            if (same_block) seen.join(release.clock);
-            else seen.releases.push_back(i);
-        }
-        self->observed.clear();
-        std::sort(seen.releases.begin(), seen.releases.end());
-        block->acquire(seen);
+    for (uint32_t i : self->observed) {
+        const Release& release = block->launch.releases[i];
+        bool same_block = release.base == block->base;
+        if (same_block) clock.add(release.published);
+        else clock.add_release(i);
     }
-    self->fenced = Clock();
-    block->release_into(self->fenced);
-    self->has_fenced = true;
+    self->observed.clear();
+    clock.update_floor(block->num_warps);
+    clock.published.add(clock);
+    clock.published.add_lane(self->index, self->tick);
+    clock.has_published = true;
+    self->tick++;
+    block->max_tick = std::max(block->max_tick, self->tick);
 }
 
 uint32_t atomic_add(uint32_t* address, uint32_t value, Site site) {
@@ -94,9 +97,9 @@ uint32_t atomic_add(uint32_t* address, uint32_t value, Site site) {
     std::vector<uint32_t>& chain = launch.chains[number];
     self->observed.insert(self->observed.end(), chain.begin(), chain.end());
     chain.push_back(uint32_t(launch.releases.size()));
-    Clock released;
-    if (self->has_fenced) released = self->fenced;
-    launch.releases.push_back({block->base, released, self->index, self->tick});
+    // NOTE: also what other threads published, where a barrier came between.
+    launch.releases.push_back(
+        {block->base, self->clock->published, self->index, self->tick});
     self->tick++;
     block->max_tick = std::max(block->max_tick, self->tick);
     return old;

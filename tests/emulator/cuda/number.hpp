@@ -6,10 +6,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 namespace number {
 
 template <class To, class From> inline To bit_cast(From from) {
@@ -30,9 +26,6 @@ struct BF16 {
 // Exact.
 template <class F> inline float widen(uint16_t bits) {
     if constexpr (F::EXPONENT == 8) return bit_cast<float>(uint32_t(bits) << 16);
-#if defined(__F16C__)
-    if constexpr (F::EXPONENT == 5) return _cvtsh_ss(bits);
-#endif
     uint32_t sign = uint32_t(bits & 0x8000) << 16;
     uint32_t exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;
     if (exponent == 31) return bit_cast<float>(sign | 0x7f800000 | mantissa << 13);

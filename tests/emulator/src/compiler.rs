@@ -5,8 +5,8 @@ use std::ffi::{CString, OsString};
 use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::{env, fs, io, process, thread};
 
 use bespoke_kernel_gen::cuda::Variant;
@@ -17,7 +17,8 @@ use libloading::os::unix::{self, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
 /// One kernel: its entry's name and the text that defines it with `KERNEL`.
 ///
 /// Quoted includes are looked for in the emulator, in `templates/common` and in `templates`, in
-/// this order; nothing of the real `ptx.cuh` is left.
+/// this order; nothing of the real `ptx.cuh` is left. Sources with the same text are compiled
+/// once, so a text may define several kernels.
 #[derive(Clone, Debug)]
 pub struct Source {
     pub symbol: String,
@@ -118,8 +119,8 @@ pub fn compile(sources: &[Source]) -> Result<Library, CompileError> {
 
 fn load_kernel(source: &Source) -> Result<Kernel, CompileError> {
     let failed = |why: String| CompileError(format!("kernel {}: {why}", source.symbol));
-    let text = flatten(&source.symbol, &source.text).map_err(failed)?;
-    let path = build(&text, "-O2").map_err(failed)?;
+    let text = flatten("source", &source.text).map_err(failed)?;
+    let path = build_once(&text, "-O2").map_err(failed)?;
     let symbol = CString::new(source.symbol.as_str())
         .map_err(|_| failed("a name with a zero byte".to_string()))?;
     // SAFETY: our own library, which runs nothing when it is loaded.
@@ -142,7 +143,7 @@ pub(crate) fn runtime() -> Result<&'static unix::Library, CompileError> {
     static RUNTIME: OnceLock<Result<unix::Library, String>> = OnceLock::new();
     let load = || {
         let text = flatten("emulator", "#include \"emulator.cpp\"\n")?;
-        let path = build(&text, "-O3")?;
+        let path = build_once(&text, "-O3")?;
         // SAFETY: our own library, which runs nothing when it is loaded.
         unsafe { unix::Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }
             .map_err(|e| format!("{} does not load: {e}", path.display()))
@@ -224,9 +225,8 @@ fn compiler() -> Result<&'static Compiler, String> {
             .map_err(|e| format!("no C++ compiler: {e}; install g++ or set CXX"))?;
         let path = tool.path().to_path_buf();
         let version = Command::new(&path).arg("--version").output();
-        let version = version
-            .map_err(|e| format!("{}: {e}; install g++ or set CXX", path.display()))?
-            .stdout;
+        let version =
+            version.map_err(|e| format!("{}: {e}; install g++ or set CXX", path.display()))?.stdout;
         Ok(Compiler { path, env: tool.env().to_vec(), version })
     };
     COMPILER.get_or_init(find).as_ref().map_err(Clone::clone)
@@ -253,6 +253,16 @@ fn machine_flags() -> &'static [&'static str] {
         return &["-mavx2", "-mfma", "-mf16c"];
     }
     &[]
+}
+
+/// As `build`; threads of this process that want the same wait for one compiler.
+fn build_once(text: &str, optimization: &str) -> Result<PathBuf, String> {
+    type Built = Arc<OnceLock<Result<PathBuf, String>>>;
+    static BUILT: Mutex<BTreeMap<[u8; 32], Built>> = Mutex::new(BTreeMap::new());
+    let hash = *blake3::hash(text.as_bytes()).as_bytes();
+    let built =
+        BUILT.lock().expect("nothing panics with the lock").entry(hash).or_default().clone();
+    built.get_or_init(|| build(text, optimization)).clone()
 }
 
 /// The library of `text`, from the cache or compiled.

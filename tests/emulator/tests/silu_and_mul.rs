@@ -8,8 +8,7 @@ use crate::common::{
 };
 
 fn check(rows: RowType, intermediate: usize, num_rows: usize) {
-    let variant =
-        Spec::from(SiluAndMul { intermediate, rows }).variant(Regime::Any, Arch::Sm90a);
+    let variant = Spec::from(SiluAndMul { intermediate, rows }).variant(Regime::Any, Arch::Sm90a);
     let library = generated(&variant);
     for seed in SEEDS {
         let mut random = Random(seed);

@@ -63,7 +63,7 @@ fn check<B: Backend>(backend: B) {
     let weights = Weights::open(&dir, &config, &shape).unwrap();
     let batch_limits =
         BatchLimits { rows_max: 64, sequences_max: 1, context_max: 128, logit_rows_max: 1 };
-    let limits = DecoderLimits { batch: batch_limits, num_pages: NUM_PAGES };
+    let limits = DecoderLimits { batch: batch_limits, num_pages: Some(NUM_PAGES) };
     let mut decoder =
         Decoder::load(backend, &weights, &config, &shape, limits, &mut |_| {}).unwrap();
     let [first, second] = PAGES;

@@ -140,12 +140,7 @@ impl Backend for CpuBackend {
         self.load_norm(&weight)
     }
 
-    fn new_rows(
-        &mut self,
-        rows_max: usize,
-        width: usize,
-        _: RowsKind,
-    ) -> Result<CpuRows, Error> {
+    fn new_rows(&mut self, rows_max: usize, width: usize, _: RowsKind) -> Result<CpuRows, Error> {
         CpuRows::new(rows_max, width)
     }
 
@@ -159,6 +154,10 @@ impl Backend for CpuBackend {
 
     fn page_bytes(&self) -> usize {
         self.page_layer_bytes() * self.shape.num_layers
+    }
+
+    fn identity(&self) -> String {
+        format!("cpu {}", self.kernels.target.name())
     }
 
     fn weights_bytes(&self) -> usize {

@@ -56,7 +56,8 @@ pub trait Device {
     /// The kernel that the device has for `spec` and `regime`.
     fn find(&self, spec: &Spec, regime: Regime) -> Option<Variant>;
 
-    fn load(&mut self, variant: &Variant) -> Result<Self::Kernel, Error>;
+    /// Loads kernels that [`Device::find`] gave, in their order.
+    fn load(&mut self, variants: &[Variant]) -> Result<Vec<Self::Kernel>, Error>;
 
     fn free_bytes(&self) -> Result<usize, Error>;
 

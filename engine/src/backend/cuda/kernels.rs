@@ -1,5 +1,6 @@
 //! The kernels of one model, looked up and loaded once.
 
+use bespoke_kernel_gen::cuda::render::render;
 use bespoke_kernel_gen::cuda::{Arch, KvType, Launch, Regime, Spec, Variant, Workspace};
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
@@ -70,12 +71,12 @@ impl<K> Kernels<K> {
         let matmuls =
             linears.iter().flat_map(|spec| Regime::MATMUL.map(|regime| (*spec, regime)));
         let variants = find(device, shape, small.into_iter().chain(matmuls))?;
-        let mut loaded = variants
-            .into_iter()
-            .map(|variant| Ok(Kernel { run: device.load(&variant)?, variant }))
-            .collect::<Result<Vec<_>, Error>>()?
-            .into_iter();
-        let mut next = || loaded.next().expect("as many kernels as were asked for");
+        let loaded = device.load(&variants)?;
+        let mut loaded = variants.into_iter().zip(loaded);
+        let mut next = || {
+            let (variant, run) = loaded.next().expect("as many kernels as were asked for");
+            Kernel { variant, run }
+        };
         Ok(Kernels {
             num_sms: device.info().num_sms,
             embed: next(),
@@ -101,17 +102,40 @@ impl<K> Kernels<K> {
         found.expect("the kernels of every role were loaded")
     }
 
+    /// A hash of the sources of all kernels.
+    pub(super) fn identity(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for kernel in self.all() {
+            // What was compiled could be rendered; a source that cannot has only its name.
+            let text = render(&kernel.variant).map_or_else(|_| kernel.variant.symbol(), |s| s.text);
+            hasher.update(text.as_bytes());
+        }
+        hasher.finalize().to_string()
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Kernel<K>> {
+        let small = [
+            &self.embed,
+            &self.rms_norm,
+            &self.rope,
+            &self.decode,
+            &self.prefill,
+            &self.silu_and_mul,
+            &self.sample,
+        ];
+        small.into_iter().chain(self.linears.iter().flat_map(|linear| &linear.regimes))
+    }
+
     /// What any launch for up to `rows_max` rows and `items_max` items of attention needs.
     pub(super) fn workspace(&self, rows_max: usize, items_max: usize) -> Workspace {
-        let matmuls = self.linears.iter().flat_map(|linear| &linear.regimes).map(|kernel| {
+        let of_kernel = |kernel: &Kernel<K>| {
             let limit = kernel.variant.regime.rows_max().unwrap_or(rows_max);
-            kernel.variant.workspace(limit.min(rows_max))
-        });
-        let attention =
-            [&self.decode, &self.prefill].map(|kernel| kernel.variant.workspace(items_max));
-        let others = [&self.embed, &self.rms_norm, &self.rope, &self.silu_and_mul, &self.sample]
-            .map(|kernel| kernel.variant.workspace(rows_max));
-        matmuls.chain(attention).chain(others).fold(Workspace::default(), |all, one| Workspace {
+            kernel.variant.workspace(match kernel.variant.regime {
+                Regime::Decode | Regime::Prefill => items_max,
+                _ => limit.min(rows_max),
+            })
+        };
+        self.all().map(of_kernel).fold(Workspace::default(), |all, one| Workspace {
             floats: all.floats.max(one.floats),
             counters: all.counters.max(one.counters),
         })

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use bespoke_kernel_gen::cuda::attention_plan::Shape;
 use bespoke_kernel_gen::cuda::pages::Layout;
-use bespoke_kernel_gen::cuda::{Choice, Launch};
+use bespoke_kernel_gen::cuda::matmul::AwqLayout;
+use bespoke_kernel_gen::cuda::{AwqGemm, Choice, Gemm, Launch, Spec};
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
 use super::buffers::{CudaInput, CudaKvCache, CudaLinear, CudaRows};
@@ -15,7 +16,8 @@ use super::params::{
     RopeParams, SampleParams, SiluAndMulParams,
 };
 use super::step::{InputLimits, Items, Places, StepInputs, padding_max};
-use super::{CudaBackend, KvMemory, pack};
+use super::pack::{self, AwqTiles};
+use super::{CudaBackend, KvMemory};
 use crate::backend::cpu::pack::embedding;
 use crate::backend::{Backend, RowsKind, Step};
 use crate::batch::{Batch, BatchLimits, PageCopy};
@@ -118,6 +120,20 @@ impl<D: Device> CudaBackend<D> {
         Self::launch(&mut self.device, kernel, launch, &params);
     }
 
+    fn pack(&self, role: LinearRole, source: &LinearSource<'_>) -> Result<AwqTiles, Error> {
+        let num_threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        match self.kernels.linear(role).spec {
+            Spec::AwqGemm(AwqGemm { n, k, group, rows }) => {
+                pack::awq(source, &AwqLayout::new(n, k, group), rows, num_threads)
+            }
+            Spec::Gemm(Gemm { rows, .. }) => {
+                let weight = pack::dense(source, rows, num_threads)?;
+                Ok(AwqTiles { weight, scales: Vec::new() })
+            }
+            _ => unreachable!("a linear is served by a matmul"),
+        }
+    }
+
     /// Memory of `rows` × `width` elements.
     fn alloc_rows(&mut self, rows: usize, width: usize, element: usize) -> Result<Address, Error> {
         let len = rows.checked_mul(width).and_then(|num| num.checked_mul(element));
@@ -161,7 +177,7 @@ impl<D: Device> Backend for CudaBackend<D> {
     ) -> Result<CudaLinear, Error> {
         let shape = self.shape.linear(role);
         assert_eq!((source.n(), source.k()), (shape.n, shape.k), "{role:?} has other sizes");
-        let packed = pack::linear(&self.kernels.linear(role).spec, role, source)?;
+        let packed = self.pack(role, source)?;
         let bias = match &source.bias {
             None => Address::NULL,
             Some(bias) => self.upload_floats(bias, "a bias")?,
@@ -196,6 +212,10 @@ impl<D: Device> Backend for CudaBackend<D> {
     fn new_input(&mut self, rows_max: usize, role: LinearRole) -> Result<CudaInput, Error> {
         let k = self.shape.linear(role).k;
         Ok(CudaInput { data: self.alloc_rows(rows_max, k, ROW_ELEMENT)?, rows_max, k })
+    }
+
+    fn has_own_memory(&self) -> bool {
+        true
     }
 
     fn num_pages(&self, wanted: Option<usize>) -> Result<usize, Error> {
@@ -234,6 +254,10 @@ impl<D: Device> Backend for CudaBackend<D> {
 
     fn page_bytes(&self) -> usize {
         self.shape.num_layers * self.page_layer_bytes()
+    }
+
+    fn identity(&self) -> String {
+        format!("cuda {}", self.kernels.identity())
     }
 
     fn weights_bytes(&self) -> usize {

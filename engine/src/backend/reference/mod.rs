@@ -162,6 +162,10 @@ impl Backend for ReferenceBackend {
         2 * 4 * shape.num_layers * shape.page_size * shape.num_kv_heads * shape.head_dim
     }
 
+    fn identity(&self) -> String {
+        "reference".to_owned()
+    }
+
     fn weights_bytes(&self) -> usize {
         self.weights_bytes
     }

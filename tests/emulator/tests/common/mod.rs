@@ -1,5 +1,7 @@
 //! What the tests share: bytes of values, random numbers, 16-bit types.
 
+pub(crate) mod kv_cache;
+
 use bespoke_emulator::{Access, Emulator, Fault, Launch, Library, Report, Source, compile};
 use bespoke_kernel_gen::cuda::{RowType, Variant};
 use half::{bf16, f16};

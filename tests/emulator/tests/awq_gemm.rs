@@ -1,0 +1,41 @@
+//! `awq_gemm` against a loop in float64, and against itself.
+
+use bespoke_kernel_gen::cuda::{Arch, AwqGemm, RowType};
+use bespoke_kernel_gen::spec::GroupSize;
+
+use crate::common::SEEDS;
+use crate::matmul::{Kernel, Linear, ROW_COUNTS};
+
+fn check(n: usize, k: usize, group: GroupSize, arch: Arch, row_counts: &[usize], seeds: &[u64]) {
+    for rows in RowType::ALL {
+        let op = AwqGemm { n, k, group, rows };
+        let kernels = Kernel::all(&op.into(), arch);
+        for seed in seeds {
+            let rows_max = row_counts.iter().copied().max().unwrap();
+            let linear = Linear::awq(op, rows_max, seed % 2 == 1, *seed);
+            linear.check(&kernels, row_counts, *seed);
+        }
+    }
+}
+
+#[test]
+fn group_sizes() {
+    for group in [32, 64, 128, 256] {
+        check(128, 512, GroupSize::Of(group), Arch::Sm90a, &ROW_COUNTS, &SEEDS);
+    }
+    check(128, 512, GroupSize::Channel, Arch::Sm90a, &ROW_COUNTS, &SEEDS);
+}
+
+#[test]
+fn sizes_that_tiles_do_not_divide() {
+    check(72, 96, GroupSize::Of(32), Arch::Sm80, &ROW_COUNTS, &SEEDS);
+    check(200, 1040, GroupSize::Of(16), Arch::Sm86, &[1, 9, 17, 33, 65], &SEEDS);
+    check(8, 200, GroupSize::Channel, Arch::Sm90a, &[1, 16, 65], &SEEDS);
+}
+
+#[test]
+fn groups_that_fragments_do_not_divide() {
+    for group in [8, 24, 40, 48, 80, 96, 192] {
+        check(40, group * 5, GroupSize::Of(group), Arch::Sm90a, &[1, 9, 65], &SEEDS[..2]);
+    }
+}

@@ -1,0 +1,33 @@
+//! `gemm` against a loop in float64, and against itself.
+
+use bespoke_kernel_gen::cuda::{Arch, Gemm, OutType, RowType};
+
+use crate::common::SEEDS;
+use crate::matmul::{Kernel, Linear, ROW_COUNTS};
+
+fn check(n: usize, k: usize, out: OutType, arch: Arch, row_counts: &[usize], seeds: &[u64]) {
+    for rows in RowType::ALL {
+        let op = Gemm { n, k, rows, out };
+        let kernels = Kernel::all(&op.into(), arch);
+        for seed in seeds {
+            let rows_max = row_counts.iter().copied().max().unwrap();
+            let linear = Linear::dense(op, rows_max, seed % 2 == 1, *seed);
+            linear.check(&kernels, row_counts, *seed);
+        }
+    }
+}
+
+#[test]
+fn every_row_count() {
+    check(128, 512, OutType::Rows, Arch::Sm90a, &ROW_COUNTS, &SEEDS);
+    check(128, 512, OutType::F32, Arch::Sm86, &ROW_COUNTS, &SEEDS);
+}
+
+#[test]
+fn sizes_that_tiles_do_not_divide() {
+    check(72, 96, OutType::Rows, Arch::Sm80, &ROW_COUNTS, &SEEDS);
+    check(200, 1040, OutType::Rows, Arch::Sm86, &[1, 9, 17, 33, 65], &SEEDS);
+    // Outputs that are no multiple of 4, inputs that are no multiple of 8.
+    check(37, 90, OutType::F32, Arch::Sm90a, &[1, 9, 65], &SEEDS);
+    check(37, 90, OutType::Rows, Arch::Sm90a, &[1, 9, 65], &SEEDS);
+}
