@@ -42,11 +42,13 @@ constexpr u32 CELL_DIMS = 32;     // dimensions of a cell
 constexpr u32 PIECE_BYTES = 128;  // 16 bytes of eight lanes
 
 // Element types. `Mma` is what their values are multiplied as; rows j = 2 tile and + 1 of a lane's
-// part of a cell are unpacked to `x[j % 2][i / 2]`, pairs of `Mma` with elements i and i + 1, levels
-// without scale and minimum.
+// part of a cell are unpacked to `x[j % 2][i / 2]`, pairs of `Mma` with elements i and i + 1. Of
+// quantized types these are level - CENTER, without scale and minimum: numbers around zero, so that
+// what is multiplied with them may be rounded to 16 bits.
 
 template <class T> struct Plain {
     static constexpr u32 BITS = 16;
+    static constexpr u32 CENTER = 0;
     using Mma = T;
     DEVICE static void unpack(u32 tile, const u32x4 (&pieces)[4], u32 (&x)[2][4]) {
         UNROLL for (u32 j = 0; j < 2; j++) {
@@ -66,15 +68,17 @@ struct KvF16 : Plain<F16> {};
 struct KvBF16 : Plain<BF16> {};
 
 // Levels are multiplied as float16, which holds them exactly. 0x6400 is 1024 in float16, and the
-// last bit of its mantissa counts 1.
+// last bit of its mantissa counts 1: an integer n below 1024 in its place is 1024 + n.
 constexpr u32 MAGIC = 0x64006400;
 
 struct KvI8 {
     static constexpr u32 BITS = 8;
+    static constexpr u32 CENTER = 128;
     using Mma = F16;
     DEVICE static void unpack_four(u32 bytes, u32& first, u32& second) {
-        first = ptx::sub_f16x2(ptx::prmt(bytes, MAGIC, 0x5150), MAGIC);
-        second = ptx::sub_f16x2(ptx::prmt(bytes, MAGIC, 0x5352), MAGIC);
+        constexpr u32 OFFSET = MAGIC + CENTER * 0x00010001;
+        first = ptx::sub_f16x2(ptx::prmt(bytes, MAGIC, 0x5150), OFFSET);
+        second = ptx::sub_f16x2(ptx::prmt(bytes, MAGIC, 0x5352), OFFSET);
     }
     DEVICE static void unpack(u32 tile, const u32x4 (&pieces)[2], u32 (&x)[2][4]) {
         unpack_four(pieces[tile].x, x[0][0], x[0][1]);
@@ -92,6 +96,7 @@ struct KvI8 {
 
 struct KvI4 {
     static constexpr u32 BITS = 4;
+    static constexpr u32 CENTER = 8;
     using Mma = F16;
     // Nibbles n and n + 4 of the word, for n = 0..4.
     DEVICE static void unpack_eight(u32 word, u32& a, u32& b, u32& c, u32& d) {
@@ -116,11 +121,12 @@ private:
     }
     static constexpr u32 AND_OR = 0xea;
     DEVICE static u32 low(u32 word) {
-        return ptx::sub_f16x2(ptx::lop3<AND_OR>(word, 0x000f000f, MAGIC), MAGIC);
+        constexpr u32 OFFSET = MAGIC + CENTER * 0x00010001;
+        return ptx::sub_f16x2(ptx::lop3<AND_OR>(word, 0x000f000f, MAGIC), OFFSET);
     }
-    // 1024 + 16 · level, times 1/16, minus 64
+    // (1024 + 16 · level) / 16 - (64 + CENTER)
     DEVICE static u32 high(u32 word) {
-        return ptx::fma_f16x2(ptx::lop3<AND_OR>(word, 0x00f000f0, MAGIC), 0x2c002c00, 0xd400d400);
+        return ptx::fma_f16x2(ptx::lop3<AND_OR>(word, 0x00f000f0, MAGIC), 0x2c002c00, 0xd480d480);
     }
 };
 

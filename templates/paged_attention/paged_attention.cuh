@@ -149,7 +149,7 @@ template <class C> struct Columns {
 
     DEVICE static float clamp(float x) { return ptx::max(ptx::min(x, 65504.0f), -65504.0f); }
 
-    // Sums of queries, which the minima of keys are multiplied with.
+    // Sums of queries, which the centers of keys are multiplied with.
     DEVICE static void sum_queries(const u32 (&q)[CELLS][NT][4], float (&sums)[NT][2]) {
         const u32 one = Mma::pack(1.0f, 1.0f);
         const u32 ones[4] = {one, one, one, one};
@@ -255,7 +255,10 @@ template <class C> struct Columns {
             return mt == 0 ? (h == 0 ? half[s].x : half[s].y) : (h == 0 ? half[s].z : half[s].w);
         }
         DEVICE float scale(u32 s, u32 mt, u32 h) const { return F16::first(pair(s, mt, h)); }
-        DEVICE float min(u32 s, u32 mt, u32 h) const { return F16::second(pair(s, mt, h)); }
+        // The value of level CENTER.
+        DEVICE float center(u32 s, u32 mt, u32 h) const {
+            return ptx::fma(scale(s, mt, h), float(Kv::CENTER), F16::second(pair(s, mt, h)));
+        }
         DEVICE void clear(u32 s, u32 mt, u32 h) {
             u32& x = mt == 0 ? (h == 0 ? half[s].x : half[s].y) : (h == 0 ? half[s].z : half[s].w);
             x = 0;
@@ -266,11 +269,11 @@ template <class C> struct Columns {
     DEVICE static void scale_scores(const Params& k, const float (&q_sums)[NT][2], Scores& s) {
         UNROLL for (u32 i = 0; i < 8; i++) {
             u32 half = i / 4, mt = i / 2 % 2, h = i % 2;
-            float scale = k.scale(half, mt, h), min = k.min(half, mt, h);
+            float scale = k.scale(half, mt, h), center = k.center(half, mt, h);
             UNROLL for (u32 nt = 0; nt < NT; nt++) {
                 UNROLL for (u32 e = 0; e < 2; e++) {
                     float& x = s[half][mt][nt][2 * h + e];
-                    x = ptx::fma(x, scale, min * q_sums[nt][e]);
+                    x = ptx::fma(x, scale, center * q_sums[nt][e]);
                 }
             }
         }
@@ -305,7 +308,7 @@ template <class C> struct Columns {
     struct Stats {
         float max[NT][2];    // an integer; sums are relative to 2^max
         float sum[NT][2];    // of probabilities
-        float least[NT][2];  // of probabilities · minima of V
+        float center[NT][2]; // of probabilities · centers of V
     };
 
     // Sums of probability · value: dimensions 16 d + g and + 8, columns 2t and 2t + 1 as in `mma`.
@@ -318,7 +321,7 @@ template <class C> struct Columns {
         UNROLL for (u32 nt = 0; nt < NT; nt++) {
             UNROLL for (u32 e = 0; e < 2; e++) {
                 state.stats.max[nt][e] = NO_MAX;
-                state.stats.sum[nt][e] = state.stats.least[nt][e] = 0.0f;
+                state.stats.sum[nt][e] = state.stats.center[nt][e] = 0.0f;
             }
             UNROLL for (u32 i = 0; i < 8 * CELLS; i++) {
                 state.o[i / 4][nt][i % 4] = 0.0f;
@@ -371,13 +374,13 @@ template <class C> struct Columns {
             max = ptx::max(max, s[i / 4][i / 2 % 2][nt][i % 2 * 2 + e]);
         }
         max = ptx::max(ptx::cvt_rni_f32(reduce(max, Max()) * scale), NO_MAX);
-        float sum = 0.0f, least = 0.0f, largest = 0.0f;
+        float sum = 0.0f, center = 0.0f, largest = 0.0f;
         UNROLL for (u32 i = 0; i < 8; i++) {
             float& x = s[i / 4][i / 2 % 2][nt][i % 2 * 2 + e];
             x = ptx::ex2(ptx::fma(x, scale, -max));
             sum += x;
             if constexpr (QUANTIZED) {
-                least = ptx::fma(x, v.min(i / 4, i / 2 % 2, i % 2), least);
+                center = ptx::fma(x, v.center(i / 4, i / 2 % 2, i % 2), center);
                 x *= v.scale(i / 4, i / 2 % 2, i % 2);
                 largest = ptx::max(largest, x);
             }
@@ -387,7 +390,7 @@ template <class C> struct Columns {
         float inverse = 1.0f;
         power = 1.0f;
         if constexpr (QUANTIZED) {
-            block.least[nt][e] = reduce(least, Add());
+            block.center[nt][e] = reduce(center, Add());
             split_exponent(reduce(largest, Max()), power, inverse);
         }
         return inverse;
@@ -415,8 +418,8 @@ template <class C> struct Columns {
             factors[nt][e] = factor;
             state.stats.sum[nt][e] = ptx::fma(summand.sum[nt][e], factor, state.stats.sum[nt][e]);
             if constexpr (QUANTIZED) {
-                state.stats.least[nt][e] =
-                    ptx::fma(summand.least[nt][e], factor, state.stats.least[nt][e]);
+                state.stats.center[nt][e] =
+                    ptx::fma(summand.center[nt][e], factor, state.stats.center[nt][e]);
             }
         }
     }
@@ -425,7 +428,9 @@ template <class C> struct Columns {
         UNROLL for (u32 nt = 0; nt < NT; nt++) {
             UNROLL for (u32 e = 0; e < 2; e++) {
                 state.stats.sum[nt][e] *= factors[nt][e];
-                state.stats.least[nt][e] *= factors[nt][e];
+                if constexpr (QUANTIZED) {
+                    state.stats.center[nt][e] *= factors[nt][e];
+                }
             }
             UNROLL for (u32 i = 0; i < 8 * CELLS; i++) {
                 state.o[i / 4][nt][i % 4] *= factors[nt][i % 2];
@@ -434,10 +439,11 @@ template <class C> struct Columns {
     }
 
     // Adds probability · value of a block for 32 dimensions, whose two fragments lie at `first` and
-    // `second`. Some keys of `partial` blocks are seen by no column.
-    DEVICE static void add_values(u32 first, u32 second, u32 cell, bool partial, u32 block,
-                                  Keys keys, const Probabilities& p,
-                                  const float (&factors)[NT][2], State& state) {
+    // `second`. MASK: some keys of the block are seen by no column.
+    template <bool MASK>
+    DEVICE static void add_values(u32 first, u32 second, u32 cell, u32 block, Keys keys,
+                                  const Probabilities& p, const float (&factors)[NT][2],
+                                  State& state) {
         u32x4 pieces[2][PIECES];
         read_fragment(first, pieces[0]);
         read_fragment(second, pieces[1]);
@@ -446,10 +452,8 @@ template <class C> struct Columns {
             UNROLL for (u32 i = 0; i < 4; i++) {
                 u32 half = i / 2, ks = i % 2, v[2][4], a[4];
                 Kv::unpack_v(mt, pieces[half], v);
-                if constexpr (!QUANTIZED) {
-                    if (partial) {
-                        mask_values(block + v_octet(half) * 8, keys, v);
-                    }
+                if constexpr (MASK && !QUANTIZED) {
+                    mask_values(block + v_octet(half) * 8, keys, v);
                 }
                 operand(v, ks, a);
                 UNROLL for (u32 nt = 0; nt < NT; nt++) {
@@ -504,13 +508,14 @@ template <class C> struct Decode : Columns<C> {
     // float32 values of a part of a row in the workspace, for one KV head and tile of heads.
     static constexpr u32 PART = C::HEADS_TILE * COLUMN;
     static constexpr u32 HEAD_SETS = C::KV_HEADS * Base::HEAD_TILES;
-    static_assert(C::WARPS * BLOCK == C::CHUNK && STAGES <= UNITS, "a block for each warp");
+    static_assert(C::WARPS * BLOCK == C::CHUNK, "a block for each warp");
+    static_assert(STAGES >= 2 && STAGES <= UNITS, "two fragments of values are read at once");
     static_assert(C::HEADS_TILE <= NT * 8, "a column for each head");
 
     // A column's sums: lane l holds dimensions l + 32 i.
     struct Column {
         float x[CELLS];
-        float max, sum, least;
+        float max, sum, center;
     };
 
     DEVICE static void run(const PagedAttentionParams& params) {
@@ -537,9 +542,10 @@ private:
         Keys keys = {max_of(work.item.first_key, block),
                      min_of(work.item.first_key + work.item.num_keys, block + BLOCK)};
         State state;
-        Base::clear(state);
         if (keys.begin < keys.end) {
             attend_block(params, work, block, keys, state);
+        } else {
+            Base::clear(state);
         }
         // The ring becomes room for sums.
         ptx::block_sync();
@@ -580,19 +586,26 @@ private:
         if (partial) {
             Base::mask(work, 0, block, keys, v_params, s);
         }
-        typename Base::Stats stats;
-        float powers[NT][2], factors[NT][2];
+        float powers[NT][2];
         Probabilities p;
-        Base::softmax(params.scale * LOG2_E, v_params, s, stats, powers, p);
-        Base::raise(stats, state, factors);
-        UNROLL for (u32 i = 0; i < 2 * NT; i++) {
-            factors[i / 2][i % 2] *= powers[i / 2][i % 2];
+        Base::clear(state);
+        Base::softmax(params.scale * LOG2_E, v_params, s, state.stats, powers, p);
+        if (partial) {
+            add_values<true>(ring, cells, block, keys, p, powers, state);
+        } else {
+            add_values<false>(ring, cells, block, keys, p, powers, state);
         }
+    }
+
+    template <bool MASK>
+    DEVICE static void add_values(u32 ring, const u8* const (&cells)[4], u32 block, Keys keys,
+                                  const Probabilities& p, const float (&powers)[NT][2],
+                                  State& state) {
         UNROLL for (u32 cell = 0; cell < CELLS; cell++) {
             u32 unit = UNITS / 2 + 2 * cell;
-            ptx::cp_async_wait<(STAGES >= 2 ? STAGES - 2 : 0)>();
-            Base::add_values(slot(ring, unit), slot(ring, unit + 1), cell, partial, block, keys, p,
-                             factors, state);
+            ptx::cp_async_wait<STAGES - 2>();
+            Base::template add_values<MASK>(slot(ring, unit), slot(ring, unit + 1), cell, block,
+                                            keys, p, powers, state);
             copy(unit + STAGES, ring, cells);
             copy(unit + 1 + STAGES, ring, cells);
         }
@@ -643,7 +656,7 @@ private:
             if (g == 0) {
                 ptx::store_shared(at + Layout::DIMS * 4, state.stats.max[nt][e]);
                 ptx::store_shared(at + Layout::DIMS * 4 + 4, state.stats.sum[nt][e]);
-                ptx::store_shared(at + Layout::DIMS * 4 + 8, state.stats.least[nt][e]);
+                ptx::store_shared(at + Layout::DIMS * 4 + 8, state.stats.center[nt][e]);
             }
         }
     }
@@ -657,14 +670,14 @@ private:
             column.x[i] = 0.0f;
         }
         column.max = max;
-        column.sum = column.least = 0.0f;
+        column.sum = column.center = 0.0f;
     }
 
     // A summand of a column, in shared memory or in the workspace.
     template <class Load> DEVICE static void add(Load load, Column& column) {
         float factor = exp2_integer(load(Layout::DIMS) - column.max);
         column.sum = ptx::fma(load(Layout::DIMS + 1), factor, column.sum);
-        column.least = ptx::fma(load(Layout::DIMS + 2), factor, column.least);
+        column.center = ptx::fma(load(Layout::DIMS + 2), factor, column.center);
         UNROLL for (u32 i = 0; i < CELLS; i++) {
             column.x[i] = ptx::fma(load(ptx::lane_idx() + 32 * i), factor, column.x[i]);
         }
@@ -715,7 +728,7 @@ private:
         if (ptx::lane_idx() == 0) {
             ptx::store(to + Layout::DIMS, column.max);
             ptx::store(to + Layout::DIMS + 1, column.sum);
-            ptx::store(to + Layout::DIMS + 2, column.least);
+            ptx::store(to + Layout::DIMS + 2, column.center);
         }
     }
 
@@ -766,7 +779,7 @@ private:
                               Column& column) {
         float inverse = ptx::rcp(column.sum);
         UNROLL for (u32 i = 0; i < CELLS; i++) {
-            column.x[i] = (column.x[i] + column.least) * inverse;
+            column.x[i] = (column.x[i] + column.center) * inverse;
         }
         if constexpr (C::Kv::BITS == 4) {
             hadamard(column.x);
@@ -921,7 +934,7 @@ private:
                 const typename Base::Stats& stats = sums.stats;
                 store(nt, stats.max[nt][0], stats.max[nt][1], stats.sum[nt][0], stats.sum[nt][1]);
                 if constexpr (QUANTIZED) {
-                    store(NT + nt, stats.least[nt][0], stats.least[nt][1], 0.0f, 0.0f);
+                    store(NT + nt, stats.center[nt][0], stats.center[nt][1], 0.0f, 0.0f);
                 }
                 UNROLL for (u32 d = 0; d < 2 * CELLS; d++) {
                     const float(&o)[4] = sums.o[d][nt];
@@ -936,10 +949,10 @@ private:
                 return;
             }
             UNROLL for (u32 nt = 0; nt < NT; nt++) {
-                float stats[4], least[4], old[2], factors[2];
+                float stats[4], center[4], old[2], factors[2];
                 load(nt, stats);
                 if constexpr (QUANTIZED) {
-                    load(NT + nt, least);
+                    load(NT + nt, center);
                 }
                 UNROLL for (u32 e = 0; e < 2; e++) {
                     float& max = sums.stats.max[nt][e];
@@ -950,8 +963,8 @@ private:
                     float& sum = sums.stats.sum[nt][e];
                     sum = ptx::fma(sum, factors[e], stats[2 + e] * old[e]);
                     if constexpr (QUANTIZED) {
-                        float& x = sums.stats.least[nt][e];
-                        x = ptx::fma(x, factors[e], least[e] * old[e]);
+                        float& x = sums.stats.center[nt][e];
+                        x = ptx::fma(x, factors[e], center[e] * old[e]);
                     }
                 }
                 UNROLL for (u32 d = 0; d < 2 * CELLS; d++) {
@@ -1061,22 +1074,32 @@ private:
             bool partial = block < keys().begin || block + BLOCK > keys().end;
             at = slot(2 * idx + 1);
             advance(2 * idx + 1);
+            if (partial) {
+                add_values<true>(at, block, p, factors, chunk);
+            } else {
+                add_values<false>(at, block, p, factors, chunk);
+            }
+        }
+
+        template <bool MASK>
+        DEVICE void add_values(u32 at, u32 block, const Probabilities& p,
+                               const float (&factors)[NT][2], State& chunk) {
             UNROLL for (u32 cell = 0; cell < CELLS; cell++) {
                 u32 first = at + cell * FRAGMENT_BYTES;
-                Base::add_values(first, first + CELLS * FRAGMENT_BYTES, cell, partial, block, keys(),
-                                 p, factors, chunk);
+                Base::template add_values<MASK>(first, first + CELLS * FRAGMENT_BYTES, cell, block,
+                                                keys(), p, factors, chunk);
             }
         }
 
         // Divides by the sums of probabilities and writes the rows.
         DEVICE void finish(State& total) {
             UNROLL for (u32 nt = 0; nt < NT; nt++) {
-                const float least[2] = {total.stats.least[nt][0], total.stats.least[nt][1]};
+                const float center[2] = {total.stats.center[nt][0], total.stats.center[nt][1]};
                 const float inverse[2] = {ptx::rcp(total.stats.sum[nt][0]),
                                           ptx::rcp(total.stats.sum[nt][1])};
                 UNROLL for (u32 i = 0; i < 8 * CELLS; i++) {
                     float& x = total.o[i / 4][nt][i % 4];
-                    x = (x + least[i % 2]) * inverse[i % 2];
+                    x = (x + center[i % 2]) * inverse[i % 2];
                 }
                 if constexpr (C::Kv::BITS == 4) {
                     hadamard(nt, total);
