@@ -267,20 +267,22 @@ void Block::deliver(Mbarrier& barrier) {
     barrier.arriving.all[WARPS_MAX + index] = max_tick;
 }
 
-// Ends the phase where all have arrived and all bytes are there. Bytes come as late as they can:
-// when a thread waits for them.
+// Ends the phase where all have arrived and all bytes are on their way. Bytes come as late as they
+// can: when a thread waits for them.
 void Block::complete_phase(Mbarrier& barrier) {
-    if (barrier.pending > 0) return;
-    auto waits = [&](const Thread& thread) {
-        return thread.wait == Wait::MBARRIER && thread.wait_id == barrier.address &&
-               thread.wait_parity == (barrier.phase & 1);
-    };
+    int64_t num_bytes = 0;
+    for (const BulkCopy& copy : barrier.copies) num_bytes += copy.bytes;
+    if (barrier.pending > 0 || barrier.num_bytes != num_bytes) return;
     std::vector<Thread*> waiting;
     for (Thread& thread : threads) {
-        if (waits(thread)) waiting.push_back(&thread);
+        bool waits = thread.wait == Wait::MBARRIER && thread.wait_id == barrier.address &&
+                     thread.wait_parity == (barrier.phase & 1);
+        if (waits) waiting.push_back(&thread);
     }
-    if (!waiting.empty()) deliver(barrier);
-    if (barrier.num_bytes != 0 || !barrier.copies.empty()) return;
+    if (num_bytes > 0) {
+        if (waiting.empty()) return;
+        deliver(barrier);
+    }
     barrier.completed = barrier.arriving;
     barrier.arriving = Clock();
     barrier.pending = int32_t(barrier.num_arrivals);
@@ -337,6 +339,7 @@ void cp_async_bulk(uint32_t shared, const void* source, uint32_t bytes, uint32_t
     check_source(source, bytes, 16, site);
     start_copy(shared, bytes, site);
     barrier.copies.push_back({shared, source, bytes, block->launch.places.number(site)});
+    block->complete_phase(barrier);
 }
 
 // --- matrices --------------------------------------------------------------------------------------

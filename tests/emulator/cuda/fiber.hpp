@@ -8,13 +8,16 @@
 
 #include <vector>
 
-#if !defined(__x86_64__)
+// The C library's contexts elsewhere; they are slower, and can be asked for.
+#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+#define EMULATOR_SWITCH 1
+#else
 #include <ucontext.h>
 #endif
 
 namespace emulator {
 
-#if defined(__x86_64__)
+#if defined(EMULATOR_SWITCH)
 
 // A suspended fiber is its stack pointer: the registers that a call preserves lie on its stack.
 struct Context {

@@ -118,6 +118,11 @@ public:
         return offset >= 0 && uint64_t(offset) + size <= allocation.bytes.size();
     }
 
+    // Forgets all accesses, so that ticks may start again.
+    void forget_accesses() {
+        for (Allocation& allocation : allocations) allocation.cells = {};
+    }
+
 private:
     std::vector<Allocation> allocations;
 };

@@ -1,7 +1,7 @@
 //! Kernel sources → loaded libraries, with a cache of what was compiled before.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{CString, OsString};
+use std::ffi::CString;
 use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -206,7 +206,6 @@ fn read_include(file: &str, from: &str) -> Result<String, String> {
 
 struct Compiler {
     path: PathBuf,
-    env: Vec<(OsString, OsString)>,
     version: Vec<u8>,
 }
 
@@ -227,7 +226,7 @@ fn compiler() -> Result<&'static Compiler, String> {
         let version = Command::new(&path).arg("--version").output();
         let version =
             version.map_err(|e| format!("{}: {e}; install g++ or set CXX", path.display()))?.stdout;
-        Ok(Compiler { path, env: tool.env().to_vec(), version })
+        Ok(Compiler { path, version })
     };
     COMPILER.get_or_init(find).as_ref().map_err(Clone::clone)
 }
@@ -289,8 +288,8 @@ fn build(text: &str, optimization: &str) -> Result<PathBuf, String> {
     let output = folder.join(format!("{}.{unique}.so", &hash[..32]));
     fs::write(&source, text).map_err(|e| format!("{}: {e}", source.display()))?;
     let mut command = Command::new(&compiler.path);
-    command.envs(compiler.env.iter().cloned()).args(&flags);
-    let result = command.arg("-o").arg(&output).arg(&source).output();
+    command.args(&flags).arg("-o").arg(&output).arg(&source);
+    let result = command.output();
     let _ = fs::remove_file(&source);
     let result = result.map_err(|e| format!("{}: {e}", compiler.path.display()))?;
     if !result.status.success() {

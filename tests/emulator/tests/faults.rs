@@ -339,6 +339,43 @@ const CASES: &[Case] = &[
     },
 ];
 
+/// One bulk copy, and the wait for it or not.
+const BULK_EXIT: &str = "
+    if (t == 0) {
+        mbarrier_init(base, 1);
+        fence_mbarrier_init();
+    }
+    grid_wait();
+    block_sync();
+    if (t == 0) {
+        mbarrier_arrive_expect(base, 1024);
+        cp_async_bulk(base + 1024, params.in, 1024, base);
+    }
+    [exit]
+";
+
+const BULK_EXITS: &[(&str, Option<FaultKind>)] = &[
+    ("mbarrier_wait(base, 0);", None),
+    // The thread that copies does not wait.
+    ("if (t == 40) mbarrier_wait(base, 0);", None),
+    ("if (t >= 32) mbarrier_wait(base, 0);", None),
+    ("", Some(FaultKind::NotAwaited)),
+    ("mbarrier_wait(base, 1);", Some(FaultKind::NotAwaited)),
+    (
+        "mbarrier_wait(base, 0); block_sync(); if (t == 0) mbarrier_arrive_expect(base, 16);",
+        Some(FaultKind::Mbarrier),
+    ),
+    (
+        "mbarrier_wait(base, 0);
+         block_sync();
+         if (t == 0) {
+             mbarrier_arrive_expect(base, 16);
+             mbarrier_arrive(base);
+         }",
+        Some(FaultKind::Mbarrier),
+    ),
+];
+
 /// Two stages of bulk copies: `full` at `base`, `empty` at `base + 8`, data at `base + 1024`.
 const BULK: &str = "
     u32 full = base, empty = base + 8, data = base + 1024;
@@ -494,6 +531,26 @@ fn bulk_copies() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+}
+
+#[test]
+fn bulk_copies_at_the_end_of_a_block() {
+    let kernels: Vec<(String, String)> = BULK_EXITS
+        .iter()
+        .enumerate()
+        .map(|(i, (exit, _))| {
+            let name = format!("bulk_exit_{i}");
+            (name.clone(), kernel(&name, &BULK_EXIT.replace("[exit]", exit)))
+        })
+        .collect();
+    let library = compile_all(&kernels);
+    for seed in 0..20 {
+        for (i, (exit, expected)) in BULK_EXITS.iter().enumerate() {
+            let result = run(&library, &format!("bulk_exit_{i}"), seed);
+            let found = result.as_ref().err().map(|fault| fault.kind);
+            assert_eq!(found, *expected, "{exit:?}, seed {seed}: {result:?}");
+        }
+    }
 }
 
 #[test]

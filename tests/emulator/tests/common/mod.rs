@@ -107,11 +107,6 @@ impl Params {
     }
 }
 
-/// One kernel, compiled; a test that cannot compile has failed.
-pub(crate) fn library(symbol: &str, text: impl Into<String>) -> Library {
-    compile(&[Source::new(symbol, text)]).unwrap_or_else(|e| panic!("{e}"))
-}
-
 pub(crate) fn emulator(seed: u64) -> Emulator {
     Emulator::new(seed).unwrap_or_else(|e| panic!("{e}"))
 }
