@@ -356,7 +356,11 @@ impl Config {
     /// Blocks that have the warps a multiprocessor should have, as far as registers allow.
     fn blocks_wanted(&self, arch: Arch) -> usize {
         let sums = self.out_tiles * self.row_tiles * 4;
-        let registers = if sums >= 64 { 255 } else { 128 };
+        let registers = match sums {
+            64.. => 255,
+            32.. => 168,
+            _ => 128,
+        };
         (NUM_WARPS * 32 / self.threads()).min(arch.registers() / registers / self.threads()).max(1)
     }
 
