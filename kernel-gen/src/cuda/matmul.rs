@@ -355,8 +355,12 @@ impl Config {
 
     /// Blocks that have the warps a multiprocessor should have, as far as registers allow.
     fn blocks_wanted(&self, arch: Arch) -> usize {
-        let sums = self.out_tiles * self.row_tiles * 4;
-        let registers = if sums >= 64 { 255 } else { 128 };
+        // NOTE: as `ptxas` needs them, with sums of a slice and of all slices before.
+        let registers = match self.out_tiles * self.row_tiles {
+            0..8 => 128,
+            8..16 => 168,
+            _ => 255,
+        };
         (NUM_WARPS * 32 / self.threads()).min(arch.registers() / registers / self.threads()).max(1)
     }
 
