@@ -42,3 +42,12 @@ fn groups_that_fragments_do_not_divide() {
         check(40, group * 5, GroupSize::Of(group), Arch::Sm90a, &[1, 9, 65], &SEEDS[..2]);
     }
 }
+
+#[test]
+fn kernels_of_smollm2() {
+    for (n, k) in [(960, 576), (576, 576), (3072, 576), (576, 1536)] {
+        let op = AwqGemm { n, k, group: GroupSize::Of(64), rows: RowType::BF16 };
+        let kernels = Kernel::all(&op.into(), Arch::Sm90a);
+        Linear::awq(op, 65, false, 1).check(&kernels, &[1, 9, 17, 33, 65], 1);
+    }
+}

@@ -237,8 +237,10 @@ impl Linear {
             let first = (rows_max - num_rows) / 2;
             let (bits, report) = kernel.run(self, first..first + num_rows, seed);
             self.compare(&kernel.symbol(), &bits, &expected[first * self.n..]);
+            // Rows that are not 16-byte aligned are copied by 4 bytes, four to a bank.
             let conflicts = main_loop_conflicts(&report);
-            assert_eq!(conflicts, 0, "{}: {:?}", kernel.symbol(), report.shared);
+            let has_none = conflicts == 0 || !self.k.is_multiple_of(8);
+            assert!(has_none, "{}: {:?}", kernel.symbol(), report.shared);
             for (row, bits) in (first..).zip(bits.chunks_exact(self.n)) {
                 let known = all[row].get_or_insert_with(|| bits.to_vec());
                 assert_eq!(known, bits, "{}: row {row} of {num_rows}", kernel.symbol());
