@@ -535,7 +535,7 @@ template <class C> struct Decode : Columns<C> {
     }
 
 private:
-    // --- a block of keys by a warp ----------------------------------------------------------------
+    // --- a block of keys by a warp ---
 
     DEVICE static void attend(const PagedAttentionParams& params, const Work& work) {
         u32 block = work.item.first_key / C::CHUNK * C::CHUNK + ptx::warp_idx() * BLOCK;
@@ -638,7 +638,7 @@ private:
         }
     }
 
-    // --- the blocks of a chunk, the chunks of a row ------------------------------------------------
+    // --- the blocks of a chunk, the chunks of a row ---
 
     DEVICE static u32 sums(u32 warp, u32 column) {
         return ptx::shared_base() + (warp * NT * 8 + column) * COLUMN * 4;

@@ -204,11 +204,10 @@ mod tests {
                     if item.span as usize != span_idx || !rows.contains(&(span.first_row + row)) {
                         continue;
                     }
-                    let first = item.first_key as usize;
                     // NOTE: prefill masks what single rows do not see.
-                    for key in keys.start.max(first)..keys.end.min(first + item.num_keys as usize) {
-                        seen[key] += 1;
-                    }
+                    let first = item.first_key as usize;
+                    let end = keys.end.min(first + item.num_keys as usize);
+                    seen[keys.start.max(first)..end].iter_mut().for_each(|count| *count += 1);
                 }
                 for (key, count) in seen.iter().enumerate() {
                     let expected = usize::from(keys.contains(&key));
