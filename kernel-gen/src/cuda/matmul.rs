@@ -189,7 +189,10 @@ impl Shape {
             Regime::UpTo(_) => {
                 Config { out_tiles: 2, row_tiles: 4, out_warps: 4, row_warps: 2, ..TEAM }
             }
-            _ => Config { out_tiles: 4, row_tiles: 4, out_warps: 2, row_warps: 4, ..TEAM },
+            _ => {
+                let out_tiles = self.out_tiles_many(arch);
+                Config { out_tiles, row_tiles: 4, out_warps: 2, row_warps: 4, ..TEAM }
+            }
         };
         let (k_warps, splits) = self.parts(&team, regime, arch);
         self.with_stages(Config { k_warps, splits, ..team }, arch)
@@ -204,6 +207,13 @@ impl Shape {
         let choices = 1..=if self.tile_bytes > 1024 { 2 } else { 4 };
         let best = choices.clone().map(|tiles| rounds(&tiles)).min().unwrap_or(1);
         choices.rev().find(|tiles| rounds(tiles) * 10 <= best * 11).unwrap_or(1)
+    }
+
+    /// Tiles of a warp for many rows: as many as its registers hold, which differs with what the
+    /// compiler makes of an architecture.
+    fn out_tiles_many(&self, arch: Arch) -> usize {
+        let is_quantized = self.tile_bytes < TILE * BLOCK * 2;
+        if is_quantized && arch != Arch::Sm90a { 3 } else { 4 }
     }
 
     /// Teams of a block and blocks of an output tile: all slices for one team where there are enough
@@ -355,8 +365,13 @@ impl Config {
 
     /// Blocks that have the warps a multiprocessor should have, as far as registers allow.
     fn blocks_wanted(&self, arch: Arch) -> usize {
-        let sums = self.out_tiles * self.row_tiles * 4;
-        let registers = if sums >= 64 { 255 } else { 128 };
+        // NOTE: as `ptxas` needs them, with sums of a slice and of all slices before.
+        let registers = match self.out_tiles * self.row_tiles {
+            0..8 => 128,
+            8..16 if arch == Arch::Sm120 => 200,
+            8..16 => 168,
+            _ => 255,
+        };
         (NUM_WARPS * 32 / self.threads()).min(arch.registers() / registers / self.threads()).max(1)
     }
 

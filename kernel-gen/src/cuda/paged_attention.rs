@@ -126,9 +126,12 @@ impl PagedAttention {
     }
 
     fn default_prefill(&self, arch: Arch) -> Config {
-        let configs = [(8, 4), (8, 3), (4, 4), (4, 3), (4, 2)];
+        let configs = [(8, 4), (8, 3), (4, 4), (4, 3), (8, 2), (4, 2)];
         let all = configs.map(|(warps, stages)| Config { warps, stages, blocks: 1 });
-        let mut fitting = all.into_iter().filter(|config| self.fits(config, Regime::Prefill, arch));
+        // NOTE: addresses of more stages spill there.
+        let stages_max = if arch == Arch::Sm120 { 2 } else { usize::MAX };
+        let few = all.into_iter().filter(|config| config.stages <= stages_max);
+        let mut fitting = few.filter(|config| self.fits(config, Regime::Prefill, arch));
         fitting.next().unwrap_or(all[all.len() - 1])
     }
 }

@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use bespoke::backend::cuda::pack;
 use bespoke::model::linear::{AwqView, DenseView, LinearPart, LinearSource};
-use bespoke_emulator::{Access, Library, Report};
+use bespoke_emulator::{Access, Library, Report, SharedAccesses};
 use bespoke_kernel_gen::cuda::{
-    Arch, AwqGemm, Gemm, OutType, Regime, RowType, Spec, Variant, Workspace,
+    Arch, AwqGemm, Gemm, OutType, Regime, RowType, Spec, Variant, Workspace, templates,
 };
 use bespoke_kernel_gen::spec::DType;
 use half::f16;
@@ -134,6 +134,17 @@ impl Linear {
     }
 }
 
+/// Bank conflicts of all but the few accesses at the end of the sums.
+fn main_loop_conflicts(report: &Report) -> u64 {
+    let text = templates::find("common/matmul.cuh").unwrap().text;
+    let end = text.lines().position(|line| line.contains("--- the end of the sums ---")).unwrap();
+    let in_loop = |access: &&SharedAccesses| {
+        !access.file.ends_with("common/matmul.cuh") || (access.line as usize) < end
+    };
+    let accesses = report.shared.iter().filter(in_loop);
+    accesses.map(|access| access.num_passes - access.num_passes_min).sum()
+}
+
 /// A compiled kernel.
 pub(crate) struct Kernel {
     variant: Variant,
@@ -226,7 +237,10 @@ impl Linear {
             let first = (rows_max - num_rows) / 2;
             let (bits, report) = kernel.run(self, first..first + num_rows, seed);
             self.compare(&kernel.symbol(), &bits, &expected[first * self.n..]);
-            assert_eq!(report.bank_conflicts(), 0, "{}: {:?}", kernel.symbol(), report.shared);
+            // Rows that are not 16-byte aligned are copied by 4 bytes, four to a bank.
+            let conflicts = main_loop_conflicts(&report);
+            let has_none = conflicts == 0 || !self.k.is_multiple_of(8);
+            assert!(has_none, "{}: {:?}", kernel.symbol(), report.shared);
             for (row, bits) in (first..).zip(bits.chunks_exact(self.n)) {
                 let known = all[row].get_or_insert_with(|| bits.to_vec());
                 assert_eq!(known, bits, "{}: row {row} of {num_rows}", kernel.symbol());
