@@ -2,15 +2,14 @@
 
 mod awq_gemm;
 mod common;
-mod engine;
 mod embed;
+mod engine;
 mod faults;
 mod gemm;
 mod matmul;
-mod primitives;
-mod rms_norm;
-mod sample;
 mod paged_attention;
 mod primitives;
+mod rms_norm;
 mod rope;
+mod sample;
 mod silu_and_mul;

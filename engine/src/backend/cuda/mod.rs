@@ -10,6 +10,8 @@
 
 mod buffers;
 pub mod device;
+#[cfg(feature = "cuda")]
+pub mod driver;
 mod kernels;
 mod ops;
 pub mod pack;
