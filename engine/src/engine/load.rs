@@ -212,8 +212,7 @@ fn hash_key(options: &EngineOptions) -> Result<[u8; 32], Error> {
 }
 
 /// Loads a model on some backend; gives the longest context too.
-type LoadModel<'a> =
-    &'a mut dyn FnMut(&Loader<'_>, &Weights<'_>) -> Result<(Model, usize), Error>;
+type LoadModel<'a> = &'a mut dyn FnMut(&Loader<'_>, &Weights<'_>) -> Result<(Model, usize), Error>;
 
 /// What a decoder is loaded from.
 struct Loader<'a> {
@@ -298,10 +297,8 @@ impl Loader<'_> {
             num_of_one.saturating_mul(options.max_sequences).min(num_pages_default).max(num_of_one)
         });
         check_num_pages(num_pages, page_size)?;
-        let limits = DecoderLimits {
-            batch: self.batch_limits(max_context),
-            num_pages: Some(num_pages),
-        };
+        let limits =
+            DecoderLimits { batch: self.batch_limits(max_context), num_pages: Some(num_pages) };
         Ok((limits, max_context))
     }
 }

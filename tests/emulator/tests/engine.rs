@@ -181,7 +181,11 @@ fn greedy_logits_stay_on_the_device() {
 #[test]
 fn choices_copy_pages() {
     let sampling = SamplingParams { temperature: 1.0, seed: 5, ..SamplingParams::default() };
-    let of = |num_choices| Request { sampling: sampling.clone(), num_choices, ..request(prompt(20, 2), 6) };
+    let of = |num_choices| Request {
+        sampling: sampling.clone(),
+        num_choices,
+        ..request(prompt(20, 2), 6)
+    };
     let (mut engine, _) = cuda("llama-gqa2", &options(), 5);
     let together = engine.generate_choices(of(3), &mut |_| ControlFlow::Continue(())).unwrap();
     let alone = run(&mut engine, of(1));

@@ -138,8 +138,18 @@ KERNEL(wide_banks, Params, 32, 1) {
 "#;
 
 const SYMBOLS: &[&str] = &[
-    "bits", "widen", "narrow", "pairs", "functions", "lanes", "matrices", "mma_f16", "mma_bf16",
-    "zero_fill", "banks", "wide_banks",
+    "bits",
+    "widen",
+    "narrow",
+    "pairs",
+    "functions",
+    "lanes",
+    "matrices",
+    "mma_f16",
+    "mma_bf16",
+    "zero_fill",
+    "banks",
+    "wide_banks",
 ];
 
 fn kernels() -> Library {
@@ -205,7 +215,8 @@ fn floats_to_round() -> Vec<u32> {
             values.extend([near, near.wrapping_add(1), near.wrapping_sub(1)]);
         }
     }
-    for special in [f32::INFINITY, f32::NAN, 65504.0, 65519.9, 65520.0, f32::MAX, 5e-8, 1e-45, 0.0] {
+    for special in [f32::INFINITY, f32::NAN, 65504.0, 65519.9, 65520.0, f32::MAX, 5e-8, 1e-45, 0.0]
+    {
         values.extend([special.to_bits(), (-special).to_bits()]);
     }
     values
@@ -259,7 +270,9 @@ fn arithmetic_on_pairs_rounds_once() {
         input.extend((0..3).map(|_| u32::from(near(10, 8, 12)) | u32::from(near(10, 0, 16)) << 16));
     }
     for _ in 0..4000 {
-        input.extend((0..3).map(|_| u32::from(near(7, 120, 12)) | u32::from(near(7, 115, 20)) << 16));
+        input.extend(
+            (0..3).map(|_| u32::from(near(7, 120, 12)) | u32::from(near(7, 115, 20)) << 16),
+        );
     }
     let n = input.len() / 3;
     let out = run("pairs", &input, n, 5 * n);
@@ -291,14 +304,19 @@ fn approximate_functions() {
     let mut values: Vec<f32> = (1..2000).map(|i| i as f32 * 0.037).collect();
     values.extend([f32::INFINITY, 0.0, 1e-40, 1e30]);
     let input: Vec<u32> = values.iter().map(|v| v.to_bits()).collect();
-    let bytes: Vec<u8> =
-        run("functions", &input, input.len(), 4 * input.len()).iter().flat_map(|w| w.to_le_bytes()).collect();
+    let bytes: Vec<u8> = run("functions", &input, input.len(), 4 * input.len())
+        .iter()
+        .flat_map(|w| w.to_le_bytes())
+        .collect();
     for (&x, y) in values.iter().zip(to_f32(&bytes).chunks(4)) {
         // Subnormal numbers count as 0.
         let x = if x < f32::MIN_POSITIVE { 0.0 } else { x };
         for (got, expected) in y.iter().zip([x.exp2(), x.log2(), 1.0 / x, 1.0 / x.sqrt()]) {
             let error = (got - expected).abs();
-            assert!(*got == expected || error <= expected.abs() * 1e-6 + 1e-7, "{x}: {got} {expected}");
+            assert!(
+                *got == expected || error <= expected.abs() * 1e-6 + 1e-7,
+                "{x}: {got} {expected}"
+            );
         }
     }
 }

@@ -51,8 +51,7 @@ fn random_rows() {
         for seed in SEEDS {
             let mut random = Random(seed);
             let num_rows = if vocab > 10_000 { 1 } else { 3 };
-            let rows: Vec<Vec<f32>> =
-                (0..num_rows).map(|_| random.floats(vocab, 20.0)).collect();
+            let rows: Vec<Vec<f32>> = (0..num_rows).map(|_| random.floats(vocab, 20.0)).collect();
             check(vocab, &rows, seed);
         }
     }

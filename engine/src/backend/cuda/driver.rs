@@ -283,8 +283,7 @@ impl Driver {
         let result = unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()) };
         check(result).map_err(|result| self.resources(&format!("find {symbol}"), result))?;
         let bytes = instance.shared_bytes as c_int;
-        let attribute =
-            sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function lives.
         let result = unsafe { sys::cuFuncSetAttribute(function, attribute, bytes) };
         check(result).map_err(|result| {
