@@ -1,5 +1,6 @@
 //! How an engine is set up.
 
+use bespoke_kernel_gen::cuda::CudaKernelTable;
 use bespoke_kernel_gen::model::{CONTEXT_MAX, ModelConfig, RopeScaling};
 use bespoke_kernel_gen::spec::{ActivationType, KvDType};
 use bespoke_kernel_gen::target::Target;
@@ -17,6 +18,8 @@ pub enum BackendChoice {
     Reference,
     /// Kernels generated for the model's shapes, on the CPU.
     Cpu,
+    /// Kernels generated for the model's shapes, on an NVIDIA GPU.
+    Cuda,
 }
 
 /// Options of [`Engine::load`](crate::engine::Engine::load).
@@ -33,6 +36,8 @@ pub struct EngineOptions {
     pub num_threads: Option<usize>,
     /// The kernels of this build.
     pub kernels: KernelTable,
+    /// Its kernels for GPUs.
+    pub cuda_kernels: CudaKernelTable,
     /// Token rows of one step: decode rows and prefill chunks together.
     pub max_batch_tokens: usize,
     /// Rows of one prompt in one step; `None`: as many as the step has.
@@ -79,6 +84,7 @@ impl EngineOptions {
             target: None,
             num_threads: None,
             kernels,
+            cuda_kernels: CudaKernelTable::default(),
             max_batch_tokens: 512,
             max_chunk_tokens: None,
             max_sequences: 64,

@@ -56,8 +56,33 @@ struct Gpu {
     /// The NVIDIA driver's own words, null without a driver.
     driver: Option<String>,
     devices: usize,
+    cuda: Option<Cuda>,
     /// The CUDA compiler, null where none is on the PATH.
     nvcc: Option<PathBuf>,
+}
+
+/// What this binary has for GPUs, and what it finds; null without the feature `cuda`.
+#[derive(Serialize)]
+struct Cuda {
+    /// The compiler of the kernels.
+    toolkit: &'static str,
+    /// Architectures that this binary has kernels for.
+    archs: Vec<&'static str>,
+    /// CUDA version that the driver knows, null without a driver.
+    driver_version: Option<String>,
+    devices: Vec<CudaDevice>,
+    /// Why models do not run on a GPU, null where they do.
+    problem: Option<String>,
+}
+
+#[derive(Serialize)]
+struct CudaDevice {
+    name: String,
+    capability: String,
+    num_sms: usize,
+    memory_bytes: usize,
+    /// The kernels that it would run, null where this binary has none for it.
+    arch: Option<&'static str>,
 }
 
 /// CPU extensions worth telling.
@@ -152,14 +177,68 @@ fn cpu_features() -> Vec<&'static str> {
     FEATURES.into_iter().filter(|feature| flags.contains(feature)).collect()
 }
 
-/// What the driver's files say: asking the driver itself would load its library.
+/// What the driver's files say, and in a binary with CUDA the driver itself.
 fn gpu() -> Gpu {
     let version = fs::read_to_string("/proc/driver/nvidia/version").ok();
     let driver = version.as_deref().and_then(|text| text.lines().next()).map(str::to_owned);
     let devices = fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, Iterator::count);
     let path = std::env::var_os("PATH").unwrap_or_default();
     let nvcc = std::env::split_paths(&path).map(|dir| dir.join("nvcc")).find(|file| file.is_file());
-    Gpu { driver, devices, nvcc }
+    Gpu { driver, devices, cuda: cuda(), nvcc }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> Option<Cuda> {
+    None
+}
+
+#[cfg(feature = "cuda")]
+fn cuda() -> Option<Cuda> {
+    use crate::backend::cuda::driver::{Driver, Probe, probe};
+    let table = crate::kernels::generated::cuda_table();
+    let (driver_version, found) = match probe() {
+        Probe::Devices { driver_version, devices } => (Some(driver_version), devices),
+        Probe::NoDriver | Probe::Refused(_) => (None, Vec::new()),
+    };
+    let device = |found: crate::backend::cuda::driver::Found| CudaDevice {
+        arch: table.arch_for(found.capability).map(|arch| arch.name()),
+        capability: format!("{}.{}", found.capability.0, found.capability.1),
+        name: found.name,
+        num_sms: found.num_sms,
+        memory_bytes: found.memory_bytes,
+    };
+    Some(Cuda {
+        toolkit: table.toolkit,
+        archs: table.archs().iter().map(|arch| arch.name()).collect(),
+        driver_version: driver_version
+            .map(|version| format!("{}.{}", version / 1000, version % 1000 / 10)),
+        devices: found.into_iter().map(device).collect(),
+        problem: Driver::open(&table).err().map(|error| error.to_string()),
+    })
+}
+
+fn gpu_text(gpu: &Gpu) -> String {
+    let driver = gpu.driver.as_deref().unwrap_or("no NVIDIA driver");
+    let Some(cuda) = &gpu.cuda else {
+        return format!("{} device(s), {driver}; this binary has no CUDA kernels", gpu.devices);
+    };
+    let mut lines = vec![format!("{driver}; kernels made by CUDA {}", cuda.toolkit)];
+    lines.push(format!("kernels for {}", cuda.archs.join(", ")));
+    if let Some(version) = &cuda.driver_version {
+        lines.push(format!("the driver knows CUDA {version}"));
+    }
+    for device in &cuda.devices {
+        lines.push(format!(
+            "{}, compute capability {}, {} multiprocessors, {}: {}",
+            device.name,
+            device.capability,
+            device.num_sms,
+            human_bytes(device.memory_bytes as u64),
+            device.arch.unwrap_or("no kernels for it")
+        ));
+    }
+    lines.extend(cuda.problem.clone());
+    lines.join("\n")
 }
 
 fn text(report: &Report) -> String {
@@ -171,13 +250,7 @@ fn text(report: &Report) -> String {
     };
     let cpu = &report.cpu;
     let name = cpu.name.clone().unwrap_or_else(unknown);
-    let gpu = match &report.gpu.driver {
-        None => "no NVIDIA driver; models run on the CPU".to_owned(),
-        Some(driver) => format!(
-            "{} device(s), {driver}; this version runs models on the CPU only",
-            report.gpu.devices
-        ),
-    };
+    let gpu = gpu_text(&report.gpu);
     let nvcc = match &report.gpu.nvcc {
         None => "no nvcc on the PATH".to_owned(),
         Some(path) => path.display().to_string(),

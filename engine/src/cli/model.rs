@@ -11,8 +11,10 @@ use clap::ValueEnum;
 
 use super::console::Console;
 use super::progress::Meter;
+use crate::backend::cuda::KvMemory;
 use crate::config::{BackendChoice, EngineOptions, context_max};
 use crate::engine::Engine;
+use crate::kernels::generated;
 use crate::tokenizer::Tokenizer;
 
 /// Which model, and how it runs.
@@ -40,6 +42,9 @@ pub(super) struct RunArgs {
     /// Threads to compute with [default: all cores]
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub(super) threads: Option<usize>,
+    /// Memory of the KV cache on a GPU: a share of what weights leave, or bytes (512M, 12G)
+    #[arg(long, value_name = "MEMORY", value_parser = parse_kv_memory, default_value = "0.8")]
+    pub(super) kv_memory: KvMemory,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
@@ -48,8 +53,10 @@ pub(super) enum Backend {
     Auto,
     /// Plain loops in float32, any shape
     Reference,
-    /// Kernels generated for the model's shapes
+    /// Kernels generated for the model's shapes, on the CPU
     Cpu,
+    /// Kernels generated for the model's shapes, on an NVIDIA GPU
+    Cuda,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
@@ -66,6 +73,24 @@ pub(super) enum Activations {
     Float,
     /// Rounded to 8 bits, a scale per row and group
     Int8,
+}
+
+/// `0.8`, or bytes as `12G`.
+fn parse_kv_memory(text: &str) -> Result<KvMemory, String> {
+    let expected = || "expected a share such as 0.8, or bytes such as 512M or 12G".to_owned();
+    if let Some(number) = text.strip_suffix(['K', 'M', 'G']) {
+        let shift = match text.as_bytes()[number.len()] {
+            b'K' => 10,
+            b'M' => 20,
+            _ => 30,
+        };
+        let number: usize = number.parse().map_err(|_| expected())?;
+        return number.checked_mul(1 << shift).map(KvMemory::Bytes).ok_or_else(expected);
+    }
+    match text.parse() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(KvMemory::Share(share)),
+        _ => Err(expected()),
+    }
 }
 
 fn parse_threads(text: &str) -> Result<usize, String> {
@@ -142,6 +167,7 @@ impl ModelFiles {
                 Backend::Auto => BackendChoice::Auto,
                 Backend::Reference => BackendChoice::Reference,
                 Backend::Cpu => BackendChoice::Cpu,
+                Backend::Cuda => BackendChoice::Cuda,
             },
             kv_dtype: match run.kv_dtype {
                 Kv::F16 => KvDType::F16,
@@ -154,6 +180,8 @@ impl ModelFiles {
                 Activations::Int8 => ActivationType::Int8,
             },
             num_threads: run.threads,
+            cuda_kernels: generated::cuda_table(),
+            kv_memory: run.kv_memory,
             max_sequences: 1,
             max_context: Some(context_len.min(context_max(&self.config)).max(2)),
             ..EngineOptions::new(console.kernels)

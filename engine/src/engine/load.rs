@@ -9,6 +9,8 @@ use super::{Engine, LOGIT_ROWS, Model};
 use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::backend::cuda::device::Device;
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::driver::Driver;
 use crate::backend::cuda::{CudaBackend, CudaOptions};
 use crate::backend::null::{NullBackend, NullOptions};
 use crate::backend::reference::ReferenceBackend;
@@ -32,6 +34,9 @@ impl Engine {
         options: &EngineOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Engine, Error> {
+        if let Some(engine) = Engine::load_on_gpu(dir, options, progress)? {
+            return Ok(engine);
+        }
         Engine::load_by(dir, options, &mut |loader, weights| match options.backend {
             BackendChoice::Reference => {
                 let (config, shape) = (loader.config, loader.shape);
@@ -42,11 +47,50 @@ impl Engine {
                 let (decoder, max_context) = loader.load(backend, weights, progress)?;
                 Ok((Model::Reference(decoder), max_context))
             }
-            BackendChoice::Auto | BackendChoice::Cpu => {
+            BackendChoice::Auto | BackendChoice::Cpu | BackendChoice::Cuda => {
                 let (decoder, max_context) = loader.load(loader.cpu()?, weights, progress)?;
                 Ok((Model::Cpu(decoder), max_context))
             }
         })
+    }
+
+    /// The engine on a GPU where one is asked for, or found and good for the options; `None` where
+    /// the CPU is to be used.
+    #[cfg(feature = "cuda")]
+    fn load_on_gpu(
+        dir: &Path,
+        options: &EngineOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Option<Engine>, Error> {
+        let device = match options.backend {
+            BackendChoice::Cuda => Driver::open(&options.cuda_kernels)?,
+            // A GPU that cannot be used is no reason not to use the CPU.
+            BackendChoice::Auto => match Driver::open(&options.cuda_kernels) {
+                Ok(device) => device,
+                Err(_) => return Ok(None),
+            },
+            BackendChoice::Cpu | BackendChoice::Reference => return Ok(None),
+        };
+        match Engine::load_on(dir, device, options, progress) {
+            Err(Error::MissingKernels { .. }) if options.backend == BackendChoice::Auto => Ok(None),
+            result => result.map(Some),
+        }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn load_on_gpu(
+        _dir: &Path,
+        options: &EngineOptions,
+        _progress: &mut dyn FnMut(Progress),
+    ) -> Result<Option<Engine>, Error> {
+        match options.backend {
+            BackendChoice::Cuda => Err(Error::Unsupported(
+                "this binary was built without CUDA; build it with `cargo build --release \
+                 --features cuda`, or run with `--backend cpu`"
+                    .into(),
+            )),
+            _ => Ok(None),
+        }
     }
 
     /// As [`Engine::load`] on a GPU, or on what stands for one.
@@ -168,8 +212,7 @@ fn hash_key(options: &EngineOptions) -> Result<[u8; 32], Error> {
 }
 
 /// Loads a model on some backend; gives the longest context too.
-type LoadModel<'a> =
-    &'a mut dyn FnMut(&Loader<'_>, &Weights<'_>) -> Result<(Model, usize), Error>;
+type LoadModel<'a> = &'a mut dyn FnMut(&Loader<'_>, &Weights<'_>) -> Result<(Model, usize), Error>;
 
 /// What a decoder is loaded from.
 struct Loader<'a> {
@@ -254,10 +297,8 @@ impl Loader<'_> {
             num_of_one.saturating_mul(options.max_sequences).min(num_pages_default).max(num_of_one)
         });
         check_num_pages(num_pages, page_size)?;
-        let limits = DecoderLimits {
-            batch: self.batch_limits(max_context),
-            num_pages: Some(num_pages),
-        };
+        let limits =
+            DecoderLimits { batch: self.batch_limits(max_context), num_pages: Some(num_pages) };
         Ok((limits, max_context))
     }
 }

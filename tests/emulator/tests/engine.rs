@@ -208,7 +208,11 @@ fn sessions_survive_in_files() {
     let id = SessionId::new(Namespace::default(), "talk").unwrap();
     let turn = |ids| Request { session: Some(SessionTurn::of(id.clone())), ..request(ids, 5) };
     let (mut engine, _) = cuda(case, &options(), 6);
-    run(&mut engine, turn(prompt(37, 3)));
+    let first = Request {
+        session: Some(SessionTurn { start: true, ..SessionTurn::of(id.clone()) }),
+        ..request(prompt(37, 3), 5)
+    };
+    run(&mut engine, first);
     engine.save_session(&id, &dir).unwrap();
     let expected = run(&mut engine, turn(prompt(4, 9)));
 

@@ -3,8 +3,8 @@
 use std::ops::{ControlFlow, Range};
 
 use bespoke::Error;
-use bespoke::backend::{Backend, RowsKind};
 use bespoke::backend::null::{KvCache, NullBackend, NullOptions, Rows, next_token};
+use bespoke::backend::{Backend, RowsKind};
 use bespoke::batch::{Batch, PageCopy};
 use bespoke::config::EngineOptions;
 use bespoke::engine::Engine;

@@ -68,8 +68,7 @@ impl<K> Kernels<K> {
         ];
         let linears =
             ROLES.iter().map(|role| shape.cuda_linear(*role)).collect::<Result<Vec<_>, _>>()?;
-        let matmuls =
-            linears.iter().flat_map(|spec| Regime::MATMUL.map(|regime| (*spec, regime)));
+        let matmuls = linears.iter().flat_map(|spec| Regime::MATMUL.map(|regime| (*spec, regime)));
         let variants = find(device, shape, small.into_iter().chain(matmuls))?;
         let loaded = device.load(&variants)?;
         let mut loaded = variants.into_iter().zip(loaded);

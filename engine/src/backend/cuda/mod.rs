@@ -4,12 +4,14 @@
 //! between ops are 16 bits wide (the model's type; float16 for float32 models), residuals and
 //! logits float32.
 //!
-//! Everything that a step depends on (tokens, slots, angles, pages, work items) is uploaded to fixed
-//! places before its ops are launched, so that the ops of decoding steps are recorded once for each
-//! of a few batch sizes ([`step::buckets`]) and replayed afterwards.
+//! Everything that a step depends on (tokens, slots, angles, pages, work items) is uploaded to
+//! fixed places before its ops are launched, so that the ops of decoding steps are recorded once
+//! for each of a few batch sizes ([`step::buckets`]) and replayed afterwards.
 
 mod buffers;
 pub mod device;
+#[cfg(feature = "cuda")]
+pub mod driver;
 mod kernels;
 mod ops;
 pub mod pack;

@@ -3,20 +3,20 @@
 use std::ops::Range;
 
 use bespoke_kernel_gen::cuda::attention_plan::Shape;
-use bespoke_kernel_gen::cuda::pages::Layout;
 use bespoke_kernel_gen::cuda::matmul::AwqLayout;
+use bespoke_kernel_gen::cuda::pages::Layout;
 use bespoke_kernel_gen::cuda::{AwqGemm, Choice, Gemm, Launch, Spec};
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
 use super::buffers::{CudaInput, CudaKvCache, CudaLinear, CudaRows};
 use super::device::{Address, Device, Use};
 use super::kernels::Kernel;
+use super::pack::{self, AwqTiles};
 use super::params::{
     Bytes, EmbedParams, LinearParams, LogitStatsOut, PagedAttentionParams, RmsNormParams,
     RopeParams, SampleParams, SiluAndMulParams,
 };
 use super::step::{InputLimits, Items, Places, StepInputs, padding_max};
-use super::pack::{self, AwqTiles};
 use super::{CudaBackend, KvMemory};
 use crate::backend::cpu::pack::embedding;
 use crate::backend::{Backend, RowsKind, Step};
@@ -111,11 +111,8 @@ impl<D: Device> CudaBackend<D> {
 
     fn attend(&mut self, is_decode: bool, items: Items, params: PagedAttentionParams) {
         let kernel = if is_decode { &self.kernels.decode } else { &self.kernels.prefill };
-        let params = PagedAttentionParams {
-            items: items.items.0,
-            num_items: items.num_items.0,
-            ..params
-        };
+        let params =
+            PagedAttentionParams { items: items.items.0, num_items: items.num_items.0, ..params };
         let launch = kernel.launch(items.num_max, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }

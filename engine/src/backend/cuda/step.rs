@@ -238,9 +238,8 @@ impl<H: AsRef<[u8]> + AsMut<[u8]>> StepInputs<H> {
             num_max,
         };
         let launches = self.plan.decode_launches.iter().enumerate();
-        let decode = launches.map(|(idx, launch)| {
-            items(idx, launch.start, recorded_items.unwrap_or(launch.len()))
-        });
+        let decode = launches
+            .map(|(idx, launch)| items(idx, launch.start, recorded_items.unwrap_or(launch.len())));
         let decode: Vec<Items> = decode.collect();
         let num_prefill = self.plan.prefill.len();
         let first_prefill = self.plan.decode.len();
@@ -307,8 +306,7 @@ mod tests {
 
     #[test]
     fn inputs_do_not_overlap() {
-        let sizes =
-            Sizes { rows: 3, rotary_dim: 10, num_launches: 5, num_items: 7, num_pages: 7 };
+        let sizes = Sizes { rows: 3, rotary_dim: 10, num_launches: 5, num_items: 7, num_pages: 7 };
         let Offsets { tokens, slots, cos_sin, spans, items, page_table, end } = Offsets::of(sizes);
         let parts = [
             (0, 20),
