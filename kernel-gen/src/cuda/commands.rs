@@ -226,12 +226,12 @@ fn row(artifact: &Artifact, statistics: &Statistics) -> Value {
 }
 
 /// Issue slots of a warp for each 32-bit word of int4 weights a lane has: a word is the operand of
-/// one tensor-core instruction for every eight rows.
+/// one tensor-core instruction for every eight rows of the warp.
 fn slots_per_word(variant: &Variant, hot_loop: &Counts) -> Option<f64> {
-    let (Choice::AwqGemm(_), Regime::UpTo(rows)) = (variant.choice, variant.regime) else {
+    let (Choice::AwqGemm(kernel), Regime::UpTo(_)) = (variant.choice, variant.regime) else {
         return None;
     };
-    let words = hot_loop.of("HMMA") as f64 / (rows as f64 / 8.0);
+    let words = hot_loop.of("HMMA") as f64 / kernel.config.row_tiles as f64;
     (words > 0.0).then(|| hot_loop.instructions as f64 / words)
 }
 
@@ -250,7 +250,12 @@ mod tests {
                 .collect();
             kernels.sort_unstable();
             kernels.dedup();
-            assert_eq!(kernels.len(), 11, "{kernels:?}");
+            let mut ops: Vec<&str> = kernels.iter().map(|(op, _)| *op).collect();
+            ops.dedup();
+            assert_eq!(ops.len(), 8, "{kernels:?}");
+            for kernel in [("paged_attention", "Decode"), ("paged_attention", "Prefill")] {
+                assert!(kernels.contains(&kernel), "{kernels:?}");
+            }
         }
     }
 
