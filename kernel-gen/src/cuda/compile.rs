@@ -134,9 +134,7 @@ mod tests {
 
     impl Stub {
         fn new(name: &str, script: &str) -> Stub {
-            let root = std::env::temp_dir().join(format!("bespoke-{name}-{}", std::process::id()));
-            let _ = fs::remove_dir_all(&root);
-            fs::create_dir_all(&root).unwrap();
+            let root = tempfile::Builder::new().prefix(name).tempdir().unwrap().keep();
             let nvcc = root.join("nvcc");
             fs::write(
                 &nvcc,

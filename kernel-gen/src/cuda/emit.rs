@@ -1,5 +1,5 @@
-//! Artifacts → what a build includes: `cuda_kernels.rs` with the table, one file of deflated machine
-//! code for each architecture, and rows of `kernels.json`.
+//! Artifacts → what a build includes: `cuda_kernels.rs` with the table, one file of deflated
+//! machine code for each architecture, and rows of `kernels.json`.
 
 use std::io::Write;
 
@@ -53,7 +53,8 @@ pub fn emit(artifacts: &[Artifact], toolkit: &str) -> Generated {
     let cuda_kernels_rs = format!(
         "{HEADER}\
          /// The CUDA kernels of this build.\n\
-         pub(super) static CUDA_KERNELS: {TABLE}::CudaKernelTable = {TABLE}::CudaKernelTable {{\n    \
+         pub(super) static CUDA_KERNELS: {TABLE}::CudaKernelTable = \
+         {TABLE}::CudaKernelTable {{\n    \
              toolkit: \"{toolkit}\",\n    \
              targets: &[\n{targets}    ],\n\
          }};\n"

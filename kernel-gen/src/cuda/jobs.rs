@@ -1,7 +1,7 @@
 //! Work on several cores, no more of them than cargo grants.
 //!
-//! cargo hands out job tokens through a pipe (the protocol of GNU make): a process owns one from the
-//! start, reads a byte for each further one, and writes the byte back when it is done.
+//! cargo hands out job tokens through a pipe (the protocol of GNU make): a process owns one from
+//! the start, reads a byte for each further one, and writes the byte back when it is done.
 
 use std::fs::File;
 use std::io::{Read, Write};

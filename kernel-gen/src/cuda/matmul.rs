@@ -198,8 +198,8 @@ impl Shape {
         self.with_stages(Config { k_warps, splits, ..team }, arch)
     }
 
-    /// Tiles of a warp for few rows: as many as fill the multiprocessors within a tenth of the best,
-    /// because each reads the rows once more.
+    /// Tiles of a warp for few rows: as many as fill the multiprocessors within a tenth of the
+    /// best, because each reads the rows once more.
     fn out_tiles(&self, arch: Arch) -> usize {
         let rounds = |tiles: &usize| {
             self.num_tiles().div_ceil(*tiles).div_ceil(num_multiprocessors(arch)) * tiles
@@ -216,8 +216,8 @@ impl Shape {
         if is_quantized && arch != Arch::Sm90a { 3 } else { 4 }
     }
 
-    /// Teams of a block and blocks of an output tile: all slices for one team where there are enough
-    /// output tiles (or rows) to fill the GPU, else one for each.
+    /// Teams of a block and blocks of an output tile: all slices for one team where there are
+    /// enough output tiles (or rows) to fill the GPU, else one for each.
     fn parts(&self, team: &Config, regime: Regime, arch: Arch) -> (usize, usize) {
         let slices = self.slices();
         if regime == Regime::UpTo(8) {

@@ -1,8 +1,8 @@
 //! A variant → its source: one self-contained file, in which every line knows the template it comes
 //! from.
 //!
-//! Includes are resolved here, each file once, so that the text is all a kernel depends on: its hash
-//! is the kernel's identity, and a compiler needs no include path.
+//! Includes are resolved here, each file once, so that the text is all a kernel depends on: its
+//! hash is the kernel's identity, and a compiler needs no include path.
 
 use super::Variant;
 use super::templates::{self, PTX, Template};

@@ -5,7 +5,7 @@
 //! most tensor-core instructions of those that contain no other such loop; without any, the
 //! innermost with the most instructions.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 /// Instructions by kind. Kinds of memory accesses end in their bits a thread.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -30,7 +30,7 @@ struct Instruction<'a> {
 
 /// Reads the output of `nvdisasm -c` on a cubin with one kernel.
 pub fn read(text: &str) -> Statistics {
-    let mut labels: HashMap<&str, usize> = HashMap::new();
+    let mut labels: BTreeMap<&str, usize> = BTreeMap::new();
     let mut instructions = Vec::new();
     for line in text.lines().map(str::trim) {
         if let Some(label) = line.strip_suffix(':') {
@@ -64,7 +64,7 @@ fn instruction(line: &str) -> Option<Instruction<'_>> {
 }
 
 /// First and last instruction of every loop.
-fn loops(instructions: &[Instruction<'_>], labels: &HashMap<&str, usize>) -> Vec<(usize, usize)> {
+fn loops(instructions: &[Instruction<'_>], labels: &BTreeMap<&str, usize>) -> Vec<(usize, usize)> {
     let mut found: BTreeMap<usize, usize> = BTreeMap::new();
     for (idx, instruction) in instructions.iter().enumerate() {
         let target = instruction.label.and_then(|label| labels.get(label));

@@ -1,4 +1,4 @@
-//! The kernels inside a binary: a static table of them, and the kernels of one device loaded from it.
+//! The kernels inside a binary: a static table of them, and those of one device loaded from it.
 
 use std::collections::BTreeMap;
 use std::io::Read;

@@ -71,7 +71,8 @@ impl Toolkit {
             true => Toolkit::at(&installed),
             false => Err(toolkit_error(format!(
                 "no CUDA compiler: CUDA_HOME is not set, no nvcc is in PATH, and {} does not \
-                 exist.\nInstall one there with\n\n    cargo run -p bespoke-kernel-gen -- toolkit\n",
+                 exist.\nInstall one there with\n\n    \
+                 cargo run -p bespoke-kernel-gen -- toolkit\n",
                 installed.display()
             ))),
         }

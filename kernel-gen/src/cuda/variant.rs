@@ -276,8 +276,8 @@ fn check_limits(instance: &Instance, arch: Arch) -> Result<(), String> {
     }
     if min_blocks * (shared_bytes + 1024) > arch.shared_bytes_per_sm() {
         return Err(format!(
-            "{min_blocks} blocks of {shared_bytes} bytes of shared memory, and 1024 for the system, \
-             {} has {}",
+            "{min_blocks} blocks of {shared_bytes} bytes of shared memory, and 1024 for the \
+             system, {} has {}",
             arch.name(),
             arch.shared_bytes_per_sm()
         ));

@@ -151,7 +151,7 @@ pub(crate) fn runtime() -> Result<&'static unix::Library, CompileError> {
     RUNTIME.get_or_init(load).as_ref().map_err(|e| CompileError(format!("the emulator: {e}")))
 }
 
-// --- one text from many files ----------------------------------------------------------------------
+// --- one text from many files ---
 
 fn include_folders() -> [PathBuf; 3] {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -202,7 +202,7 @@ fn read_include(file: &str, from: &str) -> Result<String, String> {
     fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-// --- the compiler ------------------------------------------------------------------------------------
+// --- the compiler ---
 
 struct Compiler {
     path: PathBuf,
