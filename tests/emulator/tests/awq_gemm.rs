@@ -1,10 +1,10 @@
 //! `awq_gemm` against a loop in float64, and against itself.
 
-use bespoke_kernel_gen::cuda::{Arch, AwqGemm, RowType};
+use bespoke_kernel_gen::cuda::{Arch, AwqGemm, RowType, Spec};
 use bespoke_kernel_gen::spec::GroupSize;
 
-use crate::common::SEEDS;
-use crate::matmul::{Kernel, Linear, ROW_COUNTS};
+use crate::common::{SEEDS, models};
+use crate::matmul::{Kernel, Linear, ROW_COUNTS, check_kernels};
 
 fn check(n: usize, k: usize, group: GroupSize, arch: Arch, row_counts: &[usize], seeds: &[u64]) {
     for rows in RowType::ALL {
@@ -44,10 +44,13 @@ fn groups_that_fragments_do_not_divide() {
 }
 
 #[test]
-fn kernels_of_smollm2() {
-    for (n, k) in [(960, 576), (576, 576), (3072, 576), (576, 1536)] {
-        let op = AwqGemm { n, k, group: GroupSize::Of(64), rows: RowType::BF16 };
-        let kernels = Kernel::all(&op.into(), Arch::Sm90a);
-        Linear::awq(op, 65, false, 1).check(&kernels, &[1, 9, 17, 33, 65], 1);
+fn kernels_of_the_models() {
+    for spec in models::specs() {
+        if let Spec::AwqGemm(op) = spec {
+            let kernels = Kernel::all(&spec, Arch::Sm90a);
+            check_kernels(&kernels, |num_rows, seed| {
+                Linear::awq(op, num_rows, seed % 2 == 1, seed)
+            });
+        }
     }
 }

@@ -5,7 +5,9 @@ use bespoke_kernel_gen::cuda::{Arch, Embed, Regime, Spec};
 use bespoke_kernel_gen::spec::DType;
 use half::{bf16, f16};
 
-use crate::common::{Bytes, Params, Random, SEEDS, emulator, generated, launch, to_f32, upload};
+use crate::common::{
+    Bytes, Params, Random, SEEDS, emulator, generated, launch, models, to_f32, upload,
+};
 
 /// Bytes of `values` as `dtype`, and the values they stand for.
 fn table(dtype: DType, values: &[f32]) -> (Vec<u8>, Vec<f32>) {
@@ -54,6 +56,15 @@ fn rows_are_copied() {
             for seed in SEEDS {
                 check(dtype, hidden, seed);
             }
+        }
+    }
+}
+
+#[test]
+fn kernels_of_the_models() {
+    for spec in models::specs() {
+        if let Spec::Embed(op) = spec {
+            SEEDS.into_iter().for_each(|seed| check(op.table, op.hidden, seed));
         }
     }
 }

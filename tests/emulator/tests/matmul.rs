@@ -13,9 +13,19 @@ use bespoke_kernel_gen::spec::DType;
 use half::f16;
 
 use crate::common::{
-    Bytes, Params, Random, emulator, generated, launch, round, to_u16, to_u32,
+    Bytes, Params, Random, SEEDS, emulator, generated, launch, round, to_u16, to_u32,
     tolerance as rounding, upload, widen,
 };
+
+/// Row counts for a spec of a model: around the limits of the regimes once, then every regime.
+pub(crate) fn check_kernels(kernels: &[Kernel], linear: impl Fn(usize, u64) -> Linear) {
+    for seed in SEEDS {
+        let all = [1, 8, 9, 16, 17, 32, 33, 64, 65];
+        let row_counts = if seed == SEEDS[0] { &all[..] } else { &[7, 15, 31, 63, 66] };
+        let rows_max = row_counts.iter().copied().max().unwrap();
+        linear(rows_max, seed).check(kernels, row_counts, seed);
+    }
+}
 
 /// Row counts around the limits of every regime and tile.
 pub(crate) const ROW_COUNTS: [usize; 11] = [1, 2, 7, 8, 9, 16, 17, 63, 64, 65, 130];

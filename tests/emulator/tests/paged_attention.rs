@@ -8,10 +8,9 @@ use bespoke_kernel_gen::cuda::{
 
 use crate::common::kv_cache::{Cache, Part, hadamard};
 use crate::common::{
-    Params, Random, SEEDS, emulator, generated, launch, round, to_u16, to_u32, tolerance, upload,
-    widen,
+    Params, Random, SEEDS, emulator, generated, launch, models, round, to_u16, to_u32, tolerance,
+    upload, widen,
 };
-use crate::rope;
 
 /// Both kernels of an op.
 struct Kernels {
@@ -388,17 +387,9 @@ fn several_launches() {
 
 #[test]
 fn kernels_of_the_models() {
-    let mut ops: Vec<PagedAttention> = Vec::new();
-    for shape in rope::shapes() {
-        for spec in shape.cuda_specs().unwrap() {
-            if let Spec::PagedAttention(op) = spec {
-                ops.push(op);
-            }
+    for spec in models::specs() {
+        if let Spec::PagedAttention(op) = spec {
+            check_op(op, &[1, 31, 258], 37, &SEEDS);
         }
-    }
-    ops.sort();
-    ops.dedup();
-    for op in ops {
-        check_op(op, &[1, 31, 258], 37, &SEEDS[..1]);
     }
 }

@@ -4,8 +4,8 @@ use bespoke_emulator::Access;
 use bespoke_kernel_gen::cuda::{Arch, Regime, RmsNorm, RowType, Spec};
 
 use crate::common::{
-    Params, Random, SEEDS, emulator, generated, launch, round, to_f32, to_u16, tolerance, upload,
-    widen,
+    Params, Random, SEEDS, emulator, generated, launch, models, round, to_f32, to_u16, tolerance,
+    upload, widen,
 };
 
 const EPSILON: f32 = 1e-5;
@@ -111,5 +111,18 @@ fn rows_are_independent() {
     let together = run(&residual, 1);
     for (i, row) in residual.chunks(576).enumerate() {
         assert_eq!(run(row, i as u64), together[i * 576 * 2..][..576 * 2]);
+    }
+}
+
+#[test]
+fn kernels_of_the_models() {
+    for spec in models::specs() {
+        if let Spec::RmsNorm(op) = spec {
+            for seed in SEEDS {
+                for input in [Input::Rows, Input::WithDelta, Input::SelectedWithDelta] {
+                    check(op.rows, op.hidden, 1 + seed as usize, input, seed);
+                }
+            }
+        }
     }
 }

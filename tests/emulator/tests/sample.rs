@@ -3,7 +3,7 @@
 use bespoke_emulator::Access;
 use bespoke_kernel_gen::cuda::{Arch, Regime, Sample, Spec};
 
-use crate::common::{Params, Random, SEEDS, emulator, generated, launch, to_u32, upload};
+use crate::common::{Params, Random, SEEDS, emulator, generated, launch, models, to_u32, upload};
 
 struct Stats {
     max: f32,
@@ -97,5 +97,17 @@ fn rows_that_are_no_numbers() {
     ];
     for seed in SEEDS {
         check(vocab, &rows, seed);
+    }
+}
+
+#[test]
+fn kernels_of_the_models() {
+    for spec in models::specs() {
+        if let Spec::Sample(op) = spec {
+            for seed in SEEDS {
+                let rows = [Random(seed).floats(op.vocab, 20.0)];
+                check(op.vocab, &rows, seed);
+            }
+        }
     }
 }

@@ -4,7 +4,8 @@ use bespoke_emulator::Access;
 use bespoke_kernel_gen::cuda::{Arch, Regime, RowType, SiluAndMul, Spec};
 
 use crate::common::{
-    Params, Random, SEEDS, emulator, generated, launch, round, to_u16, tolerance, upload, widen,
+    Params, Random, SEEDS, emulator, generated, launch, models, round, to_u16, tolerance, upload,
+    widen,
 };
 
 fn check(rows: RowType, intermediate: usize, num_rows: usize) {
@@ -41,6 +42,15 @@ fn equals_a_plain_loop() {
     for rows in RowType::ALL {
         for (intermediate, num_rows) in [(1536, 3), (64, 1), (96, 17), (2, 5), (86, 3), (172, 1)] {
             check(rows, intermediate, num_rows);
+        }
+    }
+}
+
+#[test]
+fn kernels_of_the_models() {
+    for spec in models::specs() {
+        if let Spec::SiluAndMul(op) = spec {
+            check(op.rows, op.intermediate, 5);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What the tests share: bytes of values, random numbers, 16-bit types.
 
 pub(crate) mod kv_cache;
+pub(crate) mod models;
 
 use bespoke_emulator::{Access, Emulator, Fault, Launch, Library, Report, Source, compile};
 use bespoke_kernel_gen::cuda::{RowType, Variant};
