@@ -251,7 +251,11 @@ impl Loader<'_> {
             false => self.limits(backend.page_bytes())?,
         };
         let (config, shape) = (self.config, self.shape);
+        let is_sized_here = limits.num_pages.is_some();
         let decoder = Decoder::load(backend, weights, config, shape, limits, progress)?;
+        if is_sized_here {
+            return Ok((decoder, max_context));
+        }
         let num_slots = decoder.num_pages() * shape.page_size;
         match self.options.max_context {
             Some(max_context) if max_context > num_slots => Err(Error::Resources(format!(
