@@ -158,14 +158,14 @@ fn main_loop_conflicts(report: &Report) -> u64 {
 /// A compiled kernel.
 pub(crate) struct Kernel {
     variant: Variant,
-    library: Library,
+    compiled: Library,
 }
 
 impl Kernel {
     pub(crate) fn new(variant: Variant) -> Kernel {
         variant.is_feasible().unwrap();
-        let library = generated(&variant);
-        Kernel { variant, library }
+        let compiled = generated(&variant);
+        Kernel { variant, compiled }
     }
 
     /// The kernels of every row regime.
@@ -197,7 +197,7 @@ impl Kernel {
         let counts = device.upload(&vec![0; counters.max(1) * 4], Access::ReadWrite);
         let params = weights.into_iter().chain([bias, x, out, workspace, counts]);
         let params = params.fold(Params::default(), Params::u64).u32(num_rows as u32).u32(0);
-        let result = launch(&mut device, &self.library, &self.variant, num_rows, &params);
+        let result = launch(&mut device, &self.compiled, &self.variant, num_rows, &params);
         let report = result.unwrap_or_else(|fault| panic!("{}: {fault}", self.symbol()));
         assert!(report.grid_waited);
         let counts = device.read(counts, counters * 4).unwrap();

@@ -40,7 +40,7 @@ pub(crate) struct Emulated {
 #[derive(Clone)]
 pub(crate) struct Kernel {
     symbol: String,
-    library: Arc<Library>,
+    compiled: Arc<Library>,
     threads: u32,
     shared_bytes: u32,
 }
@@ -79,7 +79,7 @@ impl Emulated {
             shared_bytes: kernel.shared_bytes,
         };
         self.counters.add(1, 1);
-        let result = self.emulator.launch(&kernel.library, &kernel.symbol, launch, params);
+        let result = self.emulator.launch(&kernel.compiled, &kernel.symbol, launch, params);
         result.unwrap_or_else(|fault| panic!("{}: {fault}", kernel.symbol));
     }
 }
@@ -101,12 +101,12 @@ impl Device for Emulated {
     fn load(&mut self, variants: &[Variant]) -> Result<Vec<Kernel>, Error> {
         let sources: Vec<Source> =
             variants.iter().map(|variant| Source::of(variant).unwrap()).collect();
-        let library = Arc::new(compile(&sources).unwrap());
+        let compiled = Arc::new(compile(&sources).unwrap());
         let kernel = |variant: &Variant| {
             let instance = variant.instance();
             Kernel {
                 symbol: variant.symbol(),
-                library: library.clone(),
+                compiled: compiled.clone(),
                 threads: instance.threads as u32,
                 shared_bytes: instance.shared_bytes as u32,
             }
