@@ -3,6 +3,7 @@
 // NOTE: generated code names this crate `bespoke`, inside it as outside.
 extern crate self as bespoke;
 
+pub mod answer;
 pub mod backend;
 pub mod batch;
 pub mod cli;
@@ -11,6 +12,8 @@ pub mod engine;
 pub mod error;
 mod fault;
 pub mod files;
+#[cfg(feature = "grammar")]
+pub mod grammar;
 pub mod handle;
 pub mod import;
 pub mod kernels;
@@ -25,6 +28,8 @@ pub mod safetensors_writer;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
+#[cfg(feature = "server")]
+pub mod server;
 pub mod session;
 mod session_file;
 pub mod tokenizer;

@@ -1,0 +1,1 @@
+//! What the text of an answer means: reasoning, content and tool calls.

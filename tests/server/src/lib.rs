@@ -1,0 +1,1 @@
+//! What the tests of the server share: an engine that hashes instead of computing, served.
