@@ -1,0 +1,95 @@
+//! A client that keeps its connection, on one thread with hundreds of others.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use tokio::net::TcpStream;
+
+/// One connection at a time to one server.
+pub struct Client {
+    address: SocketAddr,
+    sender: Option<SendRequest<Full<Bytes>>>,
+}
+
+/// A stream of server-sent events.
+pub struct Events {
+    body: Incoming,
+    /// What came and is not read.
+    rest: Vec<u8>,
+}
+
+impl Client {
+    pub fn new(address: SocketAddr) -> Client {
+        Client { address, sender: None }
+    }
+
+    /// Sends a request and reads the head of the answer.
+    pub async fn send(&mut self, method: &str, path: &str, body: &Value) -> Response<Incoming> {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let mut sender = match self.sender.take() {
+            Some(mut sender) if sender.ready().await.is_ok() => sender,
+            _ => self.connect().await,
+        };
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", self.address.to_string())
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .expect("a sound request");
+        let response = sender.send_request(request).await.expect("an answer");
+        self.sender = Some(sender);
+        response
+    }
+
+    /// Status and whole body.
+    pub async fn ask(&mut self, method: &str, path: &str, body: &Value) -> (u16, Value) {
+        let response = self.send(method, path, body).await;
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await.expect("the whole body").to_bytes();
+        let text = String::from_utf8_lossy(&body);
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text.into_owned())))
+    }
+
+    /// Goes away, whatever is under way.
+    pub fn leave(&mut self) {
+        self.sender = None;
+    }
+
+    async fn connect(&self) -> SendRequest<Full<Bytes>> {
+        let stream = TcpStream::connect(self.address).await.expect("the server listens");
+        let (sender, connection) =
+            handshake(TokioIo::new(stream)).await.expect("a connection that speaks HTTP");
+        // NOTE: it ends when the sender and the body are dropped, or the server hangs up.
+        tokio::spawn(async move { drop(connection.await) });
+        sender
+    }
+}
+
+impl Events {
+    pub fn new(response: Response<Incoming>) -> Events {
+        Events { body: response.into_body(), rest: Vec::new() }
+    }
+
+    /// The data of the next event; `None` at the end of the stream.
+    pub async fn next(&mut self) -> Option<String> {
+        loop {
+            if let Some(end) = self.rest.windows(2).position(|pair| pair == b"\n\n") {
+                let event: Vec<u8> = self.rest.drain(..end + 2).collect();
+                let event = String::from_utf8(event).expect("events are UTF-8");
+                match event.trim_end().strip_prefix("data: ") {
+                    Some(data) => return Some(data.to_owned()),
+                    None => continue,
+                }
+            }
+            let frame = self.body.frame().await?.expect("a whole stream");
+            self.rest.extend(frame.into_data().unwrap_or_default());
+        }
+    }
+}
