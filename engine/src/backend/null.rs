@@ -387,11 +387,9 @@ impl Backend for NullBackend {
         for (stats, hash) in stats.iter_mut().zip(&logits.hashes) {
             *stats = match *hash {
                 // What a kernel finds where NaN counts as −∞.
-                NOT_FINITE => LogitStats {
-                    max: f32::NEG_INFINITY,
-                    argmax: 0,
-                    log_sum_exp: f32::NEG_INFINITY,
-                },
+                NOT_FINITE => {
+                    LogitStats { max: f32::NEG_INFINITY, argmax: 0, log_sum_exp: f32::NEG_INFINITY }
+                }
                 hash => LogitStats {
                     max: LOGITS[0],
                     argmax: candidates(hash, self.vocab_size)[0],

@@ -1,3 +1,6 @@
 //! The tests of the server, a module per area.
 
+mod faults;
 mod frame;
+mod numbers;
+mod tenants;

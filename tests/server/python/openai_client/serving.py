@@ -38,8 +38,10 @@ def start(model, *arguments):
 
 @functools.cache
 def smollm2():
-    """SmolLM2 as anybody serves it."""
-    return start(MODEL_FOLDER, "--served-model-name", MODEL)
+    """SmolLM2 as anybody serves it, but for more than 64 connections of one client."""
+    return start(
+        MODEL_FOLDER, "--served-model-name", MODEL, "--max-connections-per-client", "256"
+    )
 
 
 @functools.cache

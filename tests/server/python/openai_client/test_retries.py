@@ -58,7 +58,7 @@ class OverloadTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.server = start_null("--max-sequences", "1", "--max-waiting-requests", "1")
+        cls.server = start_null("--max-sequences", "1", "--max-waiting", "1")
         cls.client = client_of(cls.server)
 
     @classmethod

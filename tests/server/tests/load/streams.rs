@@ -65,8 +65,8 @@ fn streams_at_once_have_exactly_their_tokens() {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let reads = (0..NUM_STREAMS)
-            .map(|idx| read(Client::new(server.address()), idx, Arc::clone(&all)));
+        let reads =
+            (0..NUM_STREAMS).map(|idx| read(Client::new(server.address()), idx, Arc::clone(&all)));
         futures_util::future::join_all(reads).await;
     });
 }
