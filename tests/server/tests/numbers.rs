@@ -202,7 +202,7 @@ fn prompts_at_the_ends_of_what_is_possible() {
         let usage = &answer.json()["usage"];
         assert_eq!(usage["total_tokens"], MAX_CONTEXT, "the context ends the answer: {prompt}");
     }
-    let last = complete(&client, &json!([1; MAX_CONTEXT - 1]));
+    let last = complete(&client, &json!(vec![1; MAX_CONTEXT - 1]));
     assert_eq!(last.status, 200, "{}", last.text());
     assert_eq!(last.json()["usage"]["completion_tokens"], 1);
     assert_eq!(last.json()["choices"][0]["finish_reason"], "length");

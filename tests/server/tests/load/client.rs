@@ -11,30 +11,37 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::TcpStream;
 
+type Sender = SendRequest<Full<Bytes>>;
+
 /// One connection at a time to one server.
-pub struct Client {
+pub(crate) struct Client {
     address: SocketAddr,
-    sender: Option<SendRequest<Full<Bytes>>>,
+    sender: Option<Sender>,
 }
 
 /// A stream of server-sent events.
-pub struct Events {
+pub(crate) struct Events {
     body: Incoming,
     /// What came and is not read.
     rest: Vec<u8>,
 }
 
 impl Client {
-    pub fn new(address: SocketAddr) -> Client {
+    pub(crate) fn new(address: SocketAddr) -> Client {
         Client { address, sender: None }
     }
 
     /// Sends a request and reads the head of the answer.
-    pub async fn send(&mut self, method: &str, path: &str, body: &Value) -> Response<Incoming> {
+    pub(crate) async fn send(
+        &mut self,
+        method: &str,
+        path: &str,
+        body: &Value,
+    ) -> Response<Incoming> {
         let body = if body.is_null() { String::new() } else { body.to_string() };
         let mut sender = match self.sender.take() {
-            Some(mut sender) if sender.ready().await.is_ok() => sender,
-            _ => self.connect().await,
+            Some(sender) => self.reuse(sender).await,
+            None => self.connect().await,
         };
         let request = Request::builder()
             .method(method)
@@ -49,7 +56,7 @@ impl Client {
     }
 
     /// Status and whole body.
-    pub async fn ask(&mut self, method: &str, path: &str, body: &Value) -> (u16, Value) {
+    pub(crate) async fn ask(&mut self, method: &str, path: &str, body: &Value) -> (u16, Value) {
         let response = self.send(method, path, body).await;
         let status = response.status().as_u16();
         let body = response.into_body().collect().await.expect("the whole body").to_bytes();
@@ -58,11 +65,19 @@ impl Client {
     }
 
     /// Goes away, whatever is under way.
-    pub fn leave(&mut self) {
+    pub(crate) fn leave(&mut self) {
         self.sender = None;
     }
 
-    async fn connect(&self) -> SendRequest<Full<Bytes>> {
+    /// The same connection, or a new one where the server has hung up.
+    async fn reuse(&self, mut sender: Sender) -> Sender {
+        match sender.ready().await {
+            Ok(()) => sender,
+            Err(_) => self.connect().await,
+        }
+    }
+
+    async fn connect(&self) -> Sender {
         let stream = TcpStream::connect(self.address).await.expect("the server listens");
         let (sender, connection) =
             handshake(TokioIo::new(stream)).await.expect("a connection that speaks HTTP");
@@ -73,12 +88,12 @@ impl Client {
 }
 
 impl Events {
-    pub fn new(response: Response<Incoming>) -> Events {
+    pub(crate) fn new(response: Response<Incoming>) -> Events {
         Events { body: response.into_body(), rest: Vec::new() }
     }
 
     /// The data of the next event; `None` at the end of the stream.
-    pub async fn next(&mut self) -> Option<String> {
+    pub(crate) async fn next(&mut self) -> Option<String> {
         loop {
             if let Some(end) = self.rest.windows(2).position(|pair| pair == b"\n\n") {
                 let event: Vec<u8> = self.rest.drain(..end + 2).collect();

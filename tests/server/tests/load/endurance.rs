@@ -229,7 +229,7 @@ impl User {
 
 /// What came of a stream with one choice and its usage.
 #[derive(Debug, Default)]
-pub struct Streamed {
+pub(crate) struct Streamed {
     text: String,
     finish_reasons: Vec<String>,
     usages: Vec<Value>,
@@ -237,7 +237,7 @@ pub struct Streamed {
 }
 
 impl Streamed {
-    pub async fn read(mut events: Events, text: fn(&Value) -> &Value) -> Streamed {
+    pub(crate) async fn read(mut events: Events, text: fn(&Value) -> &Value) -> Streamed {
         let mut streamed = Streamed::default();
         while let Some(data) = events.next().await {
             if data == "[DONE]" {
@@ -311,7 +311,7 @@ fn run_clients(address: SocketAddr, num_requests: usize) -> Tally {
             tally: Tally::default(),
         });
         let runs = futures_util::future::join_all(users.map(|user| user.run(&num_left)));
-        let (tallies, ()) = futures_util::join!(runs, scrape(address, &num_left));
+        let (tallies, ()) = futures_util::future::join(runs, scrape(address, &num_left)).await;
         tallies.into_iter().fold(Tally::default(), |mut sum, tally| {
             sum.add(tally);
             sum
@@ -341,7 +341,7 @@ fn a_hundred_thousand_requests_leave_nothing_behind() {
     let (status, check) =
         handle.call(|engine| (engine.status(), engine.check())).expect("the engine runs");
     assert_eq!(check, Ok(()));
-    assert_eq!(status.pages.num_active, 0, "{status:?}");
+    assert_eq!(status.pages.active, 0, "{status:?}");
     assert_eq!(status.num_sessions, 0, "{status:?}");
     check_outcomes(&metrics::parse(&server.app().metrics.encode()), tally);
 }

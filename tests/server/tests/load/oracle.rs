@@ -8,17 +8,17 @@ const START: u32 = 256;
 
 /// One greedy answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Expected {
+pub(crate) struct Expected {
     /// Without the end token.
-    pub tokens: Vec<u32>,
+    pub(crate) tokens: Vec<u32>,
     /// With it.
-    pub num_tokens: usize,
-    pub finish_reason: &'static str,
+    pub(crate) num_tokens: usize,
+    pub(crate) finish_reason: &'static str,
 }
 
 impl Expected {
     /// What follows `history` within `max_tokens`.
-    pub fn after(history: &[u32], max_tokens: usize) -> Expected {
+    pub(crate) fn after(history: &[u32], max_tokens: usize) -> Expected {
         let mut history = history.to_vec();
         let mut tokens = Vec::new();
         for num_tokens in 1..=max_tokens {
@@ -31,13 +31,13 @@ impl Expected {
         Expected { tokens, num_tokens: max_tokens, finish_reason: "length" }
     }
 
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         tokenizer().decode(&self.tokens).expect("tokens of the tokenizer")
     }
 }
 
 /// The tokens that the fixture's chat template makes of one message.
-pub fn chat_prompt(content: &str) -> Vec<u32> {
+pub(crate) fn chat_prompt(content: &str) -> Vec<u32> {
     let mut tokens = vec![START];
     let bytes = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
     tokens.extend(bytes("user\n"));
