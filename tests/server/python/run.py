@@ -28,7 +28,9 @@ OPENAPI_CONTEXT = 256
 
 def arguments():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("suite", choices=["client", "openapi"])
     parser.add_argument("names", nargs="*", help="tests of the client to run, default all")
     parser.add_argument("--binary", type=pathlib.Path, default=ROOT / "target/release/bespoke")
@@ -99,11 +101,14 @@ def run_openapi(options):
         keys.chmod(0o600)
         server = Server(
             options.binary.resolve(), model_folder(options.model), "--backend", "null",
-            "--max-context", str(OPENAPI_CONTEXT), "--api-key-file", str(keys),
+            "--served-model-name", "schemathesis", "--max-context", str(OPENAPI_CONTEXT),
+            "--api-key-file", str(keys),
         )
         try:
             begin = time.monotonic()
-            status = subprocess.run(schemathesis_command(server, options), check=False).returncode
+            command = schemathesis_command(server, options)
+            # NOTE: it looks for its hooks in the folder that it runs in.
+            status = subprocess.run(command, check=False, cwd=HERE).returncode
             print(f"schemathesis: exit status {status} after {time.monotonic() - begin:.0f} s")
         finally:
             ended = server.stop()

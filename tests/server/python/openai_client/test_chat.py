@@ -110,7 +110,13 @@ class MessagesTest(ServedCase):
         self.assertGreater(marked, plain)
 
     def test_text_of_all_planes_and_control_characters(self):
-        for text in ["naïve – “quotes” 日本語 🦀👩‍👩‍👧", "\u0000\u0001\u001b[31m", "\ud7ff\U0010ffff", "\r\n\t"]:
+        texts = [
+            "naïve – “quotes” 日本語 🦀👩‍👩‍👧",
+            "\u0000\u0001\u001b[31m",
+            "\ud7ff\U0010ffff",
+            "\r\n\t",
+        ]
+        for text in texts:
             with self.subTest(text=text):
                 self.chat(text, max_tokens=2)
 

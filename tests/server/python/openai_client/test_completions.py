@@ -26,9 +26,8 @@ class CompletionsTest(ServedCase):
         self.assertEqual(answer.choices[0].finish_reason, "length")
 
     def test_token_ids_are_a_prompt(self):
-        self.assertEqual(
-            self.complete(self.encode(PROMPT)).choices[0].text, self.complete(PROMPT).choices[0].text
-        )
+        by_ids = self.complete(self.encode(PROMPT)).choices[0].text
+        self.assertEqual(by_ids, self.complete(PROMPT).choices[0].text)
 
     def test_prompts_are_answered_in_their_order(self):
         prompts = [PROMPT, "The capital of France is", "1, 2, 3, 4,"]

@@ -9,6 +9,7 @@ import openai
 from openai_client.serving import CANARY, ServedCase, user
 
 LONG = "word " * 9000
+IMAGE = {"url": "https://example.com/cat.png"}
 
 # Fields of a chat completion that must be refused, by the field that the error names.
 REFUSED = {
@@ -21,7 +22,7 @@ REFUSED = {
         {"messages": [{"role": "user"}]},
         {"messages": [{"role": "user", "content": 7}]},
         {"messages": [{"role": "user", "content": []}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": IMAGE}]}]},
         {"messages": [{"role": "user", "content": "Hi", "mood": "glad"}]},
         {"messages": user("Hi") * 2049},
     ],
@@ -154,7 +155,7 @@ class ErrorsTest(ServedCase):
             "not a number": (chat[:-1] + ', "temperature": NaN}').encode(),
             "a key twice": (chat[:-1] + ', "n": 1, "n": 2}').encode(),
             "too deep": b"[" * 100_000,
-            "too deep a field": (chat[:-1] + ', "metadata": ' + "[" * 200 + "]" * 200 + "}").encode(),
+            "too deep a field": f'{chat[:-1]}, "metadata": {"[" * 200}{"]" * 200}}}'.encode(),
         }
         for name, body in bodies.items():
             with self.subTest(body=name):

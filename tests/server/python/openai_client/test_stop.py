@@ -34,7 +34,8 @@ class StopTest(ServedCase):
     def test_the_first_of_a_list_stops(self):
         words = self.whole.split()
         stops = ["never to be seen", words[9], words[4], "nor this"]
-        self.stopped(stops, self.whole[: min(self.whole.index(words[4]), self.whole.index(words[9]))])
+        first = min(self.whole.index(word) for word in (words[4], words[9]))
+        self.stopped(stops, self.whole[:first])
 
     def test_a_stop_across_tokens(self):
         seam = next(i for i in range(4, 30) if len(self.tokens[i]) > 1 < len(self.tokens[i + 1]))
@@ -59,7 +60,8 @@ class StopTest(ServedCase):
 
     def test_stop_tokens(self):
         token_id = self.encode(self.tokens[3])[0]
-        choice = self.chat(STORY, max_tokens=32, extra_body={"stop_token_ids": [token_id]}).choices[0]
+        fields = {"max_tokens": 32, "extra_body": {"stop_token_ids": [token_id]}}
+        choice = self.chat(STORY, **fields).choices[0]
         before = "".join(self.tokens[: self.tokens.index(self.tokens[3])])
         self.assertEqual(choice.message.content, before)
         self.assertEqual(choice.finish_reason, "stop")

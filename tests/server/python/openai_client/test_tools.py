@@ -18,7 +18,10 @@ WEATHER = {
 }
 LIGHT = {
     "type": "object",
-    "properties": {"on": {"type": "boolean"}, "level": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "properties": {
+        "on": {"type": "boolean"},
+        "level": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
     "required": ["on", "level"],
     "additionalProperties": False,
 }
@@ -27,10 +30,8 @@ PARAMETERS = {"get_weather": WEATHER, "set_light": LIGHT}
 
 def function(name, parameters):
     """A tool of the chat API."""
-    return {
-        "type": "function",
-        "function": {"name": name, "description": f"The function {name}.", "parameters": parameters},
-    }
+    description = {"name": name, "description": f"The function {name}.", "parameters": parameters}
+    return {"type": "function", "function": description}
 
 
 TOOLS = [function(name, parameters) for name, parameters in PARAMETERS.items()]
