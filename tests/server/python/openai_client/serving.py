@@ -18,8 +18,9 @@ MODEL = "smollm2"
 TOOLS_MODEL = "smollm2-tools"
 NULL_MODEL = "null"
 
-# In prompts of the suite, and nowhere else: no log and no metric may ever show it.
+# In prompts of the suite and as the name of a session: no log and no metric may ever show them.
 CANARY = "quokka-Zephyr-4711"
+SESSION = "numbat-Sirocco-1908"
 
 KEYS = {"alice": "alice-key-0f6d9c1e5b7a", "bob": "bob-key-93c1d8ef42a0"}
 
@@ -101,7 +102,7 @@ def stop_all():
         log = server.log_text()
         if status != 0:
             problems.append(f"{server.url} ended with {status}; it wrote: {log}")
-        for secret in [CANARY, *KEYS.values()]:
+        for secret in [CANARY, SESSION, *KEYS.values()]:
             if secret in log:
                 problems.append(f"{server.url} logged {secret!r}")
         if "panicked" in log:

@@ -2,7 +2,9 @@
 
 import openai
 
-from openai_client.serving import CANARY, KEYS, NULL_MODEL, ServedCase, client_of, with_keys
+from openai_client.serving import (
+    CANARY, KEYS, NULL_MODEL, SESSION, ServedCase, client_of, with_keys,
+)
 
 
 class KeysTest(ServedCase):
@@ -45,18 +47,22 @@ class KeysTest(ServedCase):
 
     def test_sessions_are_the_callers_own(self):
         alice, bob = self.clients["alice"], self.clients["bob"]
-        body = {"prompt": f"My secret is {CANARY}.", "interactive_mode": True, "session_id": "mine",
+        body = {"prompt": f"My secret is {CANARY}.", "interactive_mode": True, "session_id": SESSION,
                 "request_output_len": 4}
         alice.post("/chat/interactive", body=body, cast_to=object)
-        self.assertIn("mine", str(alice.get("/sessions", cast_to=object)))
-        self.assertNotIn("mine", str(bob.get("/sessions", cast_to=object)))
-        self.refused(openai.NotFoundError, lambda: bob.get("/sessions/mine", cast_to=object))
-        self.refused(openai.NotFoundError, lambda: bob.delete("/sessions/mine", cast_to=object))
+        self.assertIn(SESSION, str(alice.get("/sessions", cast_to=object)))
+        self.assertNotIn(SESSION, str(bob.get("/sessions", cast_to=object)))
+        self.refused(openai.NotFoundError, lambda: bob.get(f"/sessions/{SESSION}", cast_to=object))
+        self.refused(openai.NotFoundError, lambda: bob.delete(f"/sessions/{SESSION}", cast_to=object))
         # An id is free for each key: bob's session of that name begins empty.
         answer = bob.post("/chat/interactive", body={**body, "prompt": "Hi"}, cast_to=object)
         self.assertEqual(answer["history_tokens"], 0)
+        headers = {"Authorization": f"Bearer {KEYS['alice']}"}
+        metrics = self.server.get("/metrics", headers)[1]
+        for secret in (CANARY, SESSION, *KEYS.values()):
+            self.assertNotIn(secret, metrics)
         for client in (alice, bob):
-            client.delete("/sessions/mine", cast_to=object)
+            client.delete(f"/sessions/{SESSION}", cast_to=object)
 
     def test_pages_are_not_shared_between_keys(self):
         prompt = list(range(100, 400))
