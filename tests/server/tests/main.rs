@@ -1,3 +1,6 @@
 //! The tests of the server, a module per area.
 
+mod chat;
 mod frame;
+#[cfg(unix)]
+mod terminal;
