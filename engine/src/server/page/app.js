@@ -60,7 +60,6 @@ async function connect() {
     if (!model) throw new ClientError("The server serves no model.", 0);
     notice(null);
     byId("model").textContent = model;
-    byId("welcome-model").textContent = `You are talking to ${model}.`;
     composer.setModel(model);
   } catch (error) {
     await failed(error, connect);

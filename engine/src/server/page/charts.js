@@ -5,11 +5,11 @@ import { h, svg } from "./dom.js";
 const WIDTH = 1000;
 const HEIGHT = 200;
 
-/** The least of 1, 2 and 5 times a power of ten that is not below `value`. */
+/** The least of 1, 2, 4, 6 and 8 times a power of ten that is not below `value`. */
 export function niceMax(value) {
   if (!(value > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((factor) => factor * power).find((max) => max >= value * 0.999);
+  return [1, 2, 4, 6, 8, 10].map((factor) => factor * power).find((max) => max >= value * 0.999);
 }
 
 /**
@@ -84,10 +84,12 @@ function runs(values) {
   return found.filter((run) => run.length > 0);
 }
 
+/** Samples are a second apart. */
 function times(num_samples) {
-  const minutes = Math.round(num_samples / 60);
-  const labels = Array.from({ length: minutes }, (_, idx) => `${minutes - idx} min ago`);
-  return [...labels, "now"].map((label) => h("span", {}, label));
+  const [size, unit] = num_samples > 120 ? [60, "min"] : [num_samples / 4, "s"];
+  const name = (part) => `${unit === "s" ? part * size : part} ${unit} ago`;
+  const parts = range(1, Math.round(num_samples / size)).reverse();
+  return [...parts.map(name), "now"].map((label) => h("span", {}, label));
 }
 
 /** A square for each page, or for as many pages as make `cells_max` squares. */
@@ -121,25 +123,23 @@ export function histogram(container, { label, bounds, counts, format, marks }) {
     container.replaceChildren(h("p", { class: "fine empty" }, "Nothing measured yet."));
     return;
   }
-  // One empty bucket on each side shows that there is no more.
+  // An empty bucket on each side shows that there is no more.
   const last = counts.findLastIndex((count) => count > 0);
   const shown = range(Math.max(0, first - 1), Math.min(counts.length - 1, last + 1));
   const max = Math.max(...counts);
-  const width = 100 / shown.length;
-  const drawing = svg("svg", {
-    viewBox: "0 0 100 60", preserveAspectRatio: "none", role: "img", "aria-label": label,
-  });
-  for (const [place, bucket] of shown.entries()) {
+  const columns = shown.map((bucket) => {
+    const column = h("span", { class: counts[bucket] > 0 ? "column" : "column none" });
     // What was seen at all can be seen.
-    const height = counts[bucket] === 0 ? 0.5 : Math.max(1.5, (counts[bucket] / max) * 58);
-    const props = { x: place * width + width * 0.08, y: 60 - height, width: width * 0.84, height };
-    drawing.append(svg("rect", { ...props, class: counts[bucket] > 0 ? "active" : "free" }));
-  }
+    column.style.height = `${Math.max(3, (counts[bucket] / max) * 100)}%`;
+    return column;
+  });
   const limit = (bucket) => (bucket < bounds.length ? `≤ ${format(bounds[bucket])}` : "more");
   const every = Math.ceil(shown.length / 5);
   const axis = shown.map((bucket, place) =>
     h("span", {}, place % every === every - 1 || shown.length <= 5 ? limit(bucket) : ""));
-  container.replaceChildren(drawing, h("div", { class: "axis", "aria-hidden": "true" }, ...axis),
+  container.replaceChildren(
+    h("div", { class: "columns", role: "img", "aria-label": label }, ...columns),
+    h("div", { class: "axis", "aria-hidden": "true" }, ...axis),
     h("dl", { class: "marks" }, ...marks.map(([name, value]) =>
       h("div", {}, h("dt", {}, name), h("dd", {}, value)))));
 }

@@ -7,8 +7,10 @@ import { byId, h, placeIcons, wireThemeButton } from "./dom.js";
 import { bytes, count, duration, percent, quantile, short, since, span } from "./statistics.js";
 
 const POLL_MS = 1000;
-/** Samples that are kept and drawn: five minutes. */
+/** Samples that are kept: five minutes. */
 const NUM_SAMPLES = 300;
+/** Charts show the least of these that holds all samples. */
+const SPANS = [60, 120, NUM_SAMPLES];
 const PAGE_CELLS_MAX = 480;
 const PAGE_COLUMNS = 24;
 
@@ -24,19 +26,27 @@ let hovered = { throughput: null, batch: null };
 
 async function poll() {
   const time_ms = performance.now();
-  try {
-    take(time_ms, await json("GET", "/dashboard/data"));
+  const data = await json("GET", "/dashboard/data").catch((error) => missed(time_ms, error));
+  if (data) {
     notice(null);
-  } catch (error) {
-    miss(time_ms);
-    notice(error.message);
-    if (error.status === 401 && !(await askForKey())) {
-      return notice("Without a key there are no numbers. Reload the page to enter one.");
-    }
+    take(time_ms, data);
   }
   // A page that nobody sees asks less often.
   const wait_ms = document.hidden ? 10 * POLL_MS : POLL_MS;
   setTimeout(poll, Math.max(100, wait_ms - (performance.now() - time_ms)));
+}
+
+/** The server gave no numbers; the charts have a gap. */
+async function missed(time_ms, error) {
+  keep({ time_ms, data: null, rate: null, steps: null, running: null, waiting: null });
+  setState("unreachable");
+  drawCharts();
+  notice(error.message);
+  if (error.status === 401) {
+    setState("locked");
+    // Without a key there is nothing to ask for.
+    while (!(await askForKey()));
+  }
 }
 
 function notice(text) {
@@ -59,12 +69,6 @@ function take(time_ms, data) {
     waiting: data.requests.waiting,
   });
   draw();
-}
-
-function miss(time_ms) {
-  keep({ time_ms, data: null, rate: null, steps: null, running: null, waiting: null });
-  setState("unreachable");
-  drawCharts();
 }
 
 function keep(sample) {
@@ -102,6 +106,10 @@ function recent(name) {
   return { bounds: now.bounds_s, counts: isRecent ? counts : now.counts, isRecent };
 }
 
+function spanLen() {
+  return SPANS.find((len) => samples.length <= len);
+}
+
 function drawTiles() {
   const { rate, steps, data } = samples.at(-1);
   const { requests } = data;
@@ -130,19 +138,19 @@ function drawCharts() {
   const valuesOf = (name) => samples.map((sample) => sample[name]);
   const peak = Math.max(0, ...valuesOf("rate"));
   timeChart(byId("throughput"), {
-    label: `Output tokens per second over five minutes, ${short(peak)} at most`,
+    label: `Output tokens per second, ${short(peak)} at most`,
     series: [{ className: "active", values: valuesOf("rate") }],
-    num_samples: NUM_SAMPLES, least: 10, format: short,
+    num_samples: spanLen(), least: 10, format: short,
     readout: (idx) => readout("throughput", idx),
   });
   const most = Math.max(0, ...valuesOf("running"));
   timeChart(byId("batch"), {
-    label: `Running and waiting requests over five minutes, at most ${most} running`,
+    label: `Running and waiting requests, at most ${most} running`,
     series: [
       { className: "active", values: valuesOf("running") },
       { className: "waiting", values: valuesOf("waiting") },
     ],
-    num_samples: NUM_SAMPLES, least: 4, format: short,
+    num_samples: spanLen(), least: 4, format: short,
     readout: (idx) => readout("batch", idx),
   });
   readout("throughput", hovered.throughput);
@@ -152,7 +160,7 @@ function drawCharts() {
 /** The values at a place of a chart, or the last ones. */
 function readout(chart, idx) {
   hovered[chart] = idx;
-  const at = idx === null ? samples.length - 1 : samples.length - NUM_SAMPLES + idx;
+  const at = idx === null ? samples.length - 1 : samples.length - spanLen() + idx;
   const sample = samples[at];
   const ago = Math.round((performance.now() - (sample?.time_ms ?? 0)) / 1000);
   const when = idx === null ? "" : `${ago} s ago: `;

@@ -251,16 +251,17 @@ class Inline {
     // Underscores inside words are names, not emphasis.
     const opens = /\S/.test(after) && !(char === "_" && WORD.test(before));
     const closes = /\S/.test(before) && !(char === "_" && WORD.test(after));
-    // A run of three closes the inner emphasis first.
-    const marks = [char.repeat(width), char.repeat(length > 2 ? 1 : width)];
-    const mark = marks.find((mark) => closes && this.isOpen(mark));
-    if (mark) this.close(mark);
-    else if (opens && this.frames.length < INLINE_DEPTH_MAX) this.open(marks[0]);
-    else this.put(marks[0], width);
+    const closed = closes ? this.closedBy(char, length) : undefined;
+    const mark = char.repeat(width);
+    if (closed) this.close(closed.mark);
+    else if (opens && this.frames.length < INLINE_DEPTH_MAX) this.open(mark);
+    else this.put(mark, width);
   }
 
-  isOpen(mark) {
-    return this.frames.some((frame) => frame.mark === mark);
+  /** The innermost open emphasis whose mark a run of `length` holds; one of two takes both. */
+  closedBy(char, length) {
+    const marks = [1, 2].filter((width) => width === length || length === 3);
+    return this.frames.findLast(({ mark }) => marks.some((width) => mark === char.repeat(width)));
   }
 
   open(mark) {
