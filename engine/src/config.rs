@@ -20,6 +20,9 @@ pub enum BackendChoice {
     Cpu,
     /// Kernels generated for the model's shapes, on an NVIDIA GPU.
     Cuda,
+    /// Hashes in place of the model's mathematics, with its vocabulary and context: to measure and
+    /// test what is around a model.
+    Null,
 }
 
 /// Options of [`Engine::load`](crate::engine::Engine::load).

@@ -16,6 +16,8 @@ mod pull;
 mod quantize;
 mod quickstart;
 mod sampling;
+#[cfg(feature = "server")]
+mod serve;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -66,6 +68,8 @@ enum Command {
     Logits(logits::Args),
     Perplexity(perplexity::Args),
     Bench(bench::Args),
+    #[cfg(feature = "server")]
+    Serve(serve::Args),
     Kernels(kernels::Args),
     Doctor(doctor::Args),
 }
@@ -93,6 +97,8 @@ where
         Command::Logits(args) => logits::run(&args, console),
         Command::Perplexity(args) => perplexity::run(&args, console),
         Command::Bench(args) => bench::run(&args, console),
+        #[cfg(feature = "server")]
+        Command::Serve(args) => serve::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
     })

@@ -14,6 +14,8 @@ use super::progress::Meter;
 use crate::backend::cuda::KvMemory;
 use crate::config::{BackendChoice, EngineOptions, context_max};
 use crate::engine::Engine;
+#[cfg(feature = "server")]
+use crate::error::Error;
 use crate::kernels::generated;
 use crate::tokenizer::Tokenizer;
 
@@ -57,6 +59,8 @@ pub(super) enum Backend {
     Cpu,
     /// Kernels generated for the model's shapes, on an NVIDIA GPU
     Cuda,
+    /// Hashes instead of a model's mathematics, to measure and test everything around it
+    Null,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
@@ -168,6 +172,7 @@ impl ModelFiles {
                 Backend::Reference => BackendChoice::Reference,
                 Backend::Cpu => BackendChoice::Cpu,
                 Backend::Cuda => BackendChoice::Cuda,
+                Backend::Null => BackendChoice::Null,
             },
             kv_dtype: match run.kv_dtype {
                 Kv::F16 => KvDType::F16,
@@ -186,6 +191,12 @@ impl ModelFiles {
             max_context: Some(context_len.min(context_max(&self.config)).max(2)),
             ..EngineOptions::new(console.kernels)
         }
+    }
+
+    /// Loads the weights without a word.
+    #[cfg(feature = "server")]
+    pub(super) fn load_quietly(&self, options: &EngineOptions) -> Result<Engine, Error> {
+        Engine::load(&self.dir, options, &mut |_| {})
     }
 
     /// Loads the weights, with a progress bar, and says how long that took.

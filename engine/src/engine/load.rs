@@ -34,6 +34,9 @@ impl Engine {
         options: &EngineOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Engine, Error> {
+        if options.backend == BackendChoice::Null {
+            return Engine::load_null(dir, options);
+        }
         if let Some(engine) = Engine::load_on_gpu(dir, options, progress)? {
             return Ok(engine);
         }
@@ -47,7 +50,7 @@ impl Engine {
                 let (decoder, max_context) = loader.load(backend, weights, progress)?;
                 Ok((Model::Reference(decoder), max_context))
             }
-            BackendChoice::Auto | BackendChoice::Cpu | BackendChoice::Cuda => {
+            _ => {
                 let (decoder, max_context) = loader.load(loader.cpu()?, weights, progress)?;
                 Ok((Model::Cpu(decoder), max_context))
             }
@@ -69,7 +72,7 @@ impl Engine {
                 Ok(device) => device,
                 Err(_) => return Ok(None),
             },
-            BackendChoice::Cpu | BackendChoice::Reference => return Ok(None),
+            _ => return Ok(None),
         };
         match Engine::load_on(dir, device, options, progress) {
             Err(Error::MissingKernels { .. }) if options.backend == BackendChoice::Auto => Ok(None),
@@ -110,6 +113,18 @@ impl Engine {
             let (decoder, max_context) = loader.load(backend, weights, progress)?;
             Ok((Model::Cuda(Box::new(decoder)), max_context))
         })
+    }
+
+    /// The null backend in the sizes of the model `dir`, whose weights are not read.
+    fn load_null(dir: &Path, options: &EngineOptions) -> Result<Engine, Error> {
+        let config = ModelConfig::parse(&read_json_file(&dir.join("config.json"))?)?;
+        let null = NullOptions {
+            vocab_size: config.vocab_size,
+            page_size: options.kernels.page_size,
+            max_position: position_max(&config),
+            fault: None,
+        };
+        Engine::null(&null, options)
     }
 
     fn load_by(dir: &Path, options: &EngineOptions, load: LoadModel<'_>) -> Result<Engine, Error> {

@@ -298,6 +298,21 @@ impl Engine {
         self.tokenizer = Some(tokenizer);
     }
 
+    /// Further tokens that end answers, besides those of the model's configuration.
+    pub fn add_eos_ids(&mut self, ids: &[u32]) {
+        let known = &mut self.config.eos_token_ids;
+        known.extend_from_slice(ids);
+        known.sort_unstable();
+        known.dedup();
+    }
+
+    /// Names model, kernels and layout of pages: equal ones give equal tokens for equal seeds.
+    pub fn fingerprint(&self) -> String {
+        let Identity { model, layout } = &self.identity;
+        let hash = blake3::hash(format!("{model} {layout}").as_bytes()).to_hex();
+        format!("fp_{}", &hash[..16])
+    }
+
     /// Checks what must hold between any two steps.
     pub fn check(&self) -> Result<(), String> {
         self.scheduler.check(&self.pool)

@@ -1,0 +1,3 @@
+//! The tests of the server, a module per area.
+
+mod frame;
