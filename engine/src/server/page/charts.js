@@ -149,9 +149,10 @@ function range(from, to) {
 }
 
 /** A share of one as a bar; the number stands beside it. */
-export function bar(share, text) {
+export function bar(share, text, more = null) {
   const fill = h("span", { class: "fill" });
   fill.style.width = `${Math.min(Math.max(share, 0), 1) * 100}%`;
   return h("div", { class: "bar-row" },
-    h("span", { class: "track", "aria-hidden": "true" }, fill), h("span", { class: "value" }, text));
+    h("span", { class: "track", "aria-hidden": "true" }, fill), h("span", { class: "value" }, text),
+    more ? h("span", { class: "more" }, more) : null);
 }

@@ -14,6 +14,9 @@ const SPANS = [60, 120, NUM_SAMPLES];
 const PAGE_CELLS_MAX = 480;
 const PAGE_COLUMNS = 24;
 
+/** Limits of moving bytes; the others are of operations. */
+const BYTE_BOUNDS = ["memory", "cache"];
+
 const LATENCIES = [
   ["first_token", "To the first token"],
   ["between_tokens", "Between tokens"],
@@ -83,10 +86,10 @@ function draw() {
   byId("uptime").textContent = `${span(data.uptime_s)} ago`;
   drawTiles();
   drawCharts();
-  drawPages(data.pages);
+  drawPages(data.engine?.pages);
   drawTotals(data);
   drawLatencies();
-  drawKernels(data.kernels ?? []);
+  drawKernels(data.engine?.kernels ?? []);
 }
 
 function setState(state) {
@@ -187,7 +190,7 @@ function drawPages(pages) {
 }
 
 function drawTotals(data) {
-  const { requests, memory } = data;
+  const { requests, engine } = data;
   const rows = [
     ["Requests finished", count(requests.finished)],
     ["Cancelled", count(requests.cancelled)],
@@ -195,10 +198,10 @@ function drawTotals(data) {
     ["Output tokens", count(data.output_tokens)],
     ["Prompt tokens", count(data.prompt_tokens)],
     ["Found in the prefix cache", percent(data.cached_tokens / data.prompt_tokens)],
-    ["Preemptions", count(data.preemptions)],
-    ["Sessions kept", count(data.sessions)],
-    ["Weights", bytes(memory.weights_bytes)],
-    ["KV cache", bytes(memory.kv_cache_bytes)],
+    ["Preemptions", count(engine?.preemptions)],
+    ["Sessions kept", count(engine?.sessions)],
+    ["Weights", bytes(engine?.weights_bytes)],
+    ["KV cache", bytes(engine?.kv_cache_bytes)],
   ];
   const row = ([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
   byId("totals").replaceChildren(...rows.map(row));
@@ -228,21 +231,28 @@ function drawLatencies() {
 
 function drawKernels(kernels) {
   byId("kernels-card").hidden = kernels.length === 0;
-  byId("kernels-readout").textContent = `${kernels.length} of this binary`;
-  byId("kernels").replaceChildren(...kernels.map(kernelRow));
+  const total = kernels.reduce((sum, kernel) => sum + kernel.seconds, 0);
+  const limit = kernels.reduce((sum, kernel) => sum + kernel.limit_seconds, 0);
+  byId("kernels-readout").textContent = `all together ${percent(limit / total)} of the limit`;
+  byId("kernels").replaceChildren(...kernels.map((kernel) => kernelRow(kernel, total)));
 }
 
-/** Shares are of one; `achieved` and `limit` in `unit`, null where a kernel has no such limit. */
-function kernelRow({ symbol, op, sizes, calls, time_share, achieved, limit, unit, share_of_limit }) {
-  const reached = `${short(achieved)} of ${short(limit)} ${unit ?? ""}`;
-  const hasLimit = Number.isFinite(share_of_limit);
+/** `bound` says whether bytes or operations limit the kernel. */
+function kernelRow(kernel, total_seconds) {
+  const { symbol, op, calls, seconds, limit_seconds, bound, bytes, ops } = kernel;
+  const isMemory = BYTE_BOUNDS.includes(bound);
+  const rate = (isMemory ? bytes : ops) / seconds / 1e9;
+  const reached = `${short(rate)} ${isMemory ? "GB/s" : "GOP/s"} · ${bound}`;
+  const share = limit_seconds / seconds;
+  const sizes = symbol.startsWith(`${op}_`) ? symbol.slice(op.length + 1) : symbol;
   return h(
     "tr",
     {},
-    h("th", { scope: "row", title: symbol }, h("span", { class: "op" }, op), h("span", { class: "sizes" }, sizes ?? "")),
+    h("th", { scope: "row", title: symbol }, h("span", { class: "op" }, op),
+      h("span", { class: "sizes" }, sizes.replaceAll("_", " "))),
     h("td", { class: "number" }, count(calls)),
-    h("td", {}, bar(time_share, percent(time_share))),
-    h("td", {}, hasLimit ? bar(share_of_limit, `${percent(share_of_limit)} · ${reached}`) : "–"),
+    h("td", {}, bar(seconds / total_seconds, percent(seconds / total_seconds))),
+    h("td", {}, bar(share, percent(share), reached)),
   );
 }
 

@@ -68,6 +68,7 @@ export function percent(share) {
 }
 
 export function bytes(value) {
+  if (!Number.isFinite(value)) return "–";
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let at = 0;
   while (value >= 1024 && at + 1 < units.length) {
