@@ -7,6 +7,7 @@
 
 pub mod app;
 pub mod auth;
+mod dashboard;
 pub mod drain;
 pub mod error;
 mod guard;
@@ -16,6 +17,7 @@ mod listener;
 mod log;
 pub mod metrics;
 pub mod options;
+pub mod page;
 mod session_store;
 pub mod workers;
 
@@ -103,7 +105,10 @@ impl Route {
 
 /// Every route of the server.
 pub fn routes() -> Vec<Route> {
-    [health::routes(), metrics::routes()].into_iter().flatten().collect()
+    [health::routes(), metrics::routes(), page::routes(), dashboard::routes()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// The server's routes behind their guards, without sockets.

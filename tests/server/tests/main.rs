@@ -2,6 +2,6 @@
 
 mod chat;
 mod frame;
-#[cfg(unix)]
 mod grammar;
+#[cfg(unix)]
 mod terminal;
