@@ -1,7 +1,11 @@
 //! The tests of the server, a module per area.
 
 mod chat;
+mod faults;
 mod frame;
 mod grammar;
+mod numbers;
+mod process;
+mod tenants;
 #[cfg(unix)]
 mod terminal;
