@@ -1,7 +1,7 @@
 //! What the tests of the server share: an engine that hashes instead of computing, served.
 
 pub mod client;
-mod tokenizer;
+pub mod tokenizer;
 
 use std::time::Duration;
 
