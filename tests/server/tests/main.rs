@@ -1,3 +1,5 @@
 //! The tests of the server, a module per area.
 
 mod frame;
+mod grammar;
+mod prompts;
