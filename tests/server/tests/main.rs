@@ -6,6 +6,7 @@ mod frame;
 mod grammar;
 mod numbers;
 mod process;
+mod prompts;
 mod tenants;
 #[cfg(unix)]
 mod terminal;
