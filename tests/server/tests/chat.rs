@@ -267,7 +267,7 @@ fn what_cannot_be_done_is_said() {
     check("/load /no/such.json\n", "/no/such.json");
     check("/set temperature hot\n", "'hot'");
     let check = |args: &[&str], expected: &str| place.check_error(args, "one\n", expected);
-    check(&["--temperature", "-1"], "temperature is -1");
+    check(&["--temperature=-1"], "temperature is -1");
     check(&["--max-tokens", "0"], "max_tokens is 0");
     check(&["--stop", ""], "a stop string has 0 bytes");
     check(&["--json", "--top-logprobs", "2"], "no place in a chat");
