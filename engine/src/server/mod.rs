@@ -16,6 +16,7 @@ mod listener;
 mod log;
 pub mod metrics;
 pub mod options;
+mod session_store;
 pub mod workers;
 
 use std::net::SocketAddr;
@@ -146,6 +147,9 @@ impl Server {
         routes: Vec<Route>,
     ) -> Result<Server, Error> {
         let app = Arc::new(App::new(handle, model, options)?);
+        if let Some(dir) = &app.options.session_dir {
+            session_store::keep(&app, dir)?;
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(app.options.limits.io_threads)
             .thread_name("server")
@@ -171,6 +175,7 @@ impl Server {
         drop(entered);
         let ending = Arc::new(Ending::default());
         supervise(&app, &ending, connections)?;
+        runtime.spawn(session_store::expire(Arc::clone(&app)));
         runtime.spawn(watch_steps(Arc::clone(&app), Arc::clone(&ending)));
         Ok(Server { app, address, metrics_address, ending, runtime: Some(runtime) })
     }

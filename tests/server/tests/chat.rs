@@ -219,8 +219,8 @@ fn commands_change_the_conversation() {
     let file = file.to_str().unwrap();
     let lines = format!(
         "/system Be brief.\n/set max-tokens 2\none\n/undo\ntwo\n/set max-tokens 3\n/regen\n\
-         //etc\n/save {file}\n/reset\nthree\n/load {file}\nfour\n/stats\n/set\n/system\n/help\n/exit\n\
-         never\n"
+         //etc\n/save {file}\n/reset\nthree\n/load {file}\nfour\n/stats\n/set\n/system\n/help\n\
+         /exit\nnever\n"
     );
     let (out, err) = place.text(&H, &lines);
     assert_eq!(out, "hh\nhh\nhhh\nhhh\nhhh\nhhh\n");

@@ -3,5 +3,7 @@
 mod bench;
 mod chat;
 mod frame;
+mod grammar;
+mod prompts;
 #[cfg(unix)]
 mod terminal;
