@@ -219,8 +219,8 @@ fn commands_change_the_conversation() {
     let file = file.to_str().unwrap();
     let lines = format!(
         "/system Be brief.\n/set max-tokens 2\none\n/undo\ntwo\n/set max-tokens 3\n/regen\n\
-         //etc\n/save {file}\n/reset\nthree\n/load {file}\nfour\n/stats\n/set\n/system\n/help\n/exit\n\
-         never\n"
+         //etc\n/save {file}\n/reset\nthree\n/load {file}\nfour\n/stats\n/set\n/system\n/help\n\
+         /exit\nnever\n"
     );
     let (out, err) = place.text(&H, &lines);
     assert_eq!(out, "hh\nhh\nhhh\nhhh\nhhh\nhhh\n");
@@ -267,7 +267,7 @@ fn what_cannot_be_done_is_said() {
     check("/load /no/such.json\n", "/no/such.json");
     check("/set temperature hot\n", "'hot'");
     let check = |args: &[&str], expected: &str| place.check_error(args, "one\n", expected);
-    check(&["--temperature", "-1"], "temperature is -1");
+    check(&["--temperature=-1"], "temperature is -1");
     check(&["--max-tokens", "0"], "max_tokens is 0");
     check(&["--stop", ""], "a stop string has 0 bytes");
     check(&["--json", "--top-logprobs", "2"], "no place in a chat");

@@ -1,5 +1,6 @@
 //! The tests of the server, a module per area.
 
+mod bench;
 mod chat;
 mod faults;
 mod frame;

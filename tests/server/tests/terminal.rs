@@ -25,6 +25,9 @@ struct Session {
     seen: String,
 }
 
+/// What the line editor shows when it listens; what is typed before comes another way.
+const PROMPT: &str = "> ";
+
 const CTRL_C: &str = "\x03";
 const CTRL_D: &str = "\x04";
 const ENTER: &str = "\r";
@@ -92,36 +95,49 @@ impl Session {
     }
 }
 
+impl Drop for Session {
+    fn drop(&mut self) {
+        // NOTE: after a failed test; a child that has ended cannot be killed, and that is fine.
+        let _ = self.child.kill();
+    }
+}
+
 #[test]
 fn a_person_can_chat() {
     let place = Place::new();
     let args = [&H[..], &["--session", "a", "--max-tokens", "7"]].concat();
     let mut session = Session::start(place.command(&args));
     session.wait_for("/help lists the commands");
-    session.wait_for("> ");
+    session.wait_for(PROMPT);
     session.press("one");
     session.press(ENTER);
     session.wait_for("hhhhhhh\r\n");
+    session.wait_for(PROMPT);
     // A message of two lines, by Alt-Enter and by a backslash.
     for keys in ["two", ALT_ENTER, "lines", ENTER] {
         session.press(keys);
     }
     session.wait_for("hhhhhhh\r\n");
+    session.wait_for(PROMPT);
     session.press("three\\\rlines\r");
     session.wait_for("hhhhhhh\r\n");
+    session.wait_for(PROMPT);
     // Ctrl-C clears the line.
     session.press("not this");
     session.wait_for("not this");
     session.press(CTRL_C);
-    session.wait_for("> ");
+    session.wait_for(PROMPT);
     session.press("four\r");
     session.wait_for("hhhhhhh\r\n");
+    session.wait_for(PROMPT);
     // A mistake is told and ends nothing.
     session.press("/nothing\r");
     session.wait_for("error: there is no command /nothing");
+    session.wait_for(PROMPT);
     // Tab completes, and the history has earlier lines.
     session.press("/un\t\r");
     session.wait_for("taken back: four");
+    session.wait_for(PROMPT);
     session.press(CTRL_D);
     session.end();
     let chats = place.home().join("chats");
@@ -134,10 +150,11 @@ fn a_person_can_chat() {
 
     let mut session = Session::start(place.command(&args));
     session.wait_for("going on after 6 messages");
-    session.wait_for("> ");
+    session.wait_for(PROMPT);
     // The arrow goes back beyond `/undo` and `/nothing` to `four`.
     session.press("\x1b[A\x1b[A\x1b[A\r");
     session.wait_for("hhhhhhh\r\n");
+    session.wait_for(PROMPT);
     session.press("/exit\r");
     session.end();
     assert_eq!(kept(&chats.join("a.json"))[6], "four");
@@ -148,21 +165,25 @@ fn ctrl_c_stops_an_answer() {
     let place = Place::new();
     let args = [&H[..], &["--session", "a", "--max-tokens", "200000"]].concat();
     let mut session = Session::start(place.command(&args));
-    session.wait_for("> ");
+    session.wait_for(PROMPT);
     for question in ["one", "two"] {
         session.press(question);
         session.press(ENTER);
         session.wait_for("hhhhhhhhhhhhhhhh");
         session.press(CTRL_C);
         session.wait_for("[stopped]");
-        session.wait_for("> ");
+        session.wait_for(PROMPT);
     }
     // It is the chat that goes on, with Ctrl-C at the prompt as before.
     session.press("gone");
     session.wait_for("gone");
     session.press(CTRL_C);
-    session.press("/set max-tokens 5\rthree\r");
+    session.wait_for(PROMPT);
+    session.press("/set max-tokens 5\r");
+    session.wait_for(PROMPT);
+    session.press("three\r");
     session.wait_for("hhhhh\r\n");
+    session.wait_for(PROMPT);
     session.press(CTRL_D);
     session.end();
     let kept = kept(&place.home().join("chats/a.json"));
@@ -176,9 +197,10 @@ fn answers_cannot_steer_the_terminal() {
     // Token 27 is ESC.
     let args = ["--logit-bias", "27=100", "--max-tokens", "3"];
     let mut session = Session::start(place.command(&args));
-    session.wait_for("> ");
+    session.wait_for(PROMPT);
     session.press("one\r");
-    session.wait_for("\u{FFFD}\u{FFFD}\u{FFFD}");
+    session.wait_for("\u{FFFD}\u{FFFD}\u{FFFD}\r\n");
+    session.wait_for(PROMPT);
     session.press(CTRL_D);
     session.end();
 }

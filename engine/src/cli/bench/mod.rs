@@ -42,7 +42,7 @@ pub(super) struct Args {
     run: RunArgs,
     #[cfg(feature = "server")]
     #[command(flatten)]
-    serving: serving::Args,
+    serving: serving::ServingArgs,
     /// What to measure
     #[arg(long, value_enum, default_value_t = Mode::Latency)]
     mode: Mode,

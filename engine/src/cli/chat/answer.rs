@@ -94,9 +94,7 @@ impl Model<'_> {
         print(&writer.push(None)?)?;
         let total = start.elapsed();
         let end = match progress.finish_reason {
-            Some(FinishReason::Failed) => bail!(
-                "the model gave no finite logits; its weights are damaged or do not fit its config"
-            ),
+            Some(FinishReason::Failed(failure)) => bail!(failure.message()),
             Some(FinishReason::Length) if !writer.is_stopped() => End::Length,
             Some(_) => End::Stop,
             None if is_interrupted || progress.is_cancelled => End::Interrupted,

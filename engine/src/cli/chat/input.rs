@@ -42,8 +42,9 @@ pub(super) const HELP: &str = "\
 /stats              tokens and times
 /exit               end, as Ctrl-D does
 
-A line that ends with \\ goes on in the next one, as does Alt-Enter; \"\"\" begins and ends a message
-of several lines. //text sends /text. Ctrl-C stops an answer, and clears the line at the prompt.
+A line that ends with \\ goes on in the next one, as does Alt-Enter; \"\"\" begins and ends a
+message of several lines. //text sends /text. Ctrl-C stops an answer, and clears the line at the
+prompt.
 ";
 
 /// Names of the commands, for completion.

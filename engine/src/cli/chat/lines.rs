@@ -11,7 +11,7 @@ use rustyline::highlight::Highlighter;
 use rustyline::hint::Hinter;
 use rustyline::history::DefaultHistory;
 use rustyline::validate::{ValidationContext, ValidationResult, Validator};
-use rustyline::{Cmd, Config, Context, Editor, Helper, KeyCode, KeyEvent, Modifiers};
+use rustyline::{Cmd, Config, Context, Editor, Helper, KeyEvent};
 
 use super::input::{self, NAMES};
 
@@ -56,8 +56,9 @@ impl Lines {
             Config::builder().max_history_size(HISTORY_MAX)?.history_ignore_space(true).build();
         let mut editor = Editor::<Commands, _>::with_config(config)?;
         editor.set_helper(Some(Commands));
-        for key in [KeyEvent(KeyCode::Enter, Modifiers::ALT), KeyEvent::new('\r', Modifiers::ALT)] {
-            editor.bind_sequence(key, Cmd::Newline);
+        // NOTE: a line end that was typed ahead has become the other character.
+        for character in ['\r', '\n'] {
+            editor.bind_sequence(KeyEvent::alt(character), Cmd::Newline);
         }
         let history = match fs::exists(&history) {
             Ok(true) => editor.load_history(&history).is_ok().then_some(history),

@@ -17,7 +17,7 @@ use hyper::header::HeaderValue;
 use serde::Deserialize;
 
 use super::workload::{Lengths, Source, Workload};
-use super::{Args as BenchArgs, CONCURRENCY_MAX, COUNT_MAX, count};
+use super::{Args, CONCURRENCY_MAX, COUNT_MAX, count};
 use crate::cli::console::Console;
 use crate::cli::progress::Meter;
 use crate::cli::prompt::read_text;
@@ -29,7 +29,7 @@ use url::ServerUrl;
 
 /// Options that only this mode has.
 #[derive(clap::Args)]
-pub(super) struct Args {
+pub(super) struct ServingArgs {
     /// serving: address of the server, such as http://127.0.0.1:23333
     #[arg(long, value_name = "URL")]
     url: Option<ServerUrl>,
@@ -62,7 +62,7 @@ const VOCAB_SIZE: usize = 256;
 /// A request to see that the server answers.
 const WARM_UP: Lengths = Lengths { prompt_tokens: 4, max_tokens: 4 };
 
-impl Args {
+impl ServingArgs {
     /// The options and whether they were given.
     pub(super) fn given(&self) -> [(&'static str, bool); 7] {
         [
@@ -114,7 +114,7 @@ impl FromStr for Goodput {
     }
 }
 
-pub(super) fn run(args: &BenchArgs, console: &mut Console<'_>) -> anyhow::Result<()> {
+pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
     let Some(url) = args.serving.url.clone() else {
         bail!("--mode serving needs --url, such as --url http://127.0.0.1:23333");
     };
@@ -165,7 +165,7 @@ struct ModelCard {
 }
 
 impl Server {
-    async fn ask(args: &BenchArgs, client: &Client) -> anyhow::Result<Server> {
+    async fn ask(args: &Args, client: &Client) -> anyhow::Result<Server> {
         let authority = &client.url.authority;
         let models: Result<Models, Failure> = client.get("/v1/models").await;
         let cards = models.map_err(|failure| anyhow!("http://{authority}/v1/models: {failure}"))?;
@@ -185,7 +185,7 @@ impl Server {
 
 /// A server, and what is asked of it.
 struct Bench<'a> {
-    args: &'a BenchArgs,
+    args: &'a Args,
     client: Arc<Client>,
     server: Server,
 }
