@@ -46,7 +46,7 @@ fn bench_sampler(criterion: &mut Criterion) {
         let logits = logits(vocab_size);
         let stats = stats(&logits);
         let tokens: Vec<u32> = (0..1000).map(|i| i * 31 % 500).collect();
-        let history = History { tokens: &tokens, num_prompt: 500, stop_token_ids: &[] };
+        let history = History { tokens: &tokens, num_prompt: 500, stop_token_ids: &[], mask: None };
         let mut sampler = Sampler::new(vocab_size as usize);
         for (name, mut params) in cases() {
             group.bench_function(BenchmarkId::new(name, vocab_size), |bencher| {

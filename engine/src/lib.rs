@@ -12,7 +12,6 @@ pub mod engine;
 pub mod error;
 mod fault;
 pub mod files;
-#[cfg(feature = "grammar")]
 pub mod grammar;
 pub mod handle;
 pub mod import;

@@ -1,6 +1,7 @@
 //! What a user asks of the engine, and what comes back.
 
 use crate::error::Error;
+use crate::grammar::Grammar;
 use crate::kv_cache::Namespace;
 use crate::sampling::{SamplingParams, TokenLogprob};
 use crate::session::SessionTurn;
@@ -25,6 +26,12 @@ pub struct Request {
     pub stop_strings: Vec<String>,
     /// Answers to generate; each has a seed of its own.
     pub num_choices: usize,
+    /// What every answer is held to. A choice follows it from its first output token on; the prompt
+    /// and a session's history are no part of it. An answer that it completes ends there, with or
+    /// without an end token and whatever `ignore_eos` and `min_tokens` say; before that, end tokens
+    /// come only where the grammar lets the answer end. Other stop tokens, stop strings and the
+    /// length limit end an answer as ever, complete or not.
+    pub grammar: Option<Grammar>,
     /// Whose pages of the KV cache the request may use, and who may use its.
     pub namespace: Namespace,
     /// The session that the request continues.
@@ -56,8 +63,18 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the end of the context.
     Length,
-    /// The model gave no finite logit.
-    Failed,
+    /// There was no token to go on with.
+    Failed(Failure),
+}
+
+/// Why an answer could not go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Failure {
+    NoFiniteLogit,
+    /// Bans, or logits of −∞, took every token that the grammar allows.
+    NoAllowedToken,
+    /// What may follow could not be found within the grammar's limits of work.
+    GrammarTooComplex,
 }
 
 /// One answer to a request.
@@ -94,7 +111,24 @@ impl FinishReason {
         match self {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",
-            FinishReason::Failed => "failed",
+            FinishReason::Failed(_) => "failed",
+        }
+    }
+}
+
+impl Failure {
+    /// What happened and what to do, for the one who asked.
+    pub fn message(self) -> &'static str {
+        match self {
+            Failure::NoFiniteLogit => {
+                "the model gave no finite logits; its weights are damaged or do not fit its config"
+            }
+            Failure::NoAllowedToken => {
+                "the request's bans leave no token that its grammar allows; change one of them"
+            }
+            Failure::GrammarTooComplex => {
+                "the grammar takes too much work at this point of the answer; make it simpler"
+            }
         }
     }
 }
@@ -110,6 +144,7 @@ impl Default for Request {
             stop_token_ids: Vec::new(),
             stop_strings: Vec::new(),
             num_choices: 1,
+            grammar: None,
             namespace: Namespace::default(),
             session: None,
         }

@@ -163,6 +163,16 @@ impl Scheduler {
         sampled.map(|scheduled| &self.running[scheduled.running_idx])
     }
 
+    /// Works out what the grammars of the sampled sequences allow.
+    pub fn fill_masks(&mut self) {
+        for scheduled in &self.scheduled {
+            let sequence = &mut self.running[scheduled.running_idx];
+            if sequence.num_pending() == scheduled.num_tokens {
+                sequence.fill_mask();
+            }
+        }
+    }
+
     /// Takes over the results of a step, `samples` in the order of the logit rows. Sequences that
     /// end with it are appended to `ended`.
     pub fn commit(

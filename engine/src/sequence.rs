@@ -4,8 +4,9 @@ use std::fmt;
 
 use crate::batch::PageCopy;
 use crate::fault::{Fault, is_planted};
+use crate::grammar::GrammarState;
 use crate::kv_cache::{Keep, Page, PageHash, PagePool, PageStamp, num_pages};
-use crate::request::{FinishReason, RequestId};
+use crate::request::{Failure, FinishReason, RequestId};
 use crate::sampling::{History, Sample, SamplingParams};
 use crate::session::SessionId;
 
@@ -42,6 +43,8 @@ pub struct Sequence {
     pub(crate) pages: Vec<Page>,
     pub(crate) prefix: Option<PrefixHashes>,
     pub(crate) stop_check: Option<StopCheck>,
+    /// Follows the output; what it allows next is worked out by [`Sequence::fill_mask`].
+    pub(crate) grammar: Option<GrammarState>,
     pub(crate) has_run: bool,
 }
 
@@ -92,6 +95,7 @@ impl Sequence {
             pages: Vec::new(),
             prefix: None,
             stop_check: None,
+            grammar: None,
             has_run: false,
         }
     }
@@ -122,19 +126,33 @@ impl Sequence {
             tokens: &self.tokens,
             num_prompt: self.num_prompt,
             stop_token_ids: &self.stop_token_ids,
+            mask: self.grammar.as_ref().map(GrammarState::mask),
+        }
+    }
+
+    /// Works out which tokens the grammar allows next.
+    pub(crate) fn fill_mask(&mut self) {
+        if let Some(grammar) = &mut self.grammar {
+            grammar.fill_mask(&self.stop_token_ids);
         }
     }
 
     /// Appends a sampled token, or ends the sequence where there is none.
     pub fn push(&mut self, sample: Option<&Sample>) {
         let Some(Sample { token, .. }) = sample else {
-            self.finish_reason = Some(FinishReason::Failed);
+            self.finish_reason = Some(match &self.grammar {
+                None => FinishReason::Failed(Failure::NoFiniteLogit),
+                Some(grammar) => grammar.end_without_token(),
+            });
             return;
         };
         self.tokens.push(*token);
         let is_stopped = self.stop_check.as_mut().is_some_and(|check| check(*token));
         if is_stopped || self.stop_token_ids.contains(token) {
             self.finish_reason = Some(FinishReason::Stop);
+        } else if let Some(reason) = self.grammar.as_mut().and_then(|grammar| grammar.push(*token))
+        {
+            self.finish_reason = Some(reason);
         } else if self.tokens.len() >= self.len_max {
             self.finish_reason = Some(FinishReason::Length);
         }

@@ -289,8 +289,8 @@ pub(super) fn answer(
         return Err(error);
     }
     print(&writer.push(None)?)?;
-    if generation.finish_reason == Some(FinishReason::Failed) {
-        bail!("the model gave no finite logits; its weights are damaged or do not fit its config");
+    if let Some(FinishReason::Failed(failure)) = generation.finish_reason {
+        bail!(failure.message());
     }
     let stopped = writer.stops.is_stopped();
     let first_token = first_token.unwrap_or(total);
@@ -346,7 +346,7 @@ fn answers(
             logprobs: generation.logprobs,
             top_logprobs: generation.top_logprobs,
             text: writer.stream.is_some().then_some(writer.text),
-            finish_reason: generation.finish_reason.unwrap_or(FinishReason::Failed),
+            finish_reason: generation.finish_reason.unwrap_or(FinishReason::Length),
             timing,
         })
     };

@@ -29,6 +29,7 @@ use crate::backend::null::NullBackend;
 use crate::backend::reference::ReferenceBackend;
 use crate::batch::{Batch, BatchLimits};
 use crate::error::Error;
+use crate::grammar::GrammarState;
 use crate::kernels::abi::LogitStats;
 use crate::kv_cache::{Keep, Page, PageCounts, PagePool, num_pages};
 use crate::model::decoder::{AnyDecoder, Decoder};
@@ -355,6 +356,9 @@ impl Engine {
         sequence.sampling = request.sampling.clone();
         sequence.sampling.seed = choice_seed(request.sampling.seed, sequence.choice_idx);
         sequence.stop_token_ids.clone_from(&request.stop_token_ids);
+        let vocab_size = self.shape.vocab_size;
+        sequence.grammar =
+            request.grammar.as_ref().map(|grammar| GrammarState::new(grammar, vocab_size));
         if !request.ignore_eos {
             sequence.stop_token_ids.extend_from_slice(&self.config.eos_token_ids);
         }
@@ -389,6 +393,8 @@ impl Engine {
         self.stats.resize(self.batch.logit_rows.len(), LogitStats::default());
         on_decoder!(&mut self.model, decoder => {
             decoder.step(&self.batch);
+            // NOTE: a GPU computes the step meanwhile; its statistics are what is waited for.
+            self.scheduler.fill_masks();
             decoder.logit_stats(&mut self.stats);
         });
     }

@@ -172,7 +172,7 @@ impl Worker {
             None => {}
             Some(FinishReason::Stop) => self.counts.num_stop += 1,
             Some(FinishReason::Length) => self.counts.num_length += 1,
-            Some(FinishReason::Failed) => self.counts.num_failed += 1,
+            Some(FinishReason::Failed(_)) => self.counts.num_failed += 1,
         }
         (live.sink)(Event::Output(output));
         if is_last && let Some(live) = self.live.remove(&id) {

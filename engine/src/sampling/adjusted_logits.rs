@@ -13,6 +13,7 @@ pub(super) struct AdjustedLogits {
 
 /// Which of the parameters act on a row.
 struct Changes {
+    has_mask: bool,
     is_too_short: bool,
     has_repetition: bool,
     has_frequency: bool,
@@ -24,6 +25,7 @@ impl Changes {
         let output = output(history);
         let has_penalty = params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
         Changes {
+            has_mask: history.mask.is_some(),
             is_too_short: output.len() < params.min_tokens && !history.stop_token_ids.is_empty(),
             has_repetition: params.repetition_penalty != 1.0 && !history.tokens.is_empty(),
             has_frequency: has_penalty && !output.is_empty(),
@@ -35,7 +37,11 @@ impl Changes {
 /// Whether `params` change any logit after `history`.
 pub(super) fn is_changed(params: &SamplingParams, history: &History<'_>) -> bool {
     let changes = Changes::of(params, history);
-    changes.is_too_short || changes.has_repetition || changes.has_frequency || changes.has_lists
+    changes.has_mask
+        || changes.is_too_short
+        || changes.has_repetition
+        || changes.has_frequency
+        || changes.has_lists
 }
 
 fn output<'a>(history: &History<'a>) -> &'a [u32] {
@@ -61,7 +67,10 @@ impl AdjustedLogits {
         }
         let output = output(history);
         self.logits.clear();
-        self.logits.extend_from_slice(logits);
+        match history.mask {
+            None => self.logits.extend_from_slice(logits),
+            Some(mask) => mask.extend(&mut self.logits, logits),
+        }
         for (token, bias) in &params.logit_bias {
             self.change(*token, |logit| logit + bias);
         }

@@ -6,9 +6,11 @@
 
 mod adjusted_logits;
 mod candidates;
+mod mask;
 mod params;
 mod softmax;
 
+pub use mask::TokenMask;
 pub use params::{
     BAD_WORD_LEN_MAX, BAD_WORDS_MAX, LOGIT_BIAS_MAX, SamplingParams, TOP_LOGPROBS_MAX,
 };
@@ -26,6 +28,8 @@ pub struct History<'a> {
     pub num_prompt: usize,
     /// The tokens that `min_tokens` bans.
     pub stop_token_ids: &'a [u32],
+    /// The tokens that a grammar allows, where there is one.
+    pub mask: Option<&'a TokenMask>,
 }
 
 /// A token and its log-probability under the model's own distribution, before any parameter.

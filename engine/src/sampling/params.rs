@@ -13,7 +13,7 @@ pub const TOP_LOGPROBS_MAX: usize = 20;
 
 /// How tokens are chosen; the default is greedy and changes no logit.
 ///
-/// A row of logits is treated in this order: `logit_bias`, the bans (`min_tokens` and `bad_words`),
+/// A row of logits is treated in this order: the grammar's mask, `logit_bias`, the bans (`min_tokens` and `bad_words`),
 /// `repetition_penalty`, `frequency_penalty` and `presence_penalty`, `temperature`, `top_k`,
 /// `top_p`, `min_p`. Each sees what the ones before it left.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,7 +41,8 @@ pub struct SamplingParams {
     /// Sequences of tokens that do not occur in the output: the last token is banned where the
     /// others end the output so far. The prompt is no part of them.
     pub bad_words: Vec<Vec<u32>>,
-    /// Stop tokens are banned until the output has so many tokens.
+    /// Stop tokens are banned until the output has so many tokens. A grammar that is complete ends
+    /// the output before that.
     pub min_tokens: usize,
     /// How many of the likeliest tokens a [`Sample`](super::Sample) lists.
     pub num_top_logprobs: usize,

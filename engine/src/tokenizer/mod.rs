@@ -5,6 +5,7 @@ mod check;
 mod json;
 pub mod stream;
 mod strftime;
+pub mod vocabulary;
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -12,6 +13,7 @@ use std::fs;
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -35,7 +37,7 @@ pub enum SpecialTokens {
 /// A model's tokenizer: `tokenizer.json` with what `tokenizer_config.json`, `chat_template.jinja`
 /// and `generation_config.json` add to it.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Arc<tokenizers::Tokenizer>,
     path: PathBuf,
     /// One more than the largest token id.
     num_ids: usize,
@@ -50,7 +52,7 @@ impl Tokenizer {
         let bytes = read_limited(&path, TOKENIZER_BYTES_MAX)?.ok_or_else(|| {
             Error::model(&path, "the file is missing; the model has no tokenizer")
         })?;
-        let inner = parse(&path, &bytes)?;
+        let inner = Arc::new(parse(&path, &bytes)?);
         let config = read_object(&dir.join("tokenizer_config.json"))?;
         let generation = read_object(&dir.join("generation_config.json"))?;
         let num_ids = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);

@@ -28,12 +28,12 @@ fn stats(logits: &[f32]) -> LogitStats {
 
 /// A prompt of `tokens`, no output yet.
 fn prompt(tokens: &[u32]) -> History<'_> {
-    History { tokens, num_prompt: tokens.len(), stop_token_ids: &[] }
+    History { tokens, num_prompt: tokens.len(), stop_token_ids: &[], mask: None }
 }
 
 /// Output alone.
 fn output(tokens: &[u32]) -> History<'_> {
-    History { tokens, num_prompt: 0, stop_token_ids: &[] }
+    History { tokens, num_prompt: 0, stop_token_ids: &[], mask: None }
 }
 
 fn sample_after(params: &SamplingParams, history: &History<'_>, logits: &[f32]) -> Option<Sample> {
@@ -217,7 +217,7 @@ fn bad_words_do_not_occur() {
     assert!(counts(&params, &prompt(&tokens), &logits, 200)[2] > 0);
     let mut sampler = Sampler::new(logits.len());
     for _ in 0..5000 {
-        let history = History { tokens: &tokens, num_prompt, stop_token_ids: &[] };
+        let history = History { tokens: &tokens, num_prompt, stop_token_ids: &[], mask: None };
         let sample = sampler.sample(&params, &history, &logits, &stats(&logits)).unwrap();
         tokens.push(sample.token);
     }
@@ -236,7 +236,7 @@ fn min_tokens_holds_off_stop_tokens() {
     let logits = [5.0, 4.0, 3.0];
     let params = SamplingParams { min_tokens: 2, ..SamplingParams::default() };
     let token = |num_prompt, tokens: &[u32], stop_token_ids: &[u32]| {
-        token_after(&params, &History { tokens, num_prompt, stop_token_ids }, &logits)
+        token_after(&params, &History { tokens, num_prompt, stop_token_ids, mask: None }, &logits)
     };
     assert_eq!(token(3, &[2, 2, 2], &[0]), Some(1));
     assert_eq!(token(3, &[2, 2, 2, 2], &[1, 0]), Some(2));

@@ -1,6 +1,7 @@
 //! What the tests of the server share: an engine that hashes instead of computing, served.
 
 pub mod client;
+pub mod metrics;
 mod tokenizer;
 
 use std::time::Duration;

@@ -1,4 +1,7 @@
 //! The tests of the server, a module per area.
 
+mod faults;
 mod frame;
+mod numbers;
 mod page;
+mod tenants;

@@ -108,8 +108,8 @@ impl Measurement {
         let Some(request) = live.get_mut(&output.id) else {
             bail!("the engine gave a token of request {}, which has ended", output.id.0);
         };
-        if output.finish_reason == Some(FinishReason::Failed) {
-            bail!("the model gave no finite logits; its weights are damaged or do not fit");
+        if let Some(FinishReason::Failed(failure)) = output.finish_reason {
+            bail!(failure.message());
         }
         let last_token = request.last_token.replace(now);
         match last_token {

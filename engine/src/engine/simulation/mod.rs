@@ -324,6 +324,7 @@ impl Simulation {
             tokens: &choice.tokens,
             num_prompt: live.num_prompt,
             stop_token_ids: &live.request.stop_token_ids,
+            mask: None,
         };
         let expected = self.sampler.sample(&sampling, &history, &self.logits, &stats);
         let expected = expected.expect("the null backend gives finite logits");

@@ -21,7 +21,7 @@ struct Row {
 impl Row {
     fn history(&self) -> History<'_> {
         let Row { tokens, num_prompt, stop_token_ids, .. } = self;
-        History { tokens, num_prompt: *num_prompt, stop_token_ids }
+        History { tokens, num_prompt: *num_prompt, stop_token_ids, mask: None }
     }
 }
 
