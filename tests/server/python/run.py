@@ -104,7 +104,7 @@ def run_suite(title, package, names, stop_all):
         tests = loader.discover(str(HERE / package), top_level_dir=str(HERE))
     begin = time.monotonic()
     try:
-        result = unittest.TextTestRunner(verbosity=1, durations=5).run(tests)
+        result = unittest.TextTestRunner(verbosity=1).run(tests)
     finally:
         problems = stop_all()
     for problem in problems:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 from playwright.sync_api import Error, expect, sync_playwright
@@ -98,6 +99,15 @@ def stop_all():
             problems.append(f"{server.url} ended with {status}; it wrote: {log}")
     scratch.cleanup()
     return problems
+
+
+def wait_until(condition):
+    """Waits for what the page does not show."""
+    deadline = time.monotonic() + LONG_MS / 1000
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("it did not come to be in time")
+        time.sleep(0.02)
 
 
 class PageCase(unittest.TestCase):

@@ -6,7 +6,7 @@ import re
 
 from playwright.sync_api import expect
 
-from .pages import KEY, MODEL, PageCase, scratch, with_key
+from .pages import KEY, MODEL, PageCase, scratch, wait_until, with_key
 
 STORY = "Write a long story about a tailor who sews a coat for the moon."
 
@@ -67,14 +67,13 @@ class ChatTest(PageCase):
         expect(answer.locator(".body > .text")).not_to_be_empty()
         page.keyboard.press("Escape")
         self.finished(answer)
-        page.wait_for_function("fetch('/metrics').then((answer) => answer.text()).then((text) => "
-            f"/bespoke_engine_cancelled_total (\\d+)/.exec(text)[1] > {before})")
+        wait_until(lambda: self.server.metric("bespoke_engine_cancelled_total") > before)
 
     def test_a_reload_amid_an_answer_keeps_what_came(self):
         page = self.open_chat()
         self.set_field(temperature=0, max_tokens=2000)
         body = self.send(STORY).locator(".body > .text")
-        page.wait_for_function("document.querySelector('.assistant .body').innerText.length > 40")
+        expect(body).to_have_text(re.compile(".{40}", re.DOTALL))
         early = body.inner_text()
         page.reload()
         expect(page.locator(".message.assistant .note")).to_contain_text("Broken off")

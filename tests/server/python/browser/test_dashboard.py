@@ -1,9 +1,9 @@
 """The dashboard at `/dashboard`."""
 
-import threading
-import urllib.request
 import json
 import re
+import threading
+import urllib.request
 
 from playwright.sync_api import expect
 
@@ -75,8 +75,12 @@ class DashboardTest(PageCase):
     def test_a_chart_tells_the_values_under_the_pointer(self):
         page = self.open("/dashboard")
         expect(page.locator("#tile-tokens")).not_to_have_text("–")
-        page.locator("#batch .plot").hover()
-        expect(page.locator("#batch-readout")).to_contain_text("running")
+        plot = page.locator("#batch .plot")
+        plot.hover(position={"x": 1, "y": 5})
+        expect(page.locator("#batch-readout")).to_have_text("nothing yet")
+        width = plot.bounding_box()["width"]
+        plot.hover(position={"x": width - 1, "y": 5})
+        expect(page.locator("#batch-readout")).to_contain_text(re.compile("ago: .*running"))
 
 
 class GoneTest(PageCase):
