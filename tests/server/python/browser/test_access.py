@@ -152,7 +152,7 @@ class AccessTest(PageCase):
             if name not in ("prompt", "scroll", "body"):
                 self.assertTrue(is_outlined, f"focus on {name!r} is not seen")
             seen.add(name)
-        for name in ["new", "search", "settings-open", "prompt", "Copy the answer", "Answer again",
+        for name in ["new", "Search conversations", "settings-open", "prompt", "Copy the answer", "Answer again",
                 "Edit and send again", "Rename Hello", "Delete Hello"]:
             self.assertIn(name, seen)
 
