@@ -79,7 +79,7 @@ test("a full storage is told", () => {
 test("what is exported can be imported, under new names", () => {
   const store = new Store(new Storage());
   store.put(conversation("one", 1, "question", "answer"));
-  assert.equal(store.import(store.exported()), 1);
+  assert.equal(store.addExported(store.exported()), 1);
   const [left, right] = store.list();
   assert.notEqual(left.id, right.id);
   assert.match(left.id, /^[0-9a-f]{32}$/);
@@ -103,10 +103,10 @@ test("files that hold something else are refused, and nothing is changed", () =>
     [file(new Array(IMPORT_MAX.conversations + 1).fill(good)), /more than/],
   ];
   for (const [text, message] of refused) {
-    assert.throws(() => store.import(text), message);
+    assert.throws(() => store.addExported(text), message);
     assert.deepEqual(store.list(), []);
   }
-  assert.equal(store.import(file([{ ...good, id: "../x", extra: 1, updated: "soon" }])), 1);
+  assert.equal(store.addExported(file([{ ...good, id: "../x", extra: 1, updated: "soon" }])), 1);
   const [kept] = store.list();
   assert.deepEqual({ ...kept, id: "" }, { ...good, id: "", updated: 0 });
 });

@@ -6,6 +6,7 @@ mod faults;
 mod frame;
 mod grammar;
 mod numbers;
+mod page;
 mod process;
 mod prompts;
 mod tenants;

@@ -171,7 +171,7 @@ function readout(chart, idx) {
     throughput: ({ rate }) => `${short(rate ?? NaN)} tokens/s`,
     batch: ({ running, waiting }) => `${count(running ?? NaN)} running, ${count(waiting ?? NaN)} waiting`,
   };
-  byId(`${chart}-readout`).textContent = sample ? when + texts[chart](sample) : "";
+  byId(`${chart}-readout`).textContent = sample ? when + texts[chart](sample) : "nothing yet";
 }
 
 function drawPages(pages) {
@@ -248,7 +248,7 @@ function kernelRow(kernel, total_seconds) {
   return h(
     "tr",
     {},
-    h("th", { scope: "row", title: symbol }, h("span", { class: "op" }, op),
+    h("th", { scope: "row", title: symbol }, h("span", { class: "op" }, op), " ",
       h("span", { class: "sizes" }, sizes.replaceAll("_", " "))),
     h("td", { class: "number" }, count(calls)),
     h("td", {}, bar(seconds / total_seconds, percent(seconds / total_seconds))),

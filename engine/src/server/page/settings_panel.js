@@ -95,7 +95,7 @@ async function importFrom(input, { store, imported }) {
   if (!file) return;
   try {
     if (file.size > FILE_BYTES_MAX) throw new Error("The file has more than 64 MiB.");
-    const count = store.import(await file.text());
+    const count = store.addExported(await file.text());
     result.textContent = `${count} conversation${count === 1 ? "" : "s"} imported.`;
   } catch (error) {
     result.textContent = error.message;

@@ -57,7 +57,7 @@ export class Store {
   }
 
   /** Adds what an exported file holds, under new ids; returns how many. Throws what is wrong. */
-  import(text) {
+  addExported(text) {
     const conversations = parseExport(text);
     for (const [idx, conversation] of conversations.entries()) {
       if (!this.put({ ...conversation, id: newId() })) {
