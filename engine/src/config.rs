@@ -22,10 +22,21 @@ pub enum BackendChoice {
     Cuda,
 }
 
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// The model folder's safetensors.
+    #[default]
+    Checkpoint,
+    /// Random ones in the shapes of the folder's `config.json`: what the model says means nothing.
+    Dummy,
+}
+
 /// Options of [`Engine::load`](crate::engine::Engine::load).
 #[derive(Clone, Copy)]
 pub struct EngineOptions {
     pub backend: BackendChoice,
+    pub load_format: LoadFormat,
     /// Element type of the KV cache. The reference backend keeps float32 whatever this says.
     pub kv_dtype: KvDType,
     /// What quantized weights are multiplied with; float models ignore it.
@@ -79,6 +90,7 @@ impl EngineOptions {
     pub fn new(kernels: KernelTable) -> EngineOptions {
         EngineOptions {
             backend: BackendChoice::Auto,
+            load_format: LoadFormat::Checkpoint,
             kv_dtype: KvDType::F16,
             activation: ActivationType::Int8,
             target: None,

@@ -16,6 +16,7 @@ mod pull;
 mod quantize;
 mod quickstart;
 mod sampling;
+mod verify;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -67,6 +68,7 @@ enum Command {
     Perplexity(perplexity::Args),
     Bench(bench::Args),
     Kernels(kernels::Args),
+    Verify(verify::Args),
     Doctor(doctor::Args),
 }
 
@@ -94,6 +96,7 @@ where
         Command::Perplexity(args) => perplexity::run(&args, console),
         Command::Bench(args) => bench::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
+        Command::Verify(args) => verify::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
     })
 }

@@ -11,7 +11,7 @@ use crate::config::Progress;
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
 use crate::model::linear::{DenseView, LinearSource};
-use crate::model::weights::Weights;
+use crate::model::weights::ModelWeights;
 
 /// What a decoder is allocated for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +67,7 @@ impl<B: Backend> Decoder<B> {
     /// Loads the weights and allocates everything that steps need.
     pub fn load(
         mut backend: B,
-        weights: &Weights<'_>,
+        weights: &dyn ModelWeights,
         config: &ModelConfig,
         shape: &ModelShape,
         limits: DecoderLimits,
@@ -380,7 +380,7 @@ where
 }
 
 impl<B: Backend> Layer<B> {
-    fn load(backend: &mut B, weights: &Weights<'_>, layer_idx: usize) -> Result<Self, Error> {
+    fn load(backend: &mut B, weights: &dyn ModelWeights, layer_idx: usize) -> Result<Self, Error> {
         let norms = weights.norms(layer_idx)?;
         let linear = |backend: &mut B, role| {
             let tensors = weights.linear(role, layer_idx)?;

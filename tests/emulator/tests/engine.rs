@@ -1,6 +1,6 @@
 //! Tiny models from end to end on emulated CUDA, against the reference backend.
 
-mod device;
+pub(crate) mod device;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;

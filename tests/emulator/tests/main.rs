@@ -13,3 +13,4 @@ mod rms_norm;
 mod rope;
 mod sample;
 mod silu_and_mul;
+mod verify;

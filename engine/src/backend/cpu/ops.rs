@@ -8,7 +8,7 @@ use super::buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows, Packed};
 use super::kernels::{Matmul, Run};
 use super::memory::Memory;
 use super::{CpuBackend, team::Team};
-use crate::backend::{Backend, RowsKind};
+use crate::backend::{Backend, Inspect, Precision, RowsKind};
 use crate::batch::{Batch, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::{
@@ -355,5 +355,26 @@ impl Backend for CpuBackend {
     fn read<'a>(&'a mut self, rows: Range<usize>, logits: &'a CpuRows) -> &'a [f32] {
         assert!(rows.end <= logits.rows_max);
         &logits.data.as_f32()[rows.start * logits.width..rows.end * logits.width]
+    }
+}
+
+impl Inspect for CpuBackend {
+    fn read_rows(&mut self, num_rows: usize, rows: &CpuRows) -> Vec<f32> {
+        rows.data.as_f32()[..num_rows * rows.width].to_vec()
+    }
+
+    fn read_input(&mut self, num_rows: usize, input: &CpuInput) -> Vec<f32> {
+        input.values(num_rows)
+    }
+
+    fn rows_precision(&self) -> Precision {
+        Precision::Float { bits: 24 }
+    }
+
+    fn input_precision(&self, input: &CpuInput) -> Precision {
+        match input.format {
+            RowFormat::F32 => Precision::Float { bits: 24 },
+            RowFormat::I8 { group } => Precision::Levels { group },
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use bespoke_kernel_gen::cuda::attention_plan::Shape;
 use bespoke_kernel_gen::cuda::matmul::AwqLayout;
 use bespoke_kernel_gen::cuda::pages::Layout;
-use bespoke_kernel_gen::cuda::{AwqGemm, Choice, Gemm, Launch, Spec};
+use bespoke_kernel_gen::cuda::{AwqGemm, Choice, Gemm, Launch, RowType, Spec};
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
 use super::buffers::{CudaInput, CudaKvCache, CudaLinear, CudaRows};
@@ -19,7 +19,7 @@ use super::params::{
 use super::step::{InputLimits, Items, Places, StepInputs, padding_max};
 use super::{CudaBackend, KvMemory};
 use crate::backend::cpu::pack::embedding;
-use crate::backend::{Backend, RowsKind, Step};
+use crate::backend::{Backend, Inspect, Precision, RowsKind, Step};
 use crate::batch::{Batch, BatchLimits, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
@@ -141,6 +141,48 @@ impl<D: Device> CudaBackend<D> {
     }
 }
 
+impl<D: Device> CudaBackend<D> {
+    /// 16-bit elements of the rows' type.
+    fn read_16_bit(&mut self, from: Address, len: usize) -> Vec<f32> {
+        let mut bytes = vec![0; ROW_ELEMENT * len];
+        self.device.download(from, &mut bytes);
+        let elements = bytes.as_chunks::<ROW_ELEMENT>().0.iter();
+        match self.shape.cuda_rows() {
+            RowType::F16 => elements.map(|x| half::f16::from_le_bytes(*x).to_f32()).collect(),
+            RowType::BF16 => elements.map(|x| half::bf16::from_le_bytes(*x).to_f32()).collect(),
+        }
+    }
+}
+
+impl<D: Device> Inspect for CudaBackend<D> {
+    fn read_rows(&mut self, num_rows: usize, rows: &CudaRows) -> Vec<f32> {
+        assert!(num_rows <= rows.rows_max);
+        let len = num_rows * rows.width;
+        if !rows.is_f32 {
+            return self.read_16_bit(rows.data, len);
+        }
+        let mut bytes = vec![0; size_of::<f32>() * len];
+        self.device.download(rows.data, &mut bytes);
+        bytes.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect()
+    }
+
+    fn read_input(&mut self, num_rows: usize, input: &CudaInput) -> Vec<f32> {
+        assert!(num_rows <= input.rows_max);
+        self.read_16_bit(input.data, num_rows * input.k)
+    }
+
+    fn rows_precision(&self) -> Precision {
+        match self.shape.cuda_rows() {
+            RowType::F16 => Precision::Float { bits: 11 },
+            RowType::BF16 => Precision::Float { bits: 8 },
+        }
+    }
+
+    fn input_precision(&self, _: &CudaInput) -> Precision {
+        self.rows_precision()
+    }
+}
+
 impl<D: Device> Backend for CudaBackend<D> {
     type Linear = CudaLinear;
     type Embedding = Address;
@@ -202,8 +244,9 @@ impl<D: Device> Backend for CudaBackend<D> {
         width: usize,
         kind: RowsKind,
     ) -> Result<CudaRows, Error> {
-        let element = if kind == RowsKind::Linear { ROW_ELEMENT } else { size_of::<f32>() };
-        Ok(CudaRows { data: self.alloc_rows(rows_max, width, element)?, rows_max, width })
+        let is_f32 = kind != RowsKind::Linear;
+        let element = if is_f32 { size_of::<f32>() } else { ROW_ELEMENT };
+        Ok(CudaRows { data: self.alloc_rows(rows_max, width, element)?, is_f32, rows_max, width })
     }
 
     fn new_input(&mut self, rows_max: usize, role: LinearRole) -> Result<CudaInput, Error> {
