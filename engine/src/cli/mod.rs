@@ -16,6 +16,7 @@ mod pull;
 mod quantize;
 mod quickstart;
 mod sampling;
+mod tune;
 mod verify;
 
 use std::ffi::OsString;
@@ -69,6 +70,7 @@ enum Command {
     Bench(bench::Args),
     Kernels(kernels::Args),
     Verify(verify::Args),
+    Tune(tune::Args),
     Doctor(doctor::Args),
 }
 
@@ -97,6 +99,7 @@ where
         Command::Bench(args) => bench::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
         Command::Verify(args) => verify::run(&args, console),
+        Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
     })
 }

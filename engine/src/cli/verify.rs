@@ -108,7 +108,8 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     }
 }
 
-fn shapes(only: Option<&str>) -> anyhow::Result<Vec<ModelShape>> {
+/// The models of this binary whose names contain `only`.
+pub(super) fn shapes(only: Option<&str>) -> anyhow::Result<Vec<ModelShape>> {
     let all = generated::models();
     let names: Vec<String> = all.iter().map(|shape| shape.name.clone()).collect();
     let is_wanted = |shape: &ModelShape| only.is_none_or(|only| shape.name.contains(only));

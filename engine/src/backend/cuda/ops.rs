@@ -117,6 +117,52 @@ impl<D: Device> CudaBackend<D> {
         Self::launch(&mut self.device, kernel, launch, &params);
     }
 
+    /// Leaves the statistics of `num_rows` rows of logits on the device.
+    pub fn launch_sample(&mut self, logits: &CudaRows, num_rows: usize) {
+        assert!(num_rows <= logits.rows_max);
+        let params = SampleParams {
+            logits: logits.data.0,
+            out: self.work.stats.0,
+            num_rows: num_rows as u32,
+            pad: 0,
+        };
+        let kernel = &self.kernels.sample;
+        let launch = kernel.launch(num_rows, self.kernels.num_sms);
+        Self::launch(&mut self.device, kernel, launch, &params);
+    }
+
+    /// Fills rows with numbers in −1..1, for measurements.
+    pub fn fill_rows(&mut self, rows: &CudaRows) {
+        let element = if rows.is_f32 { size_of::<f32>() } else { ROW_ELEMENT };
+        self.fill(rows.data, rows.rows_max * rows.width, element);
+    }
+
+    /// As [`CudaBackend::fill_rows`].
+    pub fn fill_input(&mut self, input: &CudaInput) {
+        self.fill(input.data, input.rows_max * input.k, ROW_ELEMENT);
+    }
+
+    fn fill(&mut self, to: Address, len: usize, element: usize) {
+        // NOTE: a prime number of values, so that rows differ.
+        const NUM_VALUES: usize = 65_521;
+        let value = |i: usize| ((i * i * 40_503 + i * 977) % 2001) as f32 / 1000.0 - 1.0;
+        let values: Vec<u8> = (0..NUM_VALUES)
+            .flat_map(|i| match (element, self.shape.cuda_rows()) {
+                (ROW_ELEMENT, RowType::F16) => half::f16::from_f32(value(i)).to_le_bytes().to_vec(),
+                (ROW_ELEMENT, RowType::BF16) => {
+                    half::bf16::from_f32(value(i)).to_le_bytes().to_vec()
+                }
+                _ => value(i).to_le_bytes().to_vec(),
+            })
+            .collect();
+        let bytes = len * element;
+        for first in (0..bytes).step_by(values.len()) {
+            let part = &values[..values.len().min(bytes - first)];
+            self.device.upload(to.offset(first), part);
+        }
+        self.device.synchronize();
+    }
+
     fn pack(&self, role: LinearRole, source: &LinearSource<'_>) -> Result<AwqTiles, Error> {
         let num_threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         match self.kernels.linear(role).spec {
@@ -499,16 +545,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         if stats.is_empty() {
             return;
         }
-        assert!(stats.len() <= logits.rows_max);
-        let params = SampleParams {
-            logits: logits.data.0,
-            out: self.work.stats.0,
-            num_rows: stats.len() as u32,
-            pad: 0,
-        };
-        let kernel = &self.kernels.sample;
-        let launch = kernel.launch(stats.len(), self.kernels.num_sms);
-        Self::launch(&mut self.device, kernel, launch, &params);
+        self.launch_sample(logits, stats.len());
         let host = self.work.host.as_mut().expect("reserve() comes first").as_mut();
         let bytes = &mut host[..size_of::<LogitStatsOut>() * stats.len()];
         self.device.download(self.work.stats, bytes);
