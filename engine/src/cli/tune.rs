@@ -10,7 +10,6 @@ use super::console::Console;
 /// Each measurement is appended to the file of records at once; what is there already, of the same
 /// kernel on the same GPU, is not measured again.
 #[derive(clap::Args)]
-#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only GPUs are tuned"))]
 pub(super) struct Args {
     /// File of records, one JSON object a line; appended to
     #[arg(long, value_name = "FILE")]

@@ -225,3 +225,14 @@ fn sessions_survive_in_files() {
     assert!(counters.num_launches() > before);
     std::fs::remove_dir_all(&dir).unwrap();
 }
+
+/// Steps without logits read nothing back: the next one must not overwrite what a copy to the
+/// device is still reading.
+#[test]
+fn prompts_in_chunks_wait_for_copies() {
+    let options = EngineOptions { max_chunk_tokens: Some(10), ..options() };
+    let (mut engine, _) = cuda("llama-gqa2", &options, 8);
+    let found = run(&mut engine, request(prompt(60, 4), 2));
+    let (mut whole, _) = cuda("llama-gqa2", &self::options(), 9);
+    assert_eq!(found.output_ids, run(&mut whole, request(prompt(60, 4), 2)).output_ids);
+}

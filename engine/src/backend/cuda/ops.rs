@@ -549,6 +549,7 @@ impl<D: Device> Backend for CudaBackend<D> {
         let host = self.work.host.as_mut().expect("reserve() comes first").as_mut();
         let bytes = &mut host[..size_of::<LogitStatsOut>() * stats.len()];
         self.device.download(self.work.stats, bytes);
+        self.inputs.as_mut().expect("reserve() comes first").finished();
         let (words, _) = bytes.as_chunks::<4>();
         for (stats, words) in stats.iter_mut().zip(words.as_chunks::<3>().0) {
             let [max, argmax, log_sum_exp] = *words;

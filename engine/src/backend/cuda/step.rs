@@ -150,6 +150,8 @@ pub(super) struct StepInputs<H> {
     limits: InputLimits,
     spans: Vec<Span>,
     plan: Plan,
+    /// Whether a copy may still be reading `host`.
+    is_uploading: bool,
     pub(super) places: Places,
     /// The first slot that nothing reads.
     pub(super) spare_slot: u32,
@@ -168,6 +170,7 @@ impl<H: AsRef<[u8]> + AsMut<[u8]>> StepInputs<H> {
             limits,
             spans: Vec::with_capacity(limits.batch.sequences_max),
             plan: Plan::default(),
+            is_uploading: false,
             places: Places::default(),
             spare_slot: 0,
         })
@@ -175,6 +178,11 @@ impl<H: AsRef<[u8]> + AsMut<[u8]>> StepInputs<H> {
 
     pub(super) fn recorded_rows_max(&self) -> usize {
         self.limits.recorded_rows_max()
+    }
+
+    /// The device has done everything that was asked of it.
+    pub(super) fn finished(&mut self) {
+        self.is_uploading = false;
     }
 
     /// Plans attention over a batch.
@@ -223,6 +231,10 @@ impl<H: AsRef<[u8]> + AsMut<[u8]>> StepInputs<H> {
         };
         let offsets = Offsets::of(sizes);
         self.places = self.places_at(&offsets, bucket.map(|_| sizes.num_items));
+        if std::mem::replace(&mut self.is_uploading, true) {
+            // NOTE: a step without logits reads nothing back, so nobody has waited for its copies.
+            device.synchronize();
+        }
         let items_end = self.write(batch, sizes.rows, &offsets);
         let bytes = self.host.as_ref();
         device.upload(self.device, &bytes[..items_end]);
