@@ -109,6 +109,11 @@ pub trait Backend {
 
     fn end_step(&mut self) {}
 
+    /// Row counts of decoding steps that the device will record the first time it sees them.
+    fn recorded_rows(&self) -> Vec<usize> {
+        Vec::new()
+    }
+
     /// As [`Backend::begin_step`] for rows whose logits are computed in pieces afterwards, or not
     /// at all.
     fn begin_rows(&mut self, _batch: &Batch) {}

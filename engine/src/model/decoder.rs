@@ -9,7 +9,7 @@ use crate::backend::{Backend, RowsKind, Step};
 use crate::batch::{Batch, BatchLimits};
 use crate::config::Progress;
 use crate::error::Error;
-use crate::kernels::abi::LogitStats;
+use crate::kernels::abi::{LogitStats, SequenceSpan};
 use crate::model::linear::{DenseView, LinearSource};
 use crate::model::weights::ModelWeights;
 
@@ -92,8 +92,7 @@ impl<B: Backend> Decoder<B> {
         let head = backend.load_linear(LinearRole::Head, &head.source())?;
         let num_pages = backend.num_pages(limits.num_pages)?;
         let kv_cache = backend.new_kv_cache(num_pages)?;
-        report(num_parts);
-        Ok(Decoder {
+        let mut decoder = Decoder {
             backend,
             shape: shape.clone(),
             limits: limits.batch,
@@ -104,7 +103,22 @@ impl<B: Backend> Decoder<B> {
             head,
             kv_cache,
             rows,
-        })
+        };
+        decoder.record_steps();
+        report(num_parts);
+        Ok(decoder)
+    }
+
+    /// Runs a step of every size that the backend records, so that no request waits for that. The
+    /// KV cache holds nothing yet that could be overwritten.
+    fn record_steps(&mut self) {
+        let num_slots = self.num_pages * self.shape.page_size;
+        for num_rows in self.backend.recorded_rows() {
+            if num_rows <= num_slots {
+                let batch = first_tokens(num_rows, &self.shape);
+                self.step(&batch);
+            }
+        }
     }
 
     /// A decoder on a backend that needs no weights: it is given empty ones.
@@ -303,6 +317,28 @@ impl<B: Backend> Decoder<B> {
         assert!(batch.logit_rows.is_sorted_by(|a, b| a < b));
         assert!(batch.logit_rows.last().is_none_or(|row| (*row as usize) < num_rows));
     }
+}
+
+/// A token 0 for each of `num_rows` sequences. They share pages, each with a slot of its own.
+fn first_tokens(num_rows: usize, shape: &ModelShape) -> Batch {
+    let mut batch = Batch::default();
+    for row in 0..num_rows {
+        let idx = row as u32;
+        batch.tokens.push(0);
+        batch.positions.push(0);
+        batch.slots.push(idx);
+        batch.cos_sin.extend(std::iter::repeat_n(1.0, shape.rotary_dim / 2));
+        batch.cos_sin.extend(std::iter::repeat_n(0.0, shape.rotary_dim / 2));
+        batch.page_table.push((row / shape.page_size) as u32);
+        batch.logit_rows.push(idx);
+        batch.spans.push(SequenceSpan {
+            first_row: idx,
+            num_rows: 1,
+            context_len: 1,
+            first_page: idx,
+        });
+    }
+    batch
 }
 
 /// A decoder on a backend that its user does not know.

@@ -16,7 +16,7 @@ use super::params::{
     Bytes, EmbedParams, LinearParams, LogitStatsOut, PagedAttentionParams, RmsNormParams,
     RopeParams, SampleParams, SiluAndMulParams,
 };
-use super::step::{InputLimits, Items, Places, StepInputs, padding_max};
+use super::step::{InputLimits, Items, Places, StepInputs, buckets, padding_max};
 use super::{CudaBackend, KvMemory};
 use crate::backend::cpu::pack::embedding;
 use crate::backend::{Backend, Inspect, Precision, RowsKind, Step};
@@ -396,6 +396,13 @@ impl<D: Device> Backend for CudaBackend<D> {
             let graph = self.device.end_capture();
             self.device.replay(&graph);
             self.graphs.insert(rows, graph);
+        }
+    }
+
+    fn recorded_rows(&self) -> Vec<usize> {
+        match &self.inputs {
+            Some(inputs) if self.has_graphs => buckets(inputs.recorded_rows_max()),
+            _ => Vec::new(),
         }
     }
 
