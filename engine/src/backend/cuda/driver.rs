@@ -122,7 +122,7 @@ fn describe(result: CUresult) -> String {
 }
 
 /// First driver of each major version of CUDA that runs its machine code.
-fn driver_release(toolkit: &str) -> &'static str {
+pub fn driver_release(toolkit: &str) -> &'static str {
     if toolkit.starts_with("12") { "525" } else { "580" }
 }
 
