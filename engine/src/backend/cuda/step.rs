@@ -4,16 +4,34 @@
 //! depend on that number alone. Rows that only fill up the batch compute token 0, are written to
 //! slots that nothing reads, and no work item of attention names them.
 
+use std::mem::offset_of;
+
 use bespoke_kernel_gen::cuda::attention_plan::{DECODE_ROWS_MAX, Item, Plan, Shape, Span};
 use bespoke_kernel_gen::cuda::paged_attention::CHUNK;
 
 use super::device::{Address, Device, Use};
-use super::params::Bytes;
+use super::params::{AttentionItem, AttentionSpan, Bytes};
 use crate::batch::{Batch, BatchLimits};
 use crate::error::Error;
 
-impl Bytes for Span {}
-impl Bytes for Item {}
+/// The generator plans in structs of its own, which a kernel reads as those of its header: every
+/// field lies where the header has it, and so nothing lies between them.
+macro_rules! same_layout {
+    ($ours:ident, $header:ident { $($field:ident),* }) => {
+        const _: () = {
+            assert!(size_of::<$ours>() == size_of::<$header>());
+            $(assert!(offset_of!($ours, $field) == offset_of!($header, $field));)*
+        };
+        impl Bytes for $ours {}
+    };
+}
+same_layout!(Span, AttentionSpan { first_row, num_rows, first_page, context_len });
+same_layout!(
+    Item,
+    AttentionItem {
+        span, first_row, num_rows, first_key, num_keys, part, num_parts, first_part
+    }
+);
 
 /// Batch sizes that steps are recorded for: fewer than half of the rows only fill it up.
 const BUCKETS: [usize; 18] =
