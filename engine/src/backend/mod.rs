@@ -33,6 +33,24 @@ pub enum Step {
     Replayed,
 }
 
+/// What a kernel has done in a sample of the steps so far, and what the machine could do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KernelUsage {
+    pub symbol: &'static str,
+    pub op: &'static str,
+    pub num_calls: u64,
+    /// Of all the calls.
+    pub seconds: f64,
+    /// The least that the machine's limits allow for the same work.
+    pub limit_seconds: f64,
+    /// Which limit that is.
+    pub bound: &'static str,
+    /// Bytes that had to move, from memory or the caches.
+    pub bytes: u64,
+    /// Operations, 2 per multiply-add.
+    pub ops: u64,
+}
+
 /// Weights, activations and KV cache of one device, and the ops over them.
 ///
 /// Everything is allocated by the `load_*` and `new_*` methods; the ops allocate nothing. Row
@@ -109,6 +127,17 @@ pub trait Backend {
 
     fn end_step(&mut self) {}
 
+    /// The kernels that steps have used; none where the backend does not time them. The first call
+    /// may take some tenths of a second, to measure the machine's limits.
+    fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error> {
+        Ok(Vec::new())
+    }
+
+    /// Row counts of decoding steps that the device will record the first time it sees them.
+    fn recorded_rows(&self) -> Vec<usize> {
+        Vec::new()
+    }
+
     /// As [`Backend::begin_step`] for rows whose logits are computed in pieces afterwards, or not
     /// at all.
     fn begin_rows(&mut self, _batch: &Batch) {}
@@ -174,4 +203,27 @@ pub trait Backend {
 
     /// Some rows of logits on the host.
     fn read<'a>(&'a mut self, rows: Range<usize>, logits: &'a Self::Rows) -> &'a [f32];
+}
+
+/// How exactly a backend writes the numbers of an op.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Rounded to so many significant bits.
+    Float { bits: i32 },
+    /// Rounded to whole levels, 127 of them to the largest of each `group` numbers.
+    Levels { group: usize },
+}
+
+/// A backend whose rows can be looked at, so that its kernels can be verified.
+pub trait Inspect: Backend {
+    /// The first `num_rows` rows that an op wrote.
+    fn read_rows(&mut self, num_rows: usize, rows: &Self::Rows) -> Vec<f32>;
+
+    /// The first `num_rows` rows as a linear reads them.
+    fn read_input(&mut self, num_rows: usize, input: &Self::Input) -> Vec<f32>;
+
+    /// Of rows that linears and `rope` write.
+    fn rows_precision(&self) -> Precision;
+
+    fn input_precision(&self, input: &Self::Input) -> Precision;
 }

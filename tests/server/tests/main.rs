@@ -1,9 +1,16 @@
 //! The tests of the server, a module per area.
 
+mod bench;
+mod chat;
 mod drain;
 mod faults;
 mod frame;
+mod grammar;
 mod numbers;
+mod page;
 mod process;
+mod prompts;
 mod sockets;
 mod tenants;
+#[cfg(unix)]
+mod terminal;
