@@ -9,6 +9,7 @@ pub mod app;
 pub mod auth;
 mod chat;
 mod completions;
+mod dashboard;
 pub mod drain;
 pub mod error;
 mod generation;
@@ -26,6 +27,7 @@ mod models;
 pub mod openai;
 mod openapi;
 pub mod options;
+pub mod page;
 mod session_store;
 mod sessions;
 mod stream;
@@ -119,11 +121,13 @@ pub fn routes() -> Vec<Route> {
     let all = [
         chat::routes(),
         completions::routes(),
+        dashboard::routes(),
         health::routes(),
         interactive::routes(),
         metrics::routes(),
         models::routes(),
         openapi::routes(),
+        page::routes(),
         sessions::routes(),
         tokens::routes(),
     ];
