@@ -7,6 +7,7 @@ mod faults;
 mod frame;
 mod grammar;
 mod numbers;
+mod openai;
 mod page;
 mod process;
 mod prompts;
