@@ -5,11 +5,14 @@ mod console;
 mod doctor;
 mod elf;
 mod generate;
+mod grammar;
 mod import;
 mod kernels;
 mod logits;
 mod model;
 mod perplexity;
+#[cfg(feature = "server")]
+mod probation;
 mod progress;
 mod prompt;
 mod pull;
@@ -72,6 +75,9 @@ enum Command {
     Serve(serve::Args),
     Kernels(kernels::Args),
     Doctor(doctor::Args),
+    #[cfg(feature = "server")]
+    #[command(hide = true)]
+    ProbeTemplate(probation::Args),
 }
 
 /// Runs the command line `args`, whose first is the program's name.
@@ -101,6 +107,8 @@ where
         Command::Serve(args) => serve::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
+        #[cfg(feature = "server")]
+        Command::ProbeTemplate(args) => probation::run(&args),
     })
 }
 
