@@ -132,14 +132,17 @@ impl Sessions {
     }
 
     pub fn infos(&self) -> Vec<SessionInfo> {
-        let info = |(id, session): (&SessionId, &Session)| SessionInfo {
-            id: id.clone(),
-            num_tokens: session.tokens.len(),
-            is_running: session.running.is_some(),
-            seed: session.seed,
-            last_use: session.last_use,
-        };
-        self.sessions.iter().map(info).collect()
+        self.sessions.iter().map(|(id, session)| session.info(id)).collect()
+    }
+
+    /// One session; `None` where there is none of this name.
+    pub fn info(&self, id: &SessionId) -> Option<SessionInfo> {
+        Some(self.sessions.get(id)?.info(id))
+    }
+
+    /// Whether there may be one session more.
+    pub fn has_room(&self) -> bool {
+        self.sessions.len() < self.sessions_max
     }
 
     /// Tokens of the history that `turn` continues. Refuses a session that is unknown, busy or
@@ -258,7 +261,7 @@ impl Sessions {
     }
 
     fn check_room(&self, id: &SessionId) -> Result<(), Error> {
-        if self.sessions.len() < self.sessions_max || self.sessions.contains_key(id) {
+        if self.has_room() || self.sessions.contains_key(id) {
             return Ok(());
         }
         Err(Error::Request(format!(
@@ -269,6 +272,16 @@ impl Sessions {
 }
 
 impl Session {
+    fn info(&self, id: &SessionId) -> SessionInfo {
+        SessionInfo {
+            id: id.clone(),
+            num_tokens: self.tokens.len(),
+            is_running: self.running.is_some(),
+            seed: self.seed,
+            last_use: self.last_use,
+        }
+    }
+
     fn rewind(&mut self, num_tokens: usize, pool: &mut PagePool) {
         self.tokens.truncate(num_tokens);
         match num_tokens {

@@ -25,6 +25,9 @@ const LOGIT_FLOOR: f32 = 0.0;
 const VOCAB_MIN: usize = LOGITS.len();
 const VOCAB_MAX: usize = 1 << 21;
 
+/// The hash of a row that has no finite logit.
+const NOT_FINITE: u64 = u64::MAX;
+
 /// What a slot holds until it is written. Reading it yields tokens, but not those of any history.
 const POISON: u64 = 0x0bad_51d0_0bad_51d0;
 
@@ -43,11 +46,19 @@ pub struct NullOptions {
     pub fault: Option<Fault>,
 }
 
-/// A step that goes wrong, to test those who live through it. Steps count from 0.
+/// What goes wrong, to test those who live through it. Steps count from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    Error { step: u64 },
-    Panic { step: u64 },
+    Error {
+        step: u64,
+    },
+    Panic {
+        step: u64,
+    },
+    /// Nothing finite follows a row of this token.
+    NotFinite {
+        token: u32,
+    },
 }
 
 /// Runs no model, exactly.
@@ -96,6 +107,14 @@ fn fold(history: &[u32]) -> u64 {
         fold = mix(fold, slot);
     }
     fold
+}
+
+/// The logits of a row, `[vocab]`.
+fn fill_logits_of(hash: u64, logits: &mut [f32]) {
+    match hash {
+        NOT_FINITE => logits.fill(f32::NAN),
+        _ => fill_logits(candidates(hash, logits.len()), logits),
+    }
 }
 
 fn fill_logits(candidates: [u32; LOGITS.len()], logits: &mut [f32]) {
@@ -184,6 +203,11 @@ impl NullBackend {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Whether nothing finite follows a row of `token`.
+    fn fails(&self, token: u64) -> bool {
+        matches!(self.fault, Some(Fault::NotFinite { token: fault }) if u64::from(fault) == token)
     }
 
     fn page_start(&self, page: u32) -> usize {
@@ -307,7 +331,7 @@ impl Backend for NullBackend {
         if *role == LinearRole::Head {
             let rows = out.logits.chunks_exact_mut(self.vocab_size).zip(&out.hashes);
             for (logits, hash) in rows.take(num_rows) {
-                fill_logits(candidates(*hash, self.vocab_size), logits);
+                fill_logits_of(*hash, logits);
             }
         }
     }
@@ -337,7 +361,7 @@ impl Backend for NullBackend {
         &mut self,
         batch: &Batch,
         _layer_idx: usize,
-        _qkv: &Rows,
+        qkv: &Rows,
         kv_cache: &KvCache,
         out: &mut Rows,
     ) {
@@ -348,7 +372,8 @@ impl Backend for NullBackend {
                 fold = mix(fold, kv_cache.slots[self.slot(batch, span, position)]);
                 // A row sees the slots up to its own: its fold is a prefix of the last row's.
                 if position >= num_before {
-                    out.hashes[span.first_row as usize + position - num_before] = fold;
+                    let row = span.first_row as usize + position - num_before;
+                    out.hashes[row] = if self.fails(qkv.hashes[row]) { NOT_FINITE } else { fold };
                 }
             }
         }
@@ -360,8 +385,17 @@ impl Backend for NullBackend {
 
     fn sample(&mut self, logits: &Rows, stats: &mut [LogitStats]) {
         for (stats, hash) in stats.iter_mut().zip(&logits.hashes) {
-            let argmax = candidates(*hash, self.vocab_size)[0];
-            *stats = LogitStats { max: LOGITS[0], argmax, log_sum_exp: self.log_sum_exp };
+            *stats = match *hash {
+                // What a kernel finds where NaN counts as −∞.
+                NOT_FINITE => {
+                    LogitStats { max: f32::NEG_INFINITY, argmax: 0, log_sum_exp: f32::NEG_INFINITY }
+                }
+                hash => LogitStats {
+                    max: LOGITS[0],
+                    argmax: candidates(hash, self.vocab_size)[0],
+                    log_sum_exp: self.log_sum_exp,
+                },
+            };
         }
     }
 

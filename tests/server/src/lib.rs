@@ -1,6 +1,8 @@
 //! What the tests of the server share: an engine that hashes instead of computing, served.
 
 pub mod client;
+pub mod metrics;
+pub mod process;
 pub mod tokenizer;
 
 use std::time::Duration;
@@ -12,7 +14,7 @@ use bespoke::handle::{EngineHandle, HandleLimits};
 use bespoke::kernels::KernelTable;
 use bespoke::server::{Route, ServedModel, Server, ServerOptions, routes};
 
-pub use client::{Answer, Client};
+pub use client::{Answer, Client, Reader};
 pub use tokenizer::{END, VOCAB, tokenizer};
 
 /// The name of the model of [`Setup`].

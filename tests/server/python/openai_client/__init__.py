@@ -1,0 +1,1 @@
+"""Live cases of the official `openai` client against `bespoke serve`."""

@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""Tests the server from outside, as the programs of others use it.
+
+    tests/server/python/run.py client     the official openai client, live, against SmolLM2
+    tests/server/python/run.py openapi    schemathesis, against the served /openapi.json
+    tests/server/python/run.py browser    the web chat and the dashboard, in a headless Chromium
+
+All make a virtual environment below target/, start `bespoke serve` on free ports of 127.0.0.1,
+and stop it. `client` and `browser` take names of tests (test_stop, test_stop.StopTest) to run those
+alone. Without a Chromium `browser` is skipped, and fails if BESPOKE_REQUIRE_BROWSER is set.
+"""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+VENV = ROOT / "target" / "server-python"
+KEY = "schemathesis-key-5b2e8a91"
+
+# A short context ends answers that nobody bounds.
+OPENAPI_CONTEXT = 256
+
+
+def arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("suite", choices=["client", "openapi", "browser"])
+    parser.add_argument("names", nargs="*", help="tests of client or browser to run, default all")
+    parser.add_argument("--binary", type=pathlib.Path, default=ROOT / "target/release/bespoke")
+    parser.add_argument("--model", type=pathlib.Path, help="model folder, default SmolLM2 as int4")
+    parser.add_argument("--max-examples", type=int, default=100, help="cases a route, for openapi")
+    parser.add_argument("--workers", type=int, default=2, help="threads of schemathesis")
+    parser.add_argument("--seed", type=int, help="of schemathesis, default another each time")
+    return parser.parse_args()
+
+
+def enter_venv():
+    """Goes on in the virtual environment, which is made where it is not there."""
+    python = VENV / "bin/python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+    if pathlib.Path(sys.prefix) == VENV:
+        return
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-r", HERE / "requirements.txt"], check=True)
+    os.execv(python, [python, *sys.argv])
+
+
+def model_folder(chosen):
+    """SmolLM2 in the model cache, as the quick start leaves it there."""
+    if chosen is not None:
+        return chosen.resolve()
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    home = os.environ.get("BESPOKE_HOME") or pathlib.Path(cache) / "bespoke"
+    folder = pathlib.Path(home) / "models" / "smollm2-135m-rtn-g64"
+    if not folder.is_dir():
+        sys.exit(f"no model in {folder}; `cargo run --release -- quickstart` puts it there")
+    return folder
+
+
+def prepare(options):
+    """What the suites learn from the environment."""
+    os.environ["BESPOKE_BINARY"] = str(options.binary.resolve())
+    os.environ["BESPOKE_MODEL_FOLDER"] = str(model_folder(options.model))
+    # NOTE: a proxy of the environment would get what is meant for the server.
+    os.environ["NO_PROXY"] = "127.0.0.1"
+
+
+def run_client(options):
+    """The suite of the openai client; 0 where all is well."""
+    prepare(options)
+    from openai_client import serving
+
+    return run_suite("openai client", "openai_client", options.names, serving.stop_all)
+
+
+def run_browser(options):
+    """The suite of the pages; 0 where all is well, or where there is no browser."""
+    prepare(options)
+    from browser import pages
+
+    missing = pages.missing_browser()
+    if missing:
+        print(f"skipped: {missing}")
+        return 1 if os.environ.get("BESPOKE_REQUIRE_BROWSER") else 0
+    return run_suite("browser", "browser", options.names, pages.stop_all)
+
+
+def run_suite(title, package, names, stop_all):
+    """The tests of a package, or those named; `stop_all` ends servers and tells their problems."""
+    loader = unittest.defaultTestLoader
+    if names:
+        tests = loader.loadTestsFromNames([f"{package}.{name}" for name in names])
+    else:
+        tests = loader.discover(str(HERE / package), top_level_dir=str(HERE))
+    begin = time.monotonic()
+    try:
+        result = unittest.TextTestRunner(verbosity=1).run(tests)
+    finally:
+        problems = stop_all()
+    for problem in problems:
+        print(f"\n{problem}", file=sys.stderr)
+    passed = result.testsRun - len({test.id() for test, _ in result.failures + result.errors})
+    seconds = time.monotonic() - begin
+    print(f"{title}: {passed} of {result.testsRun} cases passed in {seconds:.0f} s")
+    return 0 if result.wasSuccessful() and not problems else 1
+
+
+def run_openapi(options):
+    """Schemathesis in all phases, with valid and invalid data; its exit status."""
+    from bespoke_server import Server
+
+    with tempfile.TemporaryDirectory() as scratch:
+        keys = pathlib.Path(scratch) / "keys"
+        keys.write_text(f"tester:{KEY}\n")
+        keys.chmod(0o600)
+        server = Server(
+            options.binary.resolve(), model_folder(options.model), "--backend", "null",
+            "--served-model-name", "schemathesis", "--max-context", str(OPENAPI_CONTEXT),
+            "--api-key-file", str(keys),
+        )
+        try:
+            begin = time.monotonic()
+            command = schemathesis_command(server, options)
+            # NOTE: it looks for its hooks in the folder that it runs in.
+            status = subprocess.run(command, check=False, cwd=HERE).returncode
+            print(f"schemathesis: exit status {status} after {time.monotonic() - begin:.0f} s")
+        finally:
+            ended = server.stop()
+        if ended != 0 or "panicked" in server.log_text():
+            print(f"the server ended with {ended}; it wrote: {server.log_text()}", file=sys.stderr)
+            status = status or 1
+    return status
+
+
+def schemathesis_command(server, options):
+    """Every check and phase, NUL included; a case that fails does not end the run."""
+    command = [
+        VENV / "bin/schemathesis", "--config-file", HERE / "schemathesis.toml", "run",
+        server.url + "/openapi.json", "--header", f"Authorization:Bearer {KEY}",
+        "--max-examples", str(options.max_examples), "--workers", str(options.workers),
+    ]
+    if options.seed is not None:
+        command += ["--seed", str(options.seed)]
+    return command
+
+
+def main():
+    """Runs what the command line asks for."""
+    options = arguments()
+    enter_venv()
+    sys.path.insert(0, str(HERE))
+    suites = {"client": run_client, "openapi": run_openapi, "browser": run_browser}
+    sys.exit(suites[options.suite](options))
+
+
+main()
