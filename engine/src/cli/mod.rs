@@ -23,6 +23,8 @@ mod quickstart;
 mod sampling;
 #[cfg(feature = "server")]
 mod serve;
+mod tune;
+mod verify;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -79,6 +81,8 @@ enum Command {
     #[cfg(feature = "server")]
     Serve(serve::Args),
     Kernels(kernels::Args),
+    Verify(verify::Args),
+    Tune(tune::Args),
     Doctor(doctor::Args),
     #[cfg(feature = "server")]
     #[command(hide = true)]
@@ -113,6 +117,8 @@ where
         #[cfg(feature = "server")]
         Command::Serve(args) => serve::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
+        Command::Verify(args) => verify::run(&args, console),
+        Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
         #[cfg(feature = "server")]
         Command::ProbeTemplate(args) => probation::run(&args),
