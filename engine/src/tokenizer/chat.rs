@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde_json::{Map, Value as Json};
 
 use super::{json, read_limited, strftime};
+use crate::answer::AnswerFormat;
 use crate::error::Error;
 
 /// Largest template that is read; the largest in common use take 30 KiB.
@@ -151,6 +152,12 @@ impl ChatTemplate {
             .add_template_owned("chat", strip_generation_tags(source))
             .map_err(|error| Error::model(path, describe(&error)))?;
         Ok(ChatTemplate { environment, tokens })
+    }
+
+    /// How answers to prompts of this template write tool calls and reasoning.
+    pub fn answer_format(&self) -> AnswerFormat {
+        let template = self.environment.get_template("chat");
+        template.map(|template| AnswerFormat::detect(template.source())).unwrap_or_default()
     }
 
     /// The prompt of a chat.

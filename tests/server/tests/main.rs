@@ -4,4 +4,5 @@ mod faults;
 mod frame;
 mod numbers;
 mod page;
+mod process;
 mod tenants;

@@ -52,8 +52,9 @@ class KeysTest(ServedCase):
         alice.post("/chat/interactive", body=body, cast_to=object)
         self.assertIn(SESSION, str(alice.get("/sessions", cast_to=object)))
         self.assertNotIn(SESSION, str(bob.get("/sessions", cast_to=object)))
-        self.refused(openai.NotFoundError, lambda: bob.get(f"/sessions/{SESSION}", cast_to=object))
-        self.refused(openai.NotFoundError, lambda: bob.delete(f"/sessions/{SESSION}", cast_to=object))
+        path = f"/sessions/{SESSION}"
+        self.refused(openai.NotFoundError, lambda: bob.get(path, cast_to=object))
+        self.refused(openai.NotFoundError, lambda: bob.delete(path, cast_to=object))
         # An id is free for each key: bob's session of that name begins empty.
         answer = bob.post("/chat/interactive", body={**body, "prompt": "Hi"}, cast_to=object)
         self.assertEqual(answer["history_tokens"], 0)
@@ -62,7 +63,7 @@ class KeysTest(ServedCase):
         for secret in (CANARY, SESSION, *KEYS.values()):
             self.assertNotIn(secret, metrics)
         for client in (alice, bob):
-            client.delete(f"/sessions/{SESSION}", cast_to=object)
+            client.delete(path, cast_to=object)
 
     def test_pages_are_not_shared_between_keys(self):
         prompt = list(range(100, 400))
