@@ -23,8 +23,8 @@ use super::openai::sampling::{Ending, Sampling, random, random_id};
 use super::stream::{self, EventWriter, Events};
 use super::workers::Work;
 use super::{Access, Route, unix_seconds};
-use crate::answer::{self, AnswerDelta, AnswerFormat, AnswerOptions, AnswerParser, ToolFormat};
 use crate::answer::ToolSpec;
+use crate::answer::{self, AnswerDelta, AnswerFormat, AnswerOptions, AnswerParser, ToolFormat};
 use crate::grammar::GrammarSpec;
 use crate::request::{FinishReason, Request, RequestOutput};
 
@@ -83,11 +83,7 @@ enum ToolUse {
     Must(answer::ToolChoice),
 }
 
-async fn plan(
-    app: &Arc<App>,
-    caller: &Caller,
-    mut chat: ChatRequest,
-) -> Result<Plan, ApiError> {
+async fn plan(app: &Arc<App>, caller: &Caller, mut chat: ChatRequest) -> Result<Plan, ApiError> {
     app.check_model(&chat.model)?;
     check_len("messages", chat.messages.len(), 1..=MESSAGES_MAX)?;
     let tools = chat.tools.take().unwrap_or_default();

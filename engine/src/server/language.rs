@@ -62,7 +62,8 @@ impl Language {
         const ANSWER: &str = "\u{e0f0}\u{e0f1}\u{e0f2}";
         let mut messages = vec![Message::new("user", "-"), Message::new("assistant", ANSWER)];
         messages.extend_from_slice(turn);
-        let text = self.template()?.render(&messages, &self.options(&Value::Null)).map_err(about)?;
+        let text =
+            self.template()?.render(&messages, &self.options(&Value::Null)).map_err(about)?;
         let Some((_, text)) = text.split_once(ANSWER) else {
             let message = "the model's chat template cannot go on behind an answer; send the \
                            whole conversation to /v1/chat/completions";
@@ -74,8 +75,9 @@ impl Language {
 
     /// Compiles what an answer is held to, which the field `param` asks for.
     pub fn compile(&self, spec: &GrammarSpec, param: &str) -> Result<Grammar, ApiError> {
-        let refuse =
-            |message: String| ApiError::bad_request(param.to_owned(), format!("{param}: {message}"));
+        let refuse = |message: String| {
+            ApiError::bad_request(param.to_owned(), format!("{param}: {message}"))
+        };
         let compiler = self.grammars.as_ref().map_err(|reason| refuse(reason.clone()))?;
         compiler.compile(spec).map_err(|error| match error {
             Error::Request(message) | Error::Unsupported(message) => refuse(message),
@@ -120,11 +122,7 @@ impl Language {
     }
 
     fn options(&self, tools: &Value) -> ChatOptions {
-        ChatOptions {
-            add_generation_prompt: true,
-            tools: tools.clone(),
-            now: SystemTime::now(),
-        }
+        ChatOptions { add_generation_prompt: true, tools: tools.clone(), now: SystemTime::now() }
     }
 }
 

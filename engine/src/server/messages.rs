@@ -178,7 +178,9 @@ mod tests {
         let roles: Vec<&str> = messages.iter().map(|message| message.role.as_str()).collect();
         assert_eq!(roles, ["system", "user", "assistant", "user"]);
         assert!(messages[0].content.starts_with("Be brief.\n\nYou can call"));
-        assert!(messages[0].content.contains(r#"{"name":"weather","parameters":{"type":"object"}}"#));
+        assert!(
+            messages[0].content.contains(r#"{"name":"weather","parameters":{"type":"object"}}"#)
+        );
         assert_eq!(
             messages[2].content,
             "<tool_call>\n{\"name\":\"weather\",\"arguments\":{\"at\":\"Rome\"}}\n</tool_call>"
