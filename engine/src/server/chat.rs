@@ -11,6 +11,7 @@ use super::auth::Caller;
 use super::error::ApiError;
 use super::generation::{self, ChoiceText, Generation, Outputs, TextRules};
 use super::json::ApiJson;
+use super::language::chat_options;
 use super::messages::{Tools, template_messages, template_tools};
 use super::metrics::Endpoint;
 use super::openai::Usage;
@@ -23,10 +24,12 @@ use super::openai::sampling::{Ending, Sampling, random, random_id};
 use super::stream::{self, EventWriter, Events};
 use super::workers::Work;
 use super::{Access, Route, unix_seconds};
-use crate::answer::ToolSpec;
-use crate::answer::{self, AnswerDelta, AnswerFormat, AnswerOptions, AnswerParser, ToolFormat};
+use crate::answer::{
+    self, AnswerDelta, AnswerFormat, AnswerOptions, AnswerParser, ToolFormat, ToolSpec,
+};
 use crate::grammar::GrammarSpec;
 use crate::request::{FinishReason, Request, RequestOutput};
+use crate::tokenizer::chat::ChatOptions;
 
 pub(super) fn routes() -> Vec<Route> {
     vec![Route::new("/v1/chat/completions", Access::Key).post(chat)]
@@ -83,7 +86,11 @@ enum ToolUse {
     Must(answer::ToolChoice),
 }
 
-async fn plan(app: &Arc<App>, caller: &Caller, mut chat: ChatRequest) -> Result<Plan, ApiError> {
+async fn plan(
+    app: &Arc<App>,
+    caller: &Caller,
+    mut chat: ChatRequest,
+) -> Result<Plan, ApiError> {
     app.check_model(&chat.model)?;
     check_len("messages", chat.messages.len(), 1..=MESSAGES_MAX)?;
     let tools = chat.tools.take().unwrap_or_default();
@@ -111,12 +118,11 @@ async fn plan(app: &Arc<App>, caller: &Caller, mut chat: ChatRequest) -> Result<
         if has_logprobs {
             language.list_tokens();
         }
-        let tools = match by {
-            Tools::InTemplate => template_tools(&shown),
-            Tools::InText => serde_json::Value::Null,
-        };
-        let _ = kwargs;
-        language.render(&template_messages(&messages, &shown, by), &tools)
+        let mut options = ChatOptions { kwargs, ..chat_options() };
+        if by == Tools::InTemplate {
+            options.tools = template_tools(&shown);
+        }
+        language.render(&template_messages(&messages, &shown, by), &options)
     };
     let prompt = app.workers.run(Work::Template, rendering).await?;
     app.check_prompt_len(prompt.ids.len(), "messages")?;
@@ -128,7 +134,10 @@ async fn plan(app: &Arc<App>, caller: &Caller, mut chat: ChatRequest) -> Result<
         let compiling = move || language.compile(&spec, param);
         request.grammar = Some(app.workers.run(Work::Grammar, compiling).await?);
     }
-    let rules = TextRules::of(&app.language.tokenizer, &request);
+    let mut rules = TextRules::of(&app.language.tokenizer, &request);
+    if reading.is_needed() {
+        rules.markers = reading.format.markers();
+    }
     let answers = Answers::new(app, &rules, &reading, request.num_choices, has_logprobs)?;
     Ok(Plan {
         request,
@@ -246,8 +255,13 @@ impl Reading {
         Reading { format, options, has_one_call }
     }
 
+    /// Whether answers may be more than content.
+    fn is_needed(&self) -> bool {
+        self.format.has_reasoning || !self.options.tool_names.is_empty()
+    }
+
     fn parser(&self) -> Result<Option<AnswerParser>, ApiError> {
-        if self.options.tool_names.is_empty() && !self.format.has_reasoning {
+        if !self.is_needed() {
             return Ok(None);
         }
         let call_id_seed = (u128::from(random()?) << 64) | u128::from(random()?);

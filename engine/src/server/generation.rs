@@ -20,7 +20,7 @@ use crate::tokenizer::Tokenizer;
 use crate::tokenizer::stream::{StopStrings, TextStream};
 
 /// Requests to the engine that belong together, one for each prompt.
-pub struct Generation {
+pub(super) struct Generation {
     app: Arc<App>,
     events: UnboundedReceiver<(usize, Event)>,
     cancellations: Vec<Cancellation>,
@@ -46,7 +46,7 @@ pub struct Generation {
 
 /// What [`Generation::next`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum News {
+pub(super) enum News {
     Outputs,
     /// Nothing for a while, so that a client may want a sign of life.
     Silence,
@@ -57,7 +57,7 @@ pub enum News {
 }
 
 /// Outputs of choices, by the index of their prompt.
-pub type Outputs = Vec<(usize, RequestOutput)>;
+pub(super) type Outputs = Vec<(usize, RequestOutput)>;
 
 /// Events that are taken out of the queue at once.
 const BATCH_MAX: usize = 256;
@@ -67,7 +67,7 @@ const SILENCE: Duration = Duration::from_secs(15);
 
 impl Generation {
     /// Queues `requests`, all or none of them; they have equal numbers of choices.
-    pub fn start(
+    pub(super) fn start(
         app: &Arc<App>,
         requests: Vec<Request>,
         meter: RequestMeter,
@@ -107,7 +107,7 @@ impl Generation {
     }
 
     /// Waits for news, and puts all outputs that are there into `outputs`.
-    pub async fn next(&mut self, outputs: &mut Outputs) -> Result<News, ApiError> {
+    pub(super) async fn next(&mut self, outputs: &mut Outputs) -> Result<News, ApiError> {
         outputs.clear();
         self.given = None;
         if self.num_open == 0 {
@@ -135,17 +135,17 @@ impl Generation {
     }
 
     /// Counts of tokens so far.
-    pub fn usage(&self) -> Usage {
+    pub(super) fn usage(&self) -> Usage {
         self.usage
     }
 
     /// Calls the only request off from elsewhere.
-    pub fn cancellation(&self) -> Option<Cancellation> {
+    pub(super) fn cancellation(&self) -> Option<Cancellation> {
         self.cancellations.first().cloned()
     }
 
     /// Ends the generation for a reason that lies outside of it.
-    pub fn fail(&mut self, error: ApiError) -> ApiError {
+    pub(super) fn fail(&mut self, error: ApiError) -> ApiError {
         self.end(outcome(&error));
         self.cancel();
         error
@@ -286,7 +286,7 @@ fn failed(failure: Failure) -> ApiError {
 }
 
 /// How a request that fails with `error` is counted.
-pub fn outcome(error: &ApiError) -> Outcome {
+pub(super) fn outcome(error: &ApiError) -> Outcome {
     match (error.status.as_u16(), error.code) {
         (_, Some("draining")) => Outcome::Drained,
         (_, Some("engine_unavailable")) => Outcome::Died,
@@ -300,7 +300,7 @@ pub fn outcome(error: &ApiError) -> Outcome {
 }
 
 /// The text of one choice, as its tokens come.
-pub struct ChoiceText {
+pub(super) struct ChoiceText {
     text: TextStream,
     stops: Option<StopStrings>,
     /// Tokens that end the choice and are no part of its text.
@@ -309,36 +309,39 @@ pub struct ChoiceText {
 
 /// What choices need to know of their request to make text of tokens.
 #[derive(Clone)]
-pub struct TextRules {
+pub(super) struct TextRules {
     pub tokenizer: Arc<Tokenizer>,
     pub stop_strings: Vec<String>,
     pub end_tokens: Arc<[u32]>,
+    /// Special tokens that are shown.
+    pub markers: Vec<&'static str>,
 }
 
 impl TextRules {
     /// Of a request to a model with this tokenizer.
-    pub fn of(tokenizer: &Arc<Tokenizer>, request: &Request) -> TextRules {
+    pub(super) fn of(tokenizer: &Arc<Tokenizer>, request: &Request) -> TextRules {
         let model_ends = if request.ignore_eos { &[] } else { tokenizer.eos_ids() };
         TextRules {
             tokenizer: Arc::clone(tokenizer),
             stop_strings: request.stop_strings.clone(),
             end_tokens: request.stop_token_ids.iter().chain(model_ends).copied().collect(),
+            markers: Vec::new(),
         }
     }
 
-    pub fn choice(&self) -> Result<ChoiceText, ApiError> {
+    pub(super) fn choice(&self) -> Result<ChoiceText, ApiError> {
         let stops = match self.stop_strings.is_empty() {
             true => None,
             false => Some(StopStrings::new(self.stop_strings.clone())?),
         };
-        let text = TextStream::new(Arc::clone(&self.tokenizer));
+        let text = TextStream::showing(Arc::clone(&self.tokenizer), &self.markers);
         Ok(ChoiceText { text, stops, end_tokens: Arc::clone(&self.end_tokens) })
     }
 }
 
 impl ChoiceText {
     /// The text that is certain with this output: whole characters, and no part of a stop string.
-    pub fn push(&mut self, output: &RequestOutput) -> Result<String, ApiError> {
+    pub(super) fn push(&mut self, output: &RequestOutput) -> Result<String, ApiError> {
         let is_stop = output.finish_reason == Some(FinishReason::Stop);
         let token = output.token.filter(|token| !(is_stop && self.end_tokens.contains(token)));
         let mut text = match token {

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use serde_json::Value;
 
 use super::app::App;
 use super::auth::Caller;
@@ -18,6 +17,7 @@ use super::chat::check_len;
 use super::error::ApiError;
 use super::generation::{self, ChoiceText, Generation, Outputs, TextRules};
 use super::json::ApiJson;
+use super::language::chat_options;
 use super::messages::{Tools, template_messages};
 use super::metrics::Endpoint;
 use super::openai::Usage;
@@ -138,7 +138,7 @@ async fn plan(
     let messages = messages(of.prompt)?;
     let language = Arc::clone(&app.language);
     let rendering = move || match history_len {
-        0 => language.render(&messages, &Value::Null),
+        0 => language.render(&messages, &chat_options()),
         _ => language.continuation(&messages),
     };
     let mut ids = app.workers.run(Work::Template, rendering).await?.ids;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use super::openai::chat::TokenLogprob;
@@ -13,7 +13,7 @@ use crate::grammar::{Grammar, GrammarCompiler, GrammarSpec};
 use crate::sampling;
 use crate::tokenizer::chat::{ChatOptions, ChatTemplate, Message};
 use crate::tokenizer::vocabulary::Token;
-use crate::tokenizer::{SpecialTokens, Tokenizer};
+use crate::tokenizer::{self, Tokenizer};
 
 /// The language of one model. Its methods take milliseconds and more: they are for workers.
 pub struct Language {
@@ -48,11 +48,10 @@ impl Language {
     }
 
     /// Puts messages into the chat template.
-    pub fn render(&self, messages: &[Message], tools: &Value) -> Result<Prompt, ApiError> {
-        let text = self.template()?.render(messages, &self.options(tools)).map_err(about)?;
-        // The template writes BOS itself.
-        let ids = self.tokenizer.encode(&text, SpecialTokens::Omit)?;
-        Ok(Prompt { text, ids })
+    pub fn render(&self, messages: &[Message], options: &ChatOptions) -> Result<Prompt, ApiError> {
+        self.check_template()?;
+        let prompt = self.tokenizer.render_chat(messages, options).map_err(about)?;
+        self.encode(&prompt)
     }
 
     /// The text between an answer and the answer to `turn`, as the chat template writes it: the
@@ -60,24 +59,24 @@ impl Language {
     pub fn continuation(&self, turn: &[Message]) -> Result<Prompt, ApiError> {
         // NOTE: private characters, which no template treats in a special way.
         const ANSWER: &str = "\u{e0f0}\u{e0f1}\u{e0f2}";
+        self.check_template()?;
         let mut messages = vec![Message::new("user", "-"), Message::new("assistant", ANSWER)];
         messages.extend_from_slice(turn);
-        let text =
-            self.template()?.render(&messages, &self.options(&Value::Null)).map_err(about)?;
-        let Some((_, text)) = text.split_once(ANSWER) else {
-            let message = "the model's chat template cannot go on behind an answer; send the \
-                           whole conversation to /v1/chat/completions";
-            return Err(ApiError::bad_request("session_id".to_owned(), message));
-        };
-        let ids = self.tokenizer.encode(text, SpecialTokens::Omit)?;
-        Ok(Prompt { text: text.to_owned(), ids })
+        let whole = self.tokenizer.render_chat(&messages, &chat_options()).map_err(about)?;
+        match whole.behind(ANSWER) {
+            Some(prompt) => self.encode(&prompt),
+            None => {
+                let message = "the model's chat template cannot go on behind an answer; send the \
+                               whole conversation to /v1/chat/completions";
+                Err(ApiError::bad_request("session_id".to_owned(), message))
+            }
+        }
     }
 
     /// Compiles what an answer is held to, which the field `param` asks for.
     pub fn compile(&self, spec: &GrammarSpec, param: &str) -> Result<Grammar, ApiError> {
-        let refuse = |message: String| {
-            ApiError::bad_request(param.to_owned(), format!("{param}: {message}"))
-        };
+        let refuse =
+            |message: String| ApiError::bad_request(param.to_owned(), format!("{param}: {message}"));
         let compiler = self.grammars.as_ref().map_err(|reason| refuse(reason.clone()))?;
         compiler.compile(spec).map_err(|error| match error {
             Error::Request(message) | Error::Unsupported(message) => refuse(message),
@@ -114,15 +113,28 @@ impl Language {
         of.iter().map(|top| self.logprob(top.token, top.logprob)).collect()
     }
 
-    fn template(&self) -> Result<&ChatTemplate, ApiError> {
-        self.tokenizer.chat_template().ok_or_else(|| {
-            let message = "the model has no chat template; use /v1/completions";
-            ApiError::bad_request(None, message).with_code("no_chat_template")
-        })
+    fn encode(&self, prompt: &tokenizer::prompt::Prompt) -> Result<Prompt, ApiError> {
+        Ok(Prompt { text: prompt.text(), ids: self.tokenizer.encode_prompt(prompt)? })
     }
 
-    fn options(&self, tools: &Value) -> ChatOptions {
-        ChatOptions { add_generation_prompt: true, tools: tools.clone(), now: SystemTime::now() }
+    fn check_template(&self) -> Result<(), ApiError> {
+        match self.tokenizer.chat_template() {
+            Some(_) => Ok(()),
+            None => {
+                let message = "the model has no chat template; use /v1/completions";
+                Err(ApiError::bad_request(None, message).with_code("no_chat_template"))
+            }
+        }
+    }
+}
+
+/// For an answer to messages, without tools.
+pub(super) fn chat_options() -> ChatOptions {
+    ChatOptions {
+        add_generation_prompt: true,
+        tools: Value::Null,
+        now: SystemTime::now(),
+        kwargs: Map::new(),
     }
 }
 

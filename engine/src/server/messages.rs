@@ -7,7 +7,7 @@ use crate::tokenizer::chat;
 
 /// Whether the chat template knows of tools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tools {
+pub(super) enum Tools {
     InTemplate,
     /// Tools are described, calls and results written, in the text of messages, as Hermes models
     /// learned it.
@@ -15,7 +15,7 @@ pub enum Tools {
 }
 
 /// The messages that the template is given.
-pub fn template_messages(messages: &[Message], tools: &[Tool], by: Tools) -> Vec<chat::Message> {
+pub(super) fn template_messages(messages: &[Message], tools: &[Tool], by: Tools) -> Vec<chat::Message> {
     let mut out: Vec<_> = messages.iter().map(|message| template_message(message, by)).collect();
     if by == Tools::InText && !tools.is_empty() {
         let text = description(tools);
@@ -30,7 +30,7 @@ pub fn template_messages(messages: &[Message], tools: &[Tool], by: Tools) -> Vec
 }
 
 /// The tools as chat templates expect them; null where there are none.
-pub fn template_tools(tools: &[Tool]) -> Value {
+pub(super) fn template_tools(tools: &[Tool]) -> Value {
     match tools.is_empty() {
         true => Value::Null,
         // NOTE: names and schemas are JSON already.

@@ -127,7 +127,7 @@ errors!(
 );
 
 /// The description of the API of a server of this model.
-pub fn description(app: &App) -> Value {
+pub(super) fn description(app: &App) -> Value {
     let mut api = serde_json::to_value(Api::openapi()).unwrap_or_default();
     let schemas = &mut api["components"]["schemas"];
     schemas["TokenId"]["maximum"] = json!(app.model.vocab_size.saturating_sub(1));

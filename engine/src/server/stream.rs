@@ -13,7 +13,7 @@ use super::generation::{Generation, News, Outputs};
 use super::openai::Usage;
 
 /// Writes what a generation gives as the events of one API.
-pub trait EventWriter: Send + 'static {
+pub(super) trait EventWriter: Send + 'static {
     fn outputs(&mut self, outputs: &Outputs, events: &mut Events) -> Result<(), ApiError>;
 
     /// The last events, when all outputs were written.
@@ -27,13 +27,13 @@ pub trait EventWriter: Send + 'static {
 
 /// Events that wait to be sent.
 #[derive(Default)]
-pub struct Events {
+pub(super) struct Events {
     buffer: BytesMut,
 }
 
 impl Events {
     /// Adds an event that says `value`.
-    pub fn json<T: Serialize>(&mut self, value: &T) {
+    pub(super) fn json<T: Serialize>(&mut self, value: &T) {
         self.buffer.put_slice(b"data: ");
         let start = self.buffer.len();
         // NOTE: memory takes every byte, and the values have nothing that JSON cannot say; what is
@@ -47,7 +47,7 @@ impl Events {
     }
 
     /// Adds the event that ends a stream of OpenAI's API.
-    pub fn done(&mut self) {
+    pub(super) fn done(&mut self) {
         self.buffer.put_slice(b"data: [DONE]\n\n");
     }
 
@@ -112,7 +112,7 @@ impl<W: EventWriter> Stream<W> {
 
 /// Answers with the events of `generation`. What fails before the first of them is an error with a
 /// status of its own.
-pub async fn respond<W: EventWriter>(
+pub(super) async fn respond<W: EventWriter>(
     generation: Generation,
     writer: W,
 ) -> Result<Response, ApiError> {
@@ -132,7 +132,7 @@ pub async fn respond<W: EventWriter>(
 }
 
 /// Waits for all of `generation`; `take` gets every output. False where it was called off.
-pub async fn collect(
+pub(super) async fn collect(
     generation: &mut Generation,
     mut take: impl FnMut(&Outputs) -> Result<(), ApiError>,
 ) -> Result<bool, ApiError> {

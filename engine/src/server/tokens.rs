@@ -11,7 +11,7 @@ use super::app::App;
 use super::chat::check_len;
 use super::error::ApiError;
 use super::json::ApiJson;
-use super::language::Language;
+use super::language::{Language, chat_options};
 use super::openai::text::PROMPTS_MAX;
 use super::openai::tokens::{
     DecodeRequest, DecodeResponse, EmbeddingsRequest, EncodeRequest, EncodeResponse, Lengths,
@@ -76,7 +76,7 @@ fn encode_text(
     special: SpecialTokens,
 ) -> Result<Vec<u32>, ApiError> {
     match is_chat {
-        true => Ok(language.render(&[Message::new("user", text)], &Value::Null)?.ids),
+        true => Ok(language.render(&[Message::new("user", text)], &chat_options())?.ids),
         false => Ok(language.tokenizer.encode(&text, special)?),
     }
 }
