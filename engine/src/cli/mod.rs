@@ -20,6 +20,8 @@ mod quickstart;
 mod sampling;
 #[cfg(feature = "server")]
 mod serve;
+mod tune;
+mod verify;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -76,6 +78,8 @@ enum Command {
     #[cfg(feature = "server")]
     Serve(serve::Args),
     Kernels(kernels::Args),
+    Verify(verify::Args),
+    Tune(tune::Args),
     Doctor(doctor::Args),
 }
 
@@ -107,6 +111,8 @@ where
         #[cfg(feature = "server")]
         Command::Serve(args) => serve::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
+        Command::Verify(args) => verify::run(&args, console),
+        Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
     })
 }
