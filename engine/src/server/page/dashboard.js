@@ -83,7 +83,9 @@ function keep(sample) {
 function draw() {
   const { data } = samples.at(-1);
   setState(data.state);
-  byId("served").textContent = `${data.model} · ${data.backend} · version ${data.version}`;
+  const name = data.model.split("/").filter(Boolean).at(-1) ?? data.model;
+  byId("served").title = data.model;
+  byId("served").textContent = `${name} · ${data.backend} · version ${data.version}`;
   byId("uptime").textContent = `${span(data.uptime_s)} ago`;
   drawTiles();
   drawCharts();
