@@ -11,14 +11,15 @@ use std::time::{Duration, Instant};
 
 use bespoke::Error;
 use bespoke::backend::cpu::best_target;
+use bespoke::backend::cpu::work::Work;
 use bespoke::config::EngineOptions;
 use bespoke::engine::Engine;
 use bespoke::import::{cache, environment};
 use bespoke::kernels::{KernelTable, generated};
 use bespoke::request::Request;
-use bespoke_benches::case::{kv_page_bytes, linear_work};
+use bespoke_benches::Bench;
+use bespoke_benches::case::kv_page_bytes;
 use bespoke_benches::report::Samples;
-use bespoke_benches::{Bench, Work};
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape, RowRegime};
 use criterion::{BenchmarkId, Criterion, Throughput};
 
@@ -145,8 +146,8 @@ fn step_work(
         let kernel = table.find(&spec, RowRegime::One, target);
         let kernel = kernel.expect("the engine was loaded with this table");
         match role {
-            LinearRole::Head => add(linear_work(kernel, 1), 1),
-            _ => add(linear_work(kernel, rows), shape.num_layers),
+            LinearRole::Head => add(Work::of(kernel, 1), 1),
+            _ => add(Work::of(kernel, rows), shape.num_layers),
         }
     }
     let page_bytes =

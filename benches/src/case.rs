@@ -5,6 +5,7 @@ use bespoke::Error;
 use bespoke::backend::cpu::memory::Memory;
 use bespoke::backend::cpu::pack::Panels;
 use bespoke::backend::cpu::team::Team;
+use bespoke::backend::cpu::work::Work;
 use bespoke::kernels::abi::{
     AwqGemmArgs, EmbedArgs, GemmArgs, PagedAttentionArgs, QuantizeArgs, RmsNormArgs, RopeArgs,
     RowsIn, RowsOut, SampleArgs, SequenceSpan, Share, SiluAndMulArgs, int8_stride,
@@ -14,8 +15,6 @@ use bespoke::kernels::{Kernel, KernelFn};
 use bespoke_kernel_gen::spec::{
     ActivationType, DType, GroupSize, KernelSpec, KvDType, RowFormat, RowRegime, activation_group,
 };
-
-use crate::Work;
 
 /// Copies of weights and pages are made until they hold this much, so that every call finds its own
 /// out of the caches.
@@ -212,14 +211,6 @@ impl Setup {
     }
 }
 
-/// Bytes of `rows` rows of `k` elements.
-fn row_bytes(rows: usize, k: usize, format: RowFormat) -> usize {
-    match format {
-        RowFormat::F32 => rows * k * 4,
-        RowFormat::I8 { group } => rows * (k + k / group * 8),
-    }
-}
-
 /// How many copies of `bytes` bytes keep calls from finding their own in a cache.
 fn num_copies(bytes: usize) -> usize {
     COLD_BYTES.div_ceil(bytes).clamp(2, 512)
@@ -227,37 +218,6 @@ fn num_copies(bytes: usize) -> usize {
 
 fn wrong_spec(kernel: &Kernel) -> ! {
     panic!("{}: the entry is for another op than {:?}", kernel.symbol, kernel.spec)
-}
-
-/// Packed weights of a linear with its scales and zeros, and its operations on `rows` rows.
-/// Activations are not counted.
-///
-/// Panics for other ops.
-pub fn linear_work(kernel: &Kernel, rows: usize) -> Work {
-    let lanes = kernel.target.lanes();
-    match kernel.spec {
-        KernelSpec::AwqGemm { n, k, group, activation } => {
-            let group = activation_group(k, group).expect("a plan has no group it cannot pack");
-            let panels = Panels { n, k, lanes, cols: kernel.cols };
-            // Half a byte a weight, a float16 scale and a byte for the zero of a group.
-            let memory_bytes = panels.padded_n() * (k / 2 + k / group * 3);
-            let ops = 2 * rows * n * k;
-            match activation {
-                ActivationType::Float => Work { memory_bytes, fma_ops: ops, ..Work::default() },
-                ActivationType::Int8 => Work { memory_bytes, dot_ops: ops, ..Work::default() },
-            }
-        }
-        KernelSpec::Gemm { n, k, weight } => {
-            let panels = Panels { n, k, lanes, cols: kernel.cols };
-            let memory_bytes = panels.padded_n() * k * weight.size();
-            let ops = 2 * rows * n * k;
-            match weight {
-                DType::I8 => Work { memory_bytes, dot_ops: ops, ..Work::default() },
-                _ => Work { memory_bytes, fma_ops: ops, ..Work::default() },
-            }
-        }
-        _ => wrong_spec(kernel),
-    }
 }
 
 fn awq_gemm(setup: &mut Setup, kernel: &Kernel, run: Run<AwqGemmArgs>, rows: usize) -> Made {
@@ -269,7 +229,7 @@ fn awq_gemm(setup: &mut Setup, kernel: &Kernel, run: Run<AwqGemmArgs>, rows: usi
     };
     let panels = Panels { n, k, lanes: kernel.target.lanes(), cols: kernel.cols };
     let num_params = panels.padded_n() * (k / group);
-    let work = linear_work(kernel, rows);
+    let work = Work::of(kernel, rows);
     let x = setup.rows_in(rows, k, format)?;
     let out = setup.floats(rows * n)?;
     let mut args = Vec::new();
@@ -281,8 +241,7 @@ fn awq_gemm(setup: &mut Setup, kernel: &Kernel, run: Run<AwqGemmArgs>, rows: usi
         unsafe { zeros.write_bytes(8, num_params) };
         args.push(AwqGemmArgs { rows, x, weight, scales, zeros, bias: std::ptr::null(), out });
     }
-    let cache_bytes = row_bytes(rows, k, format) + rows * n * 4;
-    Ok((setup.call(run, args), Work { cache_bytes, ..work }))
+    Ok((setup.call(run, args), work))
 }
 
 fn gemm(setup: &mut Setup, kernel: &Kernel, run: Run<GemmArgs>, rows: usize) -> Made {
@@ -293,7 +252,7 @@ fn gemm(setup: &mut Setup, kernel: &Kernel, run: Run<GemmArgs>, rows: usize) -> 
         None => RowFormat::F32,
     };
     let panels = Panels { n, k, lanes: kernel.target.lanes(), cols: kernel.cols };
-    let work = linear_work(kernel, rows);
+    let work = Work::of(kernel, rows);
     let x = setup.rows_in(rows, k, format)?;
     let out = setup.floats(rows * n)?;
     let scales = match is_int8 {
@@ -305,8 +264,7 @@ fn gemm(setup: &mut Setup, kernel: &Kernel, run: Run<GemmArgs>, rows: usize) -> 
         let weight = setup.bytes(work.memory_bytes)?;
         args.push(GemmArgs { rows, x, weight, scales, bias: std::ptr::null(), out });
     }
-    let cache_bytes = row_bytes(rows, k, format) + rows * n * 4;
-    Ok((setup.call(run, args), Work { cache_bytes, ..work }))
+    Ok((setup.call(run, args), work))
 }
 
 /// Bytes of a page of one layer.
@@ -352,18 +310,8 @@ fn paged_attention(
             out,
         });
     }
-    let seen = |row: usize| {
-        let visible = context_len - rows + row + 1;
-        if window > 0 { visible.min(window) } else { visible }
-    };
-    let num_pairs: usize = (0..rows).map(seen).sum();
-    let work = Work {
-        memory_bytes: kv_bytes,
-        cache_bytes: 2 * rows * num_heads * head_dim * 4,
-        dot_ops: 0,
-        // A product with K and one with V for each query head and token seen.
-        fma_ops: 4 * num_pairs * num_heads * head_dim,
-    };
+    let span = SequenceSpan { num_rows, context_len: context, ..SequenceSpan::default() };
+    let work = Work::of_attention(kernel, &[span]);
     Ok((setup.call(run, args), work))
 }
 
@@ -385,13 +333,7 @@ fn rope(setup: &mut Setup, kernel: &Kernel, run: Run<RopeArgs>, rows: usize) -> 
         k_norm: setup.floats(head_dim)?,
         eps: 1e-5,
     };
-    let work = Work {
-        // All of a row is read, its q and its share of the pages are written.
-        cache_bytes: rows * ((width + num_heads * head_dim + rotary_dim) * 4)
-            + rows * page_bytes / page_size,
-        ..Work::default()
-    };
-    Ok((setup.call(run, vec![args]), work))
+    Ok((setup.call(run, vec![args]), Work::of(kernel, rows)))
 }
 
 fn embed(setup: &mut Setup, kernel: &Kernel, run: Run<EmbedArgs>, rows: usize) -> Made {
@@ -404,12 +346,7 @@ fn embed(setup: &mut Setup, kernel: &Kernel, run: Run<EmbedArgs>, rows: usize) -
         let tokens = setup.indices(rows, |i| (call * rows + i) * 7919 % VOCABULARY)?;
         args.push(EmbedArgs { rows, tokens, table, out });
     }
-    let work = Work {
-        memory_bytes: rows * hidden * dtype.size(),
-        cache_bytes: rows * hidden * 4,
-        ..Work::default()
-    };
-    Ok((setup.call(run, args), work))
+    Ok((setup.call(run, args), Work::of(kernel, rows)))
 }
 
 fn rms_norm(setup: &mut Setup, kernel: &Kernel, run: Run<RmsNormArgs>, rows: usize) -> Made {
@@ -423,11 +360,7 @@ fn rms_norm(setup: &mut Setup, kernel: &Kernel, run: Run<RmsNormArgs>, rows: usi
         eps: 1e-5,
         out: setup.rows_out(rows, hidden, format)?,
     };
-    let work = Work {
-        cache_bytes: 3 * rows * hidden * 4 + row_bytes(rows, hidden, format),
-        ..Work::default()
-    };
-    Ok((setup.call(run, vec![args]), work))
+    Ok((setup.call(run, vec![args]), Work::of(kernel, rows)))
 }
 
 fn silu_and_mul(setup: &mut Setup, kernel: &Kernel, run: Run<SiluAndMulArgs>, rows: usize) -> Made {
@@ -439,11 +372,7 @@ fn silu_and_mul(setup: &mut Setup, kernel: &Kernel, run: Run<SiluAndMulArgs>, ro
         gate_up: setup.floats(rows * 2 * intermediate)?,
         out: setup.rows_out(rows, intermediate, format)?,
     };
-    let work = Work {
-        cache_bytes: rows * 2 * intermediate * 4 + row_bytes(rows, intermediate, format),
-        ..Work::default()
-    };
-    Ok((setup.call(run, vec![args]), work))
+    Ok((setup.call(run, vec![args]), Work::of(kernel, rows)))
 }
 
 fn quantize(setup: &mut Setup, kernel: &Kernel, run: Run<QuantizeArgs>, rows: usize) -> Made {
@@ -451,8 +380,7 @@ fn quantize(setup: &mut Setup, kernel: &Kernel, run: Run<QuantizeArgs>, rows: us
     let format = RowFormat::I8 { group };
     let args =
         QuantizeArgs { rows, x: setup.floats(rows * k)?, out: setup.rows_out(rows, k, format)? };
-    let work = Work { cache_bytes: rows * k * 4 + row_bytes(rows, k, format), ..Work::default() };
-    Ok((setup.call(run, vec![args]), work))
+    Ok((setup.call(run, vec![args]), Work::of(kernel, rows)))
 }
 
 fn sample(setup: &mut Setup, kernel: &Kernel, run: Run<SampleArgs>, rows: usize) -> Made {
@@ -466,7 +394,7 @@ fn sample(setup: &mut Setup, kernel: &Kernel, run: Run<SampleArgs>, rows: usize)
     // 512 rows of logits are beyond the caches.
     let work = match bytes > COLD_BYTES / 2 {
         true => Work { memory_bytes: bytes, ..Work::default() },
-        false => Work { cache_bytes: bytes, ..Work::default() },
+        false => Work::of(kernel, rows),
     };
     Ok((setup.call(run, vec![args]), work))
 }

@@ -1,77 +1,25 @@
-//! What the benches share: `limits` measures what the machine can do, `Case` sets a kernel up on
-//! data that it must fetch from memory, and `Report` relates the two.
+//! What the benches share: `Case` sets a kernel up on data that it must fetch from memory, and
+//! `Report` relates what it takes to the limits of the machine.
 
 #![allow(clippy::print_stdout, reason = "a bench reports to its terminal")]
 
 use std::path::{Path, PathBuf};
 
 use bespoke::Error;
+use bespoke::backend::cpu::limits::Limits;
 use bespoke::backend::cpu::team::Team;
+use bespoke::backend::cpu::work::Work;
 
 use report::{Entry, Samples};
 
 pub mod case;
-pub mod limits;
 pub mod report;
 
 pub use case::Case;
-pub use limits::Limits;
 pub use report::Report;
 
-/// What one call must move and compute, whatever the kernel.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Work {
-    /// Bytes that come from memory: weights, KV pages.
-    pub memory_bytes: usize,
-    /// Bytes read and written that a cache holds: activations.
-    pub cache_bytes: usize,
-    /// Operations on bytes, 2 per multiply-add.
-    pub dot_ops: usize,
-    /// Operations on float32, 2 per multiply-add.
-    pub fma_ops: usize,
-}
-
-/// What holds a call back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bound {
-    Memory,
-    Cache,
-    Dot,
-    Fma,
-}
-
-impl Bound {
-    pub fn name(self) -> &'static str {
-        match self {
-            Bound::Memory => "memory",
-            Bound::Cache => "cache",
-            Bound::Dot => "int8 dot",
-            Bound::Fma => "f32 fma",
-        }
-    }
-}
-
-impl Work {
-    pub fn bytes(&self) -> usize {
-        self.memory_bytes + self.cache_bytes
-    }
-
-    pub fn ops(&self) -> usize {
-        self.dot_ops + self.fma_ops
-    }
-
-    /// The shortest time that the machine's limits allow, in nanoseconds, and which limit sets it:
-    /// moving and computing overlap perfectly. (A GB/s is a byte per nanosecond.)
-    pub fn bound(&self, limits: &Limits) -> (f64, Bound) {
-        let times = [
-            (self.memory_bytes as f64 / limits.memory_gb_per_s, Bound::Memory),
-            (self.cache_bytes as f64 / limits.cache_gb_per_s, Bound::Cache),
-            (self.dot_ops as f64 / limits.dot_gop_per_s, Bound::Dot),
-            (self.fma_ops as f64 / limits.fma_gop_per_s, Bound::Fma),
-        ];
-        times.into_iter().fold((0.0, Bound::Memory), |a, b| if b.0 > a.0 { b } else { a })
-    }
-}
+/// Bytes of the stream from memory: far beyond any cache.
+const STREAM_BYTES: usize = 600 << 20;
 
 /// A team, what the machine can do with it, and what was measured so far.
 pub struct Bench {
@@ -86,7 +34,7 @@ impl Bench {
         let mut team = Team::new(num_threads).map_err(|error| {
             Error::Resources(format!("cannot start {num_threads} threads: {error}"))
         })?;
-        let limits = Limits::measure(&mut team)?;
+        let limits = Limits::measure(&mut team, STREAM_BYTES)?;
         println!("{}", limits.line());
         Ok(Bench { team, report: Report::new(limits) })
     }
@@ -105,7 +53,7 @@ impl Bench {
         if self.report.entries.is_empty() {
             return Ok(());
         }
-        let again = Limits::measure(&mut self.team)?;
+        let again = Limits::measure(&mut self.team, STREAM_BYTES)?;
         self.report.limits = self.report.limits.or_higher(again);
         println!("{}", self.report.text());
         let Some(folder) = std::env::var_os("BESPOKE_BENCH_OUT") else { return Ok(()) };
@@ -115,26 +63,5 @@ impl Bench {
         let path = self.report.write(&folder, file).map_err(|error| Error::io(&folder, error))?;
         println!("written: {}", path.display());
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_slowest_limit_binds() {
-        let limits = Limits {
-            target: bespoke_kernel_gen::target::Target::Portable,
-            num_threads: 2,
-            memory_gb_per_s: 20.0,
-            cache_gb_per_s: 100.0,
-            dot_gop_per_s: 1000.0,
-            fma_gop_per_s: 200.0,
-        };
-        let work = Work { memory_bytes: 2000, cache_bytes: 9000, dot_ops: 50_000, fma_ops: 0 };
-        assert_eq!(work.bound(&limits), (100.0, Bound::Memory));
-        let work = Work { dot_ops: 500_000, ..work };
-        assert_eq!(work.bound(&limits), (500.0, Bound::Dot));
     }
 }

@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::{Limits, Work};
+use bespoke::backend::cpu::limits::Limits;
+use bespoke::backend::cpu::work::Work;
 
 /// One line of the report.
 #[derive(Clone, Debug)]

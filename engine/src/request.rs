@@ -156,7 +156,7 @@ impl Request {
     pub const CHOICES_MAX: usize = 64;
     /// Most stop strings, and bytes of each.
     pub const STOP_STRINGS_MAX: usize = 16;
-    pub const STOP_STRING_BYTES_MAX: usize = 256;
+    pub const STOP_STRING_BYTES_MAX: usize = 1024;
 
     /// Refuses what no engine with this vocabulary and context can serve after a history of
     /// `history_len` tokens.

@@ -43,6 +43,8 @@ pub struct Session {
     /// What the keys and values depend on besides the tokens, see `Rope::variant`.
     pub(crate) variant: u64,
     pub(crate) kept: KeptPages,
+    /// Number of its last use among all uses of sessions.
+    pub(crate) last_use: u64,
     /// Whether the session ends with the request that runs.
     pub(crate) ends: bool,
 }
@@ -54,6 +56,8 @@ pub struct SessionInfo {
     pub num_tokens: usize,
     pub is_running: bool,
     pub seed: u64,
+    /// Another one after every use, and no other session's.
+    pub last_use: u64,
 }
 
 /// The sessions of one engine.
@@ -61,6 +65,8 @@ pub struct SessionInfo {
 pub struct Sessions {
     sessions_max: usize,
     sessions: BTreeMap<SessionId, Session>,
+    /// Uses of any session so far.
+    num_uses: u64,
 }
 
 impl SessionId {
@@ -104,7 +110,7 @@ impl SessionTurn {
 
 impl Sessions {
     pub fn new(sessions_max: usize) -> Sessions {
-        Sessions { sessions_max, sessions: BTreeMap::new() }
+        Sessions { sessions_max, sessions: BTreeMap::new(), num_uses: 0 }
     }
 
     pub fn len(&self) -> usize {
@@ -126,13 +132,17 @@ impl Sessions {
     }
 
     pub fn infos(&self) -> Vec<SessionInfo> {
-        let info = |(id, session): (&SessionId, &Session)| SessionInfo {
-            id: id.clone(),
-            num_tokens: session.tokens.len(),
-            is_running: session.running.is_some(),
-            seed: session.seed,
-        };
-        self.sessions.iter().map(info).collect()
+        self.sessions.iter().map(|(id, session)| session.info(id)).collect()
+    }
+
+    /// One session; `None` where there is none of this name.
+    pub fn info(&self, id: &SessionId) -> Option<SessionInfo> {
+        Some(self.sessions.get(id)?.info(id))
+    }
+
+    /// Whether there may be one session more.
+    pub fn has_room(&self) -> bool {
+        self.sessions.len() < self.sessions_max
     }
 
     /// Tokens of the history that `turn` continues. Refuses a session that is unknown, busy or
@@ -158,7 +168,9 @@ impl Sessions {
         id: RequestId,
         pool: &mut PagePool,
     ) -> &mut Session {
+        self.num_uses += 1;
         let session = self.sessions.entry(turn.id.clone()).or_default();
+        session.last_use = self.num_uses;
         let step = if turn.start { Some(0) } else { turn.step };
         session.rewind(step.unwrap_or(session.tokens.len()), pool);
         session.running = Some(id);
@@ -188,9 +200,12 @@ impl Sessions {
         num_tokens: usize,
         pool: &mut PagePool,
     ) -> Result<(), Error> {
+        let last_use = self.num_uses + 1;
         let session = self.idle(id)?;
         let num_tokens = step_of(id, session, Some(num_tokens))?;
+        session.last_use = last_use;
         session.rewind(num_tokens, pool);
+        self.num_uses = last_use;
         Ok(())
     }
 
@@ -212,6 +227,8 @@ impl Sessions {
         let mut branch = session.clone();
         branch.tokens.truncate(num_tokens);
         branch.kept.truncate(num_tokens, page_size);
+        self.num_uses += 1;
+        branch.last_use = self.num_uses;
         self.sessions.insert(to.clone(), branch);
         Ok(())
     }
@@ -222,7 +239,8 @@ impl Sessions {
             return Err(Error::Request(format!("there is a session {id} already; end it first")));
         }
         self.check_room(&id)?;
-        self.sessions.insert(id, session);
+        self.num_uses += 1;
+        self.sessions.insert(id, Session { last_use: self.num_uses, ..session });
         Ok(())
     }
 
@@ -243,7 +261,7 @@ impl Sessions {
     }
 
     fn check_room(&self, id: &SessionId) -> Result<(), Error> {
-        if self.sessions.len() < self.sessions_max || self.sessions.contains_key(id) {
+        if self.has_room() || self.sessions.contains_key(id) {
             return Ok(());
         }
         Err(Error::Request(format!(
@@ -254,6 +272,16 @@ impl Sessions {
 }
 
 impl Session {
+    fn info(&self, id: &SessionId) -> SessionInfo {
+        SessionInfo {
+            id: id.clone(),
+            num_tokens: self.tokens.len(),
+            is_running: self.running.is_some(),
+            seed: self.seed,
+            last_use: self.last_use,
+        }
+    }
+
     fn rewind(&mut self, num_tokens: usize, pool: &mut PagePool) {
         self.tokens.truncate(num_tokens);
         match num_tokens {

@@ -6,3 +6,4 @@ mod null;
 mod requests;
 mod sampling;
 mod sessions;
+mod usage;

@@ -161,6 +161,7 @@ fn render(source: &str, messages: &[Message]) -> Result<String, Error> {
         add_generation_prompt: true,
         tools: Value::Null,
         now: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
+        kwargs: json!({"mood": "good"}).as_object().unwrap().clone(),
     };
     ChatTemplate::new(Path::new("tokenizer_config.json"), source, tokens)?
         .render(messages, &options)
@@ -275,8 +276,12 @@ fn finds_the_template() {
     write(dir.path(), "tokenizer.json", byte_tokenizer().to_string());
     let template = |config: Value| {
         write(dir.path(), "tokenizer_config.json", config.to_string());
-        let options =
-            ChatOptions { add_generation_prompt: false, tools: Value::Null, now: UNIX_EPOCH };
+        let options = ChatOptions {
+            add_generation_prompt: false,
+            tools: Value::Null,
+            now: UNIX_EPOCH,
+            kwargs: Map::new(),
+        };
         Tokenizer::load(dir.path()).map(|tokenizer| {
             let template = tokenizer.chat_template()?;
             Some(template.render(&[Message::new("user", "x")], &options).unwrap())
@@ -324,7 +329,12 @@ fn agrees_on_smollm2() {
     assert!(tokenizer.check_vocab_size(49_152).is_ok());
     let text = fs::read_to_string(golden_dir().join("smollm2-135m-greedy.json")).unwrap();
     let golden: Value = serde_json::from_str(&text).unwrap();
-    let options = ChatOptions { add_generation_prompt: true, tools: Value::Null, now: UNIX_EPOCH };
+    let options = ChatOptions {
+        add_generation_prompt: true,
+        tools: Value::Null,
+        now: UNIX_EPOCH,
+        kwargs: Map::new(),
+    };
     for case in golden["cases"].as_array().unwrap() {
         let ids = match case["kind"].as_str().unwrap() {
             "chat" => {

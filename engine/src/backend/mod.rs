@@ -33,6 +33,24 @@ pub enum Step {
     Replayed,
 }
 
+/// What a kernel has done in a sample of the steps so far, and what the machine could do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KernelUsage {
+    pub symbol: &'static str,
+    pub op: &'static str,
+    pub num_calls: u64,
+    /// Of all the calls.
+    pub seconds: f64,
+    /// The least that the machine's limits allow for the same work.
+    pub limit_seconds: f64,
+    /// Which limit that is.
+    pub bound: &'static str,
+    /// Bytes that had to move, from memory or the caches.
+    pub bytes: u64,
+    /// Operations, 2 per multiply-add.
+    pub ops: u64,
+}
+
 /// Weights, activations and KV cache of one device, and the ops over them.
 ///
 /// Everything is allocated by the `load_*` and `new_*` methods; the ops allocate nothing. Row
@@ -108,6 +126,12 @@ pub trait Backend {
     }
 
     fn end_step(&mut self) {}
+
+    /// The kernels that steps have used; none where the backend does not time them. The first call
+    /// may take some tenths of a second, to measure the machine's limits.
+    fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error> {
+        Ok(Vec::new())
+    }
 
     /// As [`Backend::begin_step`] for rows whose logits are computed in pieces afterwards, or not
     /// at all.

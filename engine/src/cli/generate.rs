@@ -231,7 +231,8 @@ fn pairs(rows: &[Vec<TokenLogprob>]) -> Vec<Vec<(u32, f32)>> {
 pub(super) struct TextWriter {
     stream: Option<TextStream>,
     stops: StopStrings,
-    text: String,
+    /// All text so far.
+    pub(super) text: String,
 }
 
 impl TextWriter {
@@ -244,7 +245,7 @@ impl TextWriter {
     }
 
     /// The text that `id`, or the end of the sequence, adds.
-    fn push(&mut self, id: Option<u32>) -> anyhow::Result<String> {
+    pub(super) fn push(&mut self, id: Option<u32>) -> anyhow::Result<String> {
         let Some(stream) = &mut self.stream else { return Ok(String::new()) };
         let piece = match id {
             Some(id) => stream.push(id)?,
@@ -256,6 +257,11 @@ impl TextWriter {
         }
         self.text.push_str(&text);
         Ok(text)
+    }
+
+    /// Whether a stop string was found.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stops.is_stopped()
     }
 }
 
@@ -275,7 +281,7 @@ pub(super) fn answer(
         first_token.get_or_insert_with(|| start.elapsed());
         let Some(id) = output.token else { return ControlFlow::Continue(()) };
         match writer.push(Some(id)).and_then(|text| print(&text)) {
-            Ok(()) if !writer.stops.is_stopped() => ControlFlow::Continue(()),
+            Ok(()) if !writer.is_stopped() => ControlFlow::Continue(()),
             Ok(()) => ControlFlow::Break(()),
             Err(error) => {
                 failure = Some(error);
@@ -292,7 +298,7 @@ pub(super) fn answer(
     if let Some(FinishReason::Failed(failure)) = generation.finish_reason {
         bail!(failure.message());
     }
-    let stopped = writer.stops.is_stopped();
+    let stopped = writer.is_stopped();
     let first_token = first_token.unwrap_or(total);
     Ok(Answer {
         timing: timing(load_time, first_token, total, num_prompt, generation.output_ids.len()),

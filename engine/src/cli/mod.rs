@@ -1,6 +1,8 @@
 //! The command line: arguments in, text or one JSON value out.
 
 mod bench;
+#[cfg(feature = "chat")]
+mod chat;
 mod console;
 mod doctor;
 mod elf;
@@ -53,6 +55,7 @@ const EXAMPLES: &str = "\
 Examples:
   bespoke quickstart
   bespoke generate --model smollm2-135m --prompt 'The capital of France is'
+  bespoke chat --model smollm2-135m
   bespoke quantize smollm2-135m -o smollm2-int4 --group-size 64
 
 MODEL is a model folder, the name of a cached model, or a preset (smollm2-135m).
@@ -65,6 +68,8 @@ enum Command {
     Import(import::Args),
     Quantize(quantize::Args),
     Generate(generate::Args),
+    #[cfg(feature = "chat")]
+    Chat(chat::Args),
     Logits(logits::Args),
     Perplexity(perplexity::Args),
     Bench(bench::Args),
@@ -94,6 +99,8 @@ where
         Command::Import(args) => import::run(&args, console),
         Command::Quantize(args) => quantize::run(&args, console),
         Command::Generate(args) => generate::run(&args, console),
+        #[cfg(feature = "chat")]
+        Command::Chat(args) => chat::run(&args, console),
         Command::Logits(args) => logits::run(&args, console),
         Command::Perplexity(args) => perplexity::run(&args, console),
         Command::Bench(args) => bench::run(&args, console),

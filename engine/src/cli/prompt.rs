@@ -88,16 +88,16 @@ impl PromptArgs {
 /// The prompt of a chat, ready for the assistant's answer.
 pub(super) fn chat_ids(files: &ModelFiles, messages: &[Message]) -> anyhow::Result<Vec<u32>> {
     let tokenizer = files.tokenizer()?;
-    let template = tokenizer.chat_template().with_context(|| {
+    tokenizer.chat_template().with_context(|| {
         format!("{}: the model has no chat template; use --prompt", files.dir.display())
     })?;
     let options = ChatOptions {
         add_generation_prompt: true,
         tools: serde_json::Value::Null,
         now: SystemTime::now(),
+        kwargs: serde_json::Map::new(),
     };
-    // Templates write the special tokens themselves, a BOS included.
-    Ok(tokenizer.encode(&template.render(messages, &options)?, SpecialTokens::Omit)?)
+    Ok(tokenizer.encode_prompt(&tokenizer.render_chat(messages, &options)?)?)
 }
 
 /// The text of a file.

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::ModelShape;
 
+use crate::backend::KernelUsage;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::null::NullBackend;
 use crate::backend::reference::ReferenceBackend;
@@ -292,6 +293,12 @@ impl Engine {
             num_sessions: self.sessions.len(),
             pages: self.pool.counts(),
         }
+    }
+
+    /// The kernels that steps have used and how near they come to the machine's limits, see
+    /// [`Backend::kernel_usage`](crate::backend::Backend::kernel_usage).
+    pub fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error> {
+        on_decoder!(&mut self.model, decoder => decoder.kernel_usage())
     }
 
     /// Lets requests have stop strings.

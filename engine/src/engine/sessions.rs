@@ -16,6 +16,16 @@ impl Engine {
         self.sessions.infos()
     }
 
+    /// One session; `None` where there is none of this name.
+    pub fn session_info(&self, id: &SessionId) -> Option<SessionInfo> {
+        self.sessions.info(id)
+    }
+
+    /// Whether there may be one session more.
+    pub fn has_session_room(&self) -> bool {
+        self.sessions.has_room()
+    }
+
     /// The tokens of a session: prompts and answers.
     pub fn session_tokens(&self, id: &SessionId) -> Result<&[u32], Error> {
         Ok(&self.sessions.get(id)?.tokens)

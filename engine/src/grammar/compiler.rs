@@ -28,6 +28,9 @@ const STACK_BYTES: usize = 256 << 20;
 /// Compiled grammars that are kept, by their estimated sizes.
 const CACHE_BYTES_MAX: usize = 64 << 20;
 
+/// Longest reason of llguidance that is passed on, in characters: it may quote the grammar.
+const REASON_LEN_MAX: usize = 300;
+
 /// Compiles grammars for the tokens of one model. Shared between threads.
 pub struct GrammarCompiler {
     vocabulary: Vocabulary,
@@ -150,8 +153,8 @@ impl Factory {
         let mut inner = ParserFactory::new_simple(&env)?;
         inner.quiet();
         *inner.limits_mut() = ParserLimits {
-            max_items_in_row: 1000,
-            initial_lexer_fuel: 500_000,
+            max_items_in_row: 2000,
+            initial_lexer_fuel: 200_000,
             step_lexer_fuel: 100_000,
             step_max_items: 25_000,
             max_lexer_states: 20_000,
@@ -169,10 +172,16 @@ impl Factory {
             GrammarSpec::Regex(regex) => regex_grammar(regex)?,
             GrammarSpec::Lark(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
         };
-        let matcher = llguidance::Matcher::new(self.inner.create_parser(grammar));
-        match matcher.get_error() {
-            None => Ok(matcher),
-            Some(error) => Err(reason(&error)),
+        let mut matcher = llguidance::Matcher::new(self.inner.create_parser(grammar));
+        if let Some(error) = matcher.get_error() {
+            return Err(reason(&error));
+        }
+        // NOTE: it tells whether an answer can begin at all, and every clone starts with the states
+        // that were found on the way.
+        match matcher.compute_mask() {
+            Ok(_) => Ok(matcher),
+            Err(error) if is_dead_end(&error) => Err("no text fits it".to_owned()),
+            Err(_) => Err("it takes too much work; make it simpler".to_owned()),
         }
     }
 }
@@ -220,10 +229,22 @@ fn reason(error: &str) -> String {
     if line.starts_with("panic:") {
         return "it cannot be compiled; make it simpler".to_owned();
     }
-    match line.strip_prefix("Unimplemented keys: ") {
-        Some(keys) => format!("keywords of the JSON schema that are not supported: {keys}"),
+    if let Some(keys) = line.strip_prefix("Unimplemented keys: ") {
+        return format!("keywords of the JSON schema that are not supported: {keys}");
+    }
+    if line.starts_with("oneOf constraints are not supported") {
+        return "oneOf is supported only where no value fits two of its schemas; use anyOf"
+            .to_owned();
+    }
+    match line.char_indices().nth(REASON_LEN_MAX) {
+        Some((end, _)) => format!("{}…", &line[..end]),
         None => line.to_owned(),
     }
+}
+
+/// Whether nothing can follow, though the answer may not end.
+fn is_dead_end(error: &anyhow::Error) -> bool {
+    error.to_string().starts_with("NoExtensionBias")
 }
 
 impl Rules for Compiled {
@@ -243,7 +264,7 @@ impl Matcher for Follower {
                 Ok(MayEnd(may_end))
             }
             // The vocabulary cannot spell what has to follow.
-            Err(error) if error.to_string().starts_with("NoExtensionBias") => {
+            Err(error) if is_dead_end(&error) => {
                 mask.clear();
                 Ok(MayEnd(false))
             }

@@ -25,6 +25,11 @@ pub const LARK_DEFINITIONS_MAX: usize = 1024;
 /// Largest count that a schema may ask for, and largest one of a repetition.
 pub const COUNT_MAX: u64 = 1 << 14;
 
+/// Most patterns of property names in a schema: all are compared with each other.
+pub const PATTERN_PROPERTIES_MAX: usize = 32;
+/// Largest `multipleOf`, in units of its last digit: it takes as many states.
+pub const MULTIPLE_OF_MAX: f64 = 1e4;
+
 /// What a value in a schema is.
 #[derive(Clone, Copy, PartialEq)]
 enum Place {
@@ -52,7 +57,7 @@ fn refuse<T>(message: String) -> Result<T, Error> {
 }
 
 fn check_schema(schema: &Value) -> Result<(), Error> {
-    let mut num_nodes = 0;
+    let (mut num_nodes, mut num_patterns) = (0, 0);
     let mut open = vec![(schema, Place::Schema, 1)];
     while let Some((value, place, depth)) = open.pop() {
         num_nodes += 1;
@@ -68,6 +73,13 @@ fn check_schema(schema: &Value) -> Result<(), Error> {
         }
         match value {
             Value::Object(object) => {
+                num_patterns += if place == Place::Patterned { object.len() } else { 0 };
+                if num_patterns > PATTERN_PROPERTIES_MAX {
+                    return refuse(format!(
+                        "the JSON schema has more than {PATTERN_PROPERTIES_MAX} \
+                         patternProperties; leave some out"
+                    ));
+                }
                 for (key, value) in object {
                     let place = check_keyword(place, key, value)?;
                     open.push((value, place, depth + 1));
@@ -112,6 +124,11 @@ fn check_keyword(place: Place, key: &str, value: &Value) -> Result<Place, Error>
                 ));
             }
         }
+        "multipleOf" if value.as_f64().is_some_and(|step| digits(step) > MULTIPLE_OF_MAX) => {
+            return refuse(format!(
+                "the JSON schema has multipleOf {value}; it must have at most 4 digits"
+            ));
+        }
         // Options of the compiler, which are not the user's to change.
         "x-guidance" if *value != options() => {
             return refuse("the JSON schema has the keyword x-guidance; leave it out".to_owned());
@@ -119,6 +136,14 @@ fn check_keyword(place: Place, key: &str, value: &Value) -> Result<Place, Error>
         _ => {}
     }
     Ok(Place::Schema)
+}
+
+/// `step` in units of its last decimal digit.
+fn digits(step: f64) -> f64 {
+    let text = format!("{:e}", step.abs());
+    let digits: String = text.chars().take_while(|c| *c != 'e').filter(|c| *c != '.').collect();
+    let whole = digits.parse().unwrap_or(f64::INFINITY);
+    whole.max(step.abs())
 }
 
 fn check_regex(regex: &str) -> Result<(), Error> {

@@ -23,13 +23,13 @@ use crate::sampling::TokenMask;
 pub use compiler::GrammarCompiler;
 #[cfg(feature = "grammar")]
 pub use limits::{
-    COUNT_MAX, LARK_BYTES_MAX, LARK_DEFINITIONS_MAX, NESTING_MAX, REGEX_BYTES_MAX,
-    SCHEMA_BYTES_MAX, SCHEMA_DEPTH_MAX, SCHEMA_NODES_MAX,
+    COUNT_MAX, LARK_BYTES_MAX, LARK_DEFINITIONS_MAX, MULTIPLE_OF_MAX, NESTING_MAX,
+    PATTERN_PROPERTIES_MAX, REGEX_BYTES_MAX, SCHEMA_BYTES_MAX, SCHEMA_DEPTH_MAX, SCHEMA_NODES_MAX,
 };
 
 /// White space between the parts of JSON: none, a space, or a line break with its indentation. Not
 /// any more, or a model might write white space without end.
-const JSON_SPACE: &str = r"\x20|\x0A\x20{0,64}";
+const JSON_SPACE: &str = r"\x20|\x0A\x20{0,32}";
 
 /// What an answer is to look like.
 #[derive(Clone, Debug, PartialEq)]

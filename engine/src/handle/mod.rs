@@ -21,7 +21,7 @@ use crate::request::Request;
 use shared::{Shared, Submitted};
 use worker::{Worker, panic_message};
 
-pub use shared::{EngineState, HandleLimits, HandleStats, WorkCounts};
+pub use shared::{EngineState, HandleLimits, HandleStats, StepTimes, WorkCounts};
 pub use stream::{Cancellation, Event, EventSink, RequestStream};
 
 /// Talks to an engine on a thread of its own. When the last clone is dropped, what still runs is
@@ -128,6 +128,12 @@ impl EngineHandle {
         // NOTE: the receiver waits below, so that the one value always finds room.
         self.owner.shared.call(Box::new(move |engine| drop(sender.send(work(engine)))))?;
         receiver.recv().map_err(|_| self.owner.shared.wait(None).error())
+    }
+
+    /// Runs `work` when the engine is drained, before its thread ends; not when it dies. Work that
+    /// was set before is dropped.
+    pub fn at_drained(&self, work: impl FnOnce(&mut Engine) + Send + 'static) -> Result<(), Error> {
+        self.owner.shared.set_last_call(Box::new(work))
     }
 
     /// What the engine has done, without waiting for a step.

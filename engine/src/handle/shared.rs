@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineStatus};
 use crate::error::Error;
 use crate::handle::Submission;
 use crate::handle::stream::{CancelFlag, Event, EventSink};
@@ -42,9 +42,21 @@ pub struct HandleStats {
     /// Requests with a first token that have not ended.
     pub num_running: usize,
     pub counts: WorkCounts,
+    pub status: EngineStatus,
+    pub step_times: StepTimes,
     /// When the thread was last between two steps. While something waits or runs, the time since
     /// is the age of the step at hand.
     pub last_beat: Instant,
+}
+
+/// How long steps took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepTimes {
+    /// Steps of at most the time of [`StepTimes::BOUNDS`] in the same place, and of more than that
+    /// of the place before. The last counts those that took longer than any.
+    pub nums: [u64; StepTimes::BOUNDS.len() + 1],
+    /// All steps together.
+    pub total: Duration,
 }
 
 /// What was done since the start.
@@ -102,6 +114,8 @@ pub(super) struct Inbox {
     pub(super) submitted: Vec<Submitted>,
     /// At most one of each thread, which waits for it.
     pub(super) calls: Vec<Call>,
+    /// Run when the engine is drained.
+    pub(super) last_call: Option<Call>,
     pub(super) stats: HandleStats,
     /// Every request has had its last event.
     is_over: bool,
@@ -146,6 +160,30 @@ impl Submitted {
     }
 }
 
+impl StepTimes {
+    pub const BOUNDS: [Duration; 14] = [
+        Duration::from_micros(20),
+        Duration::from_micros(50),
+        Duration::from_micros(100),
+        Duration::from_micros(250),
+        Duration::from_micros(500),
+        Duration::from_millis(1),
+        Duration::from_micros(2500),
+        Duration::from_millis(5),
+        Duration::from_millis(10),
+        Duration::from_millis(25),
+        Duration::from_millis(50),
+        Duration::from_millis(100),
+        Duration::from_millis(500),
+        Duration::from_millis(2500),
+    ];
+
+    pub(super) fn add(&mut self, time: Duration) {
+        self.nums[StepTimes::BOUNDS.partition_point(|bound| *bound < time)] += 1;
+        self.total += time;
+    }
+}
+
 impl WorkCounts {
     /// Counts the last event of a request.
     pub(super) fn count(&mut self, last: &Event) {
@@ -167,6 +205,8 @@ impl Shared {
             num_waiting_tokens: 0,
             num_running: 0,
             counts: WorkCounts::default(),
+            status: EngineStatus::default(),
+            step_times: StepTimes::default(),
             last_beat: Instant::now(),
         };
         let inbox = Inbox {
@@ -174,6 +214,7 @@ impl Shared {
             deadline: None,
             submitted: Vec::new(),
             calls: Vec::new(),
+            last_call: None,
             stats,
             is_over: false,
         };
@@ -221,6 +262,15 @@ impl Shared {
             EngineState::Stopped | EngineState::Dead(_) => return Err(inbox.state.error()),
         }
         self.work.notify_one();
+        Ok(())
+    }
+
+    pub(super) fn set_last_call(&self, call: Call) -> Result<(), Error> {
+        let mut inbox = self.lock();
+        match inbox.state {
+            EngineState::Running | EngineState::Draining => inbox.last_call = Some(call),
+            EngineState::Stopped | EngineState::Dead(_) => return Err(inbox.state.error()),
+        }
         Ok(())
     }
 

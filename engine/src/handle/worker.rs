@@ -9,7 +9,9 @@ use std::time::Instant;
 
 use crate::engine::Engine;
 use crate::error::Error;
-use crate::handle::shared::{Call, EngineState, Inbox, LiveRequest, Shared, Submitted, WorkCounts};
+use crate::handle::shared::{
+    Call, EngineState, Inbox, LiveRequest, Shared, StepTimes, Submitted, WorkCounts,
+};
 use crate::handle::stream::Event;
 use crate::request::{FinishReason, RequestId, RequestOutput};
 
@@ -19,6 +21,7 @@ pub(super) struct Worker {
     shared: Arc<Shared>,
     live: BTreeMap<RequestId, LiveRequest>,
     counts: WorkCounts,
+    step_times: StepTimes,
     /// Requests that no longer wait, and the tokens of their prompts, since the last publication.
     num_started: usize,
     num_started_tokens: usize,
@@ -44,6 +47,7 @@ impl Worker {
             shared,
             live: BTreeMap::new(),
             counts: WorkCounts::default(),
+            step_times: StepTimes::default(),
             num_started: 0,
             num_started_tokens: 0,
             num_running: 0,
@@ -77,6 +81,10 @@ impl Worker {
                 self.cancel(is_late);
             }
             if is_draining && self.live.is_empty() {
+                let last_call = self.shared.lock().last_call.take();
+                if let Some(call) = last_call {
+                    call(&mut self.engine);
+                }
                 return Ok(());
             }
             self.step()?;
@@ -106,6 +114,8 @@ impl Worker {
         inbox.stats.num_waiting_tokens -= mem::take(&mut self.num_started_tokens);
         inbox.stats.num_running = self.num_running;
         inbox.stats.counts = self.counts;
+        inbox.stats.status = self.engine.status();
+        inbox.stats.step_times = self.step_times;
     }
 
     fn add_submitted(&mut self) {
@@ -142,7 +152,9 @@ impl Worker {
     fn step(&mut self) -> Result<(), Error> {
         if !self.engine.is_idle() {
             self.counts.num_steps += 1;
+            let start = Instant::now();
             let result = self.engine.step(&mut self.outputs);
+            self.step_times.add(start.elapsed());
             let mut outputs = mem::take(&mut self.outputs);
             outputs.drain(..).for_each(|output| self.deliver(output));
             self.outputs = outputs;

@@ -125,7 +125,7 @@ pub struct RopeArgs {
 }
 
 /// The rows of one sequence in a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SequenceSpan {
     pub first_row: u32,
     pub num_rows: u32,

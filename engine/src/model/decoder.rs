@@ -5,7 +5,7 @@ use std::ops::Range;
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::{DType, LinearRole, ModelShape};
 
-use crate::backend::{Backend, RowsKind, Step};
+use crate::backend::{Backend, KernelUsage, RowsKind, Step};
 use crate::batch::{Batch, BatchLimits};
 use crate::config::Progress;
 use crate::error::Error;
@@ -243,6 +243,11 @@ impl<B: Backend> Decoder<B> {
         &mut self.backend
     }
 
+    /// See [`Backend::kernel_usage`].
+    pub fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error> {
+        self.backend.kernel_usage()
+    }
+
     /// Bytes held by weights.
     pub fn weights_bytes(&self) -> usize {
         self.backend.weights_bytes()
@@ -315,6 +320,7 @@ pub trait AnyDecoder: Send {
     fn head(&mut self, select: &[u32]);
     fn logit_stats(&mut self, stats: &mut [LogitStats]);
     fn logits(&mut self, rows: Range<usize>) -> &[f32];
+    fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error>;
     fn weights_bytes(&self) -> usize;
     fn kv_cache_bytes(&self) -> usize;
     fn page_bytes(&self) -> usize;
@@ -356,6 +362,10 @@ where
 
     fn logits(&mut self, rows: Range<usize>) -> &[f32] {
         Decoder::logits(self, rows)
+    }
+
+    fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error> {
+        Decoder::kernel_usage(self)
     }
 
     fn weights_bytes(&self) -> usize {

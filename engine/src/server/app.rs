@@ -8,8 +8,10 @@ use tokio::sync::Semaphore;
 use super::drain::Lifecycle;
 use super::error::ApiError;
 use super::json::Bodies;
+use super::language::Language;
 use super::metrics::Metrics;
 use super::options::ServerOptions;
+use super::sessions::Claims;
 use super::workers::Workers;
 use crate::engine::Engine;
 use crate::error::Error;
@@ -24,6 +26,10 @@ pub struct App {
     pub metrics: Metrics,
     pub workers: Workers,
     pub lifecycle: Lifecycle,
+    /// What the model's tokenizer and template say.
+    pub language: Arc<Language>,
+    /// The sessions that requests work on.
+    pub sessions: Claims,
     pub(super) bodies: Bodies,
     /// Threads that wait for the engine between two steps.
     calls: Arc<Semaphore>,
@@ -85,10 +91,12 @@ impl App {
         )?;
         Ok(App {
             handle,
-            model,
             metrics,
             workers,
             lifecycle: Lifecycle::default(),
+            language: Arc::new(Language::new(&model.tokenizer, model.vocab_size)),
+            sessions: Claims::default(),
+            model,
             bodies: Bodies::new(limits.body_bytes_max, limits.all_bodies_bytes_max),
             calls: Arc::new(Semaphore::new(CALLS_MAX)),
             options,

@@ -141,14 +141,17 @@ async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, ticket:
     let app = &ticket.app;
     let activity = Arc::new(Activity::default());
     let io = WatchedStream::new(stream, Arc::clone(app), Arc::clone(&activity));
+    let for_bodies = Arc::clone(app);
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let mut router = router.clone();
         let tracker = activity.begin();
         let mut request: Request = request.map(Body::new);
         request.extensions_mut().insert(Peer(peer));
+        let app = Arc::clone(&for_bodies);
         async move {
             let response = router.call(request).await?;
-            Ok::<_, std::convert::Infallible>(response.map(|body| TrackedBody::new(body, tracker)))
+            let track = |body| TrackedBody::new(body, app, tracker);
+            Ok::<_, std::convert::Infallible>(response.map(track))
         }
     });
     let limits = &app.options.limits;

@@ -9,8 +9,10 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder, text,
+    DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder,
+    NoLabelSet, text,
 };
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
@@ -21,7 +23,7 @@ use prometheus_client::registry::{Registry, Unit};
 use super::app::{App, ServedModel};
 use super::workers::Work;
 use super::{Access, Route};
-use crate::handle::EngineHandle;
+use crate::handle::{EngineHandle, StepTimes};
 
 /// Counters, gauges and histograms of one server. Clones count into the same ones.
 #[derive(Clone)]
@@ -441,11 +443,17 @@ impl fmt::Debug for EngineCollector {
 impl Collector for EngineCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let stats = self.handle.stats();
-        let counts = stats.counts;
+        let (counts, pages) = (stats.counts, stats.status.pages);
+        let num_pages = pages.free + pages.active + pages.cached;
         let gauges: &[(&str, &str, i64)] = &[
             ("bespoke_engine_running", "Requests with a first token", stats.num_running as i64),
             ("bespoke_engine_waiting", "Requests without one", stats.num_waiting as i64),
             ("bespoke_queue_tokens", "Tokens of prompts", stats.num_waiting_tokens as i64),
+            ("bespoke_sessions", "Sessions", stats.status.num_sessions as i64),
+            ("bespoke_pages_free", "Pages without content", pages.free as i64),
+            ("bespoke_pages_used", "Pages of running requests", pages.active as i64),
+            ("bespoke_pages_cached", "Pages that may be used again", pages.cached as i64),
+            ("bespoke_pages_total", "Pages of the KV cache", num_pages as i64),
             ("vllm:num_requests_running", "As in vLLM", stats.num_running as i64),
             ("vllm:num_requests_waiting", "As in vLLM", stats.num_waiting as i64),
         ];
@@ -461,6 +469,7 @@ impl Collector for EngineCollector {
             ("bespoke_engine_refused", "Requests not possible", counts.num_refused),
             ("bespoke_engine_died", "Requests lost with the engine", counts.num_died),
             ("bespoke_engine_steps", "Forward passes", counts.num_steps),
+            ("bespoke_preemptions", "Answers that gave way", stats.status.num_preemptions),
             ("bespoke_nan_rows", "Answers without finite logits", counts.num_failed),
         ];
         for (name, help, value) in counters {
@@ -468,8 +477,23 @@ impl Collector for EngineCollector {
             let kind = counter.metric_type();
             counter.encode(encoder.encode_descriptor(name, help, None, kind)?)?;
         }
-        Ok(())
+        let usage = ConstGauge::new(pages.active as f64 / num_pages.max(1) as f64);
+        let kind = usage.metric_type();
+        let name = "vllm:kv_cache_usage_perc";
+        usage.encode(encoder.encode_descriptor(name, "As in vLLM, 0 to 1", None, kind)?)?;
+        encode_steps(&mut encoder, &stats.step_times)
     }
+}
+
+/// Step times as a histogram.
+fn encode_steps(encoder: &mut DescriptorEncoder<'_>, times: &StepTimes) -> Result<(), fmt::Error> {
+    let bounds = StepTimes::BOUNDS.iter().map(Duration::as_secs_f64).chain([f64::INFINITY]);
+    let buckets: Vec<(f64, u64)> = bounds.zip(times.nums).collect();
+    let (name, help) = ("bespoke_step_time", "Forward passes");
+    let kind = MetricType::Histogram;
+    let mut metric = encoder.encode_descriptor(name, help, Some(&Unit::Seconds), kind)?;
+    let num = times.nums.iter().sum();
+    metric.encode_histogram::<NoLabelSet>(times.total.as_secs_f64(), num, &buckets, None)
 }
 
 /// `/metrics`.

@@ -7,21 +7,37 @@
 
 pub mod app;
 pub mod auth;
+mod chat;
+mod completions;
+mod dashboard;
 pub mod drain;
 pub mod error;
+mod generation;
 mod guard;
 pub mod health;
+mod interactive;
 pub mod json;
+mod language;
 mod listener;
 mod log;
+mod messages;
 pub mod metrics;
+mod models;
+#[allow(unused_qualifications, reason = "utoipa writes whole paths")]
+pub mod openai;
+mod openapi;
 pub mod options;
+pub mod page;
+mod session_store;
+mod sessions;
+mod stream;
+mod tokens;
 pub mod workers;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::handler::Handler;
@@ -102,7 +118,26 @@ impl Route {
 
 /// Every route of the server.
 pub fn routes() -> Vec<Route> {
-    [health::routes(), metrics::routes()].into_iter().flatten().collect()
+    let all = [
+        chat::routes(),
+        completions::routes(),
+        dashboard::routes(),
+        health::routes(),
+        interactive::routes(),
+        metrics::routes(),
+        models::routes(),
+        openapi::routes(),
+        page::routes(),
+        sessions::routes(),
+        tokens::routes(),
+    ];
+    all.into_iter().flatten().collect()
+}
+
+/// Seconds of the Unix epoch.
+fn unix_seconds() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since_epoch.map_or(0, |time| time.as_secs())
 }
 
 /// The server's routes behind their guards, without sockets.
@@ -146,6 +181,9 @@ impl Server {
         routes: Vec<Route>,
     ) -> Result<Server, Error> {
         let app = Arc::new(App::new(handle, model, options)?);
+        if let Some(dir) = &app.options.session_dir {
+            session_store::keep(&app, dir)?;
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(app.options.limits.io_threads)
             .thread_name("server")
@@ -171,6 +209,7 @@ impl Server {
         drop(entered);
         let ending = Arc::new(Ending::default());
         supervise(&app, &ending, connections)?;
+        runtime.spawn(session_store::expire(Arc::clone(&app)));
         runtime.spawn(watch_steps(Arc::clone(&app), Arc::clone(&ending)));
         Ok(Server { app, address, metrics_address, ending, runtime: Some(runtime) })
     }

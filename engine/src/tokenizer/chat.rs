@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde_json::{Map, Value as Json};
 
 use super::{json, read_limited, strftime};
+use crate::answer::AnswerFormat;
 use crate::error::Error;
 
 /// Largest template that is read; the largest in common use take 30 KiB.
@@ -26,6 +27,27 @@ const FUEL_PER_MESSAGE: u64 = 1_000;
 
 const RECURSION_MAX: usize = 128;
 const MESSAGES_MAX: usize = 1 << 16;
+
+/// Most variables that a request may set.
+const KWARGS_MAX: usize = 64;
+
+/// Variables and functions that a request cannot set, and arguments of Hugging Face's function that
+/// are no variables.
+const RESERVED: [&str; 13] = [
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "conversation",
+    "chat_template",
+    "tokenize",
+    "raise_exception",
+    "strftime_now",
+    "namespace",
+    "range",
+    "dict",
+];
 
 /// A message of a chat. Fields beyond role and content reach the template as they are.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -45,6 +67,8 @@ pub struct ChatOptions {
     pub tools: Json,
     /// The time that `strftime_now` tells, in UTC.
     pub now: SystemTime,
+    /// Further variables of the template, such as `enable_thinking`.
+    pub kwargs: Map<String, Json>,
 }
 
 /// A compiled chat template.
@@ -153,8 +177,16 @@ impl ChatTemplate {
         Ok(ChatTemplate { environment, tokens })
     }
 
-    /// The prompt of a chat.
+    /// How answers to prompts of this template write tool calls and reasoning.
+    pub fn answer_format(&self) -> AnswerFormat {
+        let template = self.environment.get_template("chat");
+        template.map(|template| AnswerFormat::detect(template.source())).unwrap_or_default()
+    }
+
+    /// The text of a chat's prompt; `Tokenizer::render_chat` keeps special tokens in messages from
+    /// becoming control tokens.
     pub fn render(&self, messages: &[Message], options: &ChatOptions) -> Result<String, Error> {
+        self.check_kwargs(&options.kwargs)?;
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(FUEL + FUEL_PER_MESSAGE * messages.len() as u64));
         let now = options.now;
@@ -163,12 +195,14 @@ impl ChatTemplate {
             strftime::format(format, seconds)
                 .map_err(|message| minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
+        let mut named = options.kwargs.clone();
+        named.extend(self.tokens.clone());
         let variables = context! {
             messages => Serde(messages),
             add_generation_prompt => options.add_generation_prompt,
             tools => Serde(&options.tools),
             documents => (),
-            ..Value::from(Serde(&self.tokens))
+            ..Value::from(Serde(&named))
         };
         let mut output = LimitedText(Vec::new());
         let fail = |error| Error::Request(describe(&error));
@@ -184,6 +218,24 @@ impl ChatTemplate {
         })?;
         String::from_utf8(output.0)
             .map_err(|_| Error::Request("chat template: the text is not valid UTF-8".into()))
+    }
+}
+
+impl ChatTemplate {
+    fn check_kwargs(&self, kwargs: &Map<String, Json>) -> Result<(), Error> {
+        if kwargs.len() > KWARGS_MAX {
+            return Err(Error::Request(format!(
+                "chat_template_kwargs: {} variables; at most {KWARGS_MAX} are possible",
+                kwargs.len()
+            )));
+        }
+        let is_reserved = |name: &str| RESERVED.contains(&name) || self.tokens.contains_key(name);
+        match kwargs.keys().find(|name| is_reserved(name)) {
+            Some(name) => Err(Error::Request(format!(
+                "chat_template_kwargs: {name:?} cannot be set; leave it out"
+            ))),
+            None => Ok(()),
+        }
     }
 }
 

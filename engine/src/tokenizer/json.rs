@@ -3,6 +3,8 @@
 
 use serde_json::Value;
 
+use super::prompt::MARKS;
+
 /// Widest indentation of one level.
 pub(super) const INDENT_MAX: usize = 16;
 
@@ -86,7 +88,8 @@ fn write_string(text: &str, style: Style, out: &mut String) {
             '\u{8}' => out.push_str("\\b"),
             '\u{c}' => out.push_str("\\f"),
             char if char < ' ' => out.push_str(&format!("\\u{:04x}", char as u32)),
-            char if style.ensure_ascii && !char.is_ascii() => {
+            // NOTE: marks have to be found again in the prompt.
+            char if style.ensure_ascii && !char.is_ascii() && !MARKS.contains(&char) => {
                 for unit in char.encode_utf16(&mut [0; 2]) {
                     out.push_str(&format!("\\u{unit:04x}"));
                 }

@@ -3,6 +3,7 @@
 pub mod chat;
 mod check;
 mod json;
+pub mod prompt;
 pub mod stream;
 mod strftime;
 pub mod vocabulary;
@@ -13,12 +14,13 @@ use std::fs;
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::Value;
 
 use crate::error::Error;
 use chat::ChatTemplate;
+use prompt::SpecialToken;
 
 /// Largest `tokenizer.json` that is read. The largest in common use, of vocabularies with a quarter
 /// of a million tokens, take 35 MiB.
@@ -38,6 +40,9 @@ pub enum SpecialTokens {
 /// and `generation_config.json` add to it.
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
+    /// The same, for which special tokens are text; made when it is first needed.
+    plain: OnceLock<tokenizers::Tokenizer>,
+    specials: Vec<SpecialToken>,
     path: PathBuf,
     /// One more than the largest token id.
     num_ids: usize,
@@ -53,6 +58,8 @@ impl Tokenizer {
             Error::model(&path, "the file is missing; the model has no tokenizer")
         })?;
         let inner = Arc::new(parse(&path, &bytes)?);
+        let specials =
+            prompt::special_tokens(&inner).map_err(|reason| Error::model(&path, reason))?;
         let config = read_object(&dir.join("tokenizer_config.json"))?;
         let generation = read_object(&dir.join("generation_config.json"))?;
         let num_ids = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
@@ -69,7 +76,8 @@ impl Tokenizer {
         }
         let eos_ids = eos_ids.into_iter().collect();
         let chat_template = ChatTemplate::load(dir, config.as_ref())?;
-        Ok(Tokenizer { inner, path, num_ids, eos_ids, chat_template })
+        let plain = OnceLock::new();
+        Ok(Tokenizer { inner, plain, specials, path, num_ids, eos_ids, chat_template })
     }
 
     /// Reads the tokenizer of `dir`, or `None` where the folder has no `tokenizer.json`.
@@ -115,7 +123,8 @@ impl Tokenizer {
         self.inner.token_to_id(text)
     }
 
-    /// The token ids of `text`. Special tokens spelled out in the text become their ids.
+    /// The token ids of `text`. Special tokens spelled out in the text become their ids; chats are
+    /// for [`Tokenizer::encode_prompt`].
     pub fn encode(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>, Error> {
         let add = special == SpecialTokens::Add;
         let encoding = self.contain("encode this text", || self.inner.encode_fast(text, add))?;

@@ -21,6 +21,8 @@ const CHARACTER_IDS_MAX: usize = 3;
 /// text in another way than the following ones.
 pub struct TextStream {
     tokenizer: Arc<Tokenizer>,
+    /// Special tokens that are text here, by id.
+    shown: Vec<(u32, String)>,
     window: Vec<u32>,
     /// Ids of the window whose text was all given out.
     num_done: usize,
@@ -30,11 +32,29 @@ pub struct TextStream {
 
 impl TextStream {
     pub fn new(tokenizer: Arc<Tokenizer>) -> TextStream {
-        TextStream { tokenizer, window: Vec::new(), num_done: 0, given: String::new() }
+        TextStream {
+            tokenizer,
+            shown: Vec::new(),
+            window: Vec::new(),
+            num_done: 0,
+            given: String::new(),
+        }
+    }
+
+    /// As [`TextStream::new`], but with those of `markers` that are special tokens as text. Others
+    /// are text anyway.
+    pub fn showing(tokenizer: Arc<Tokenizer>, markers: &[&str]) -> TextStream {
+        let find = |marker: &&str| Some((tokenizer.token_id(marker)?, (*marker).to_owned()));
+        let shown = markers.iter().filter_map(find).collect();
+        TextStream { shown, ..TextStream::new(tokenizer) }
     }
 
     /// The text that `id` completes; empty while a character is incomplete.
     pub fn push(&mut self, id: u32) -> Result<String, Error> {
+        if let Some((_, marker)) = self.shown.iter().find(|(shown, _)| *shown == id) {
+            let marker = marker.clone();
+            return Ok(self.flush()? + &marker);
+        }
         self.window.push(id);
         let text = self.tokenizer.decode(&self.window)?;
         let whole = text.trim_end_matches(char::REPLACEMENT_CHARACTER);

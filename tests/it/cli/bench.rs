@@ -183,7 +183,7 @@ fn refuses_what_makes_no_sense() {
     let usage = |more: &[&str], expect| {
         check_error(&args(&[], model, more), Exit::WrongUsage, expect);
     };
-    usage(&["--mode", "serving"], "'serving'");
+    usage(&["--mode", "guess"], "'guess'");
     usage(&["--concurrency", "1,0"], "0 is not in 1..=4096");
     usage(&["--concurrency", "1,x"], "'x'");
     usage(&["--prompt-tokens", "0"], "0 is not in");
@@ -191,7 +191,10 @@ fn refuses_what_makes_no_sense() {
     let check = |mode: &[&str], more: &[&str], expect| {
         check_error(&args(mode, model, more), Exit::Failed, expect);
     };
-    check(&LATENCY, &["--requests", "3"], "--requests has a meaning with --mode throughput only");
+    let expected = "--requests has a meaning with --mode throughput or serving only";
+    check(&LATENCY, &["--requests", "3"], expected);
+    check(&LATENCY, &["--url", "http://[::1]:1"], "--url has a meaning with --mode serving only");
+    check(&["--mode", "serving"], &[], "--mode serving needs --url");
     check(&LATENCY, &["--trace", "f"], "--trace has");
     check(&THROUGHPUT, &["--rounds", "3"], "--rounds has a meaning with --mode latency only");
     let uneven = ["--prompt-tokens", "1,2,3", "--max-tokens", "4,5"];

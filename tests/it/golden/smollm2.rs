@@ -14,7 +14,7 @@ use bespoke::request::{Request, RequestId, RequestOutput};
 use bespoke::tokenizer::chat::{ChatOptions, parse_messages};
 use bespoke::tokenizer::{SpecialTokens, Tokenizer};
 use bespoke_kernel_gen::spec::{ActivationType, GroupSize, KvDType};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::golden_dir;
 
@@ -110,7 +110,8 @@ fn prompts_have_their_ids() {
                 let messages = parse_messages(&case["messages"].to_string()).unwrap();
                 let template = tokenizer.chat_template().unwrap();
                 let (tools, now) = (Value::Null, SystemTime::UNIX_EPOCH);
-                let options = ChatOptions { add_generation_prompt: true, tools, now };
+                let options =
+                    ChatOptions { add_generation_prompt: true, tools, now, kwargs: Map::new() };
                 let found = template.render(&messages, &options).unwrap();
                 assert_eq!(&found, rendered);
                 rendered

@@ -3,9 +3,11 @@
 
     tests/server/python/run.py client     the official openai client, live, against SmolLM2
     tests/server/python/run.py openapi    schemathesis, against the served /openapi.json
+    tests/server/python/run.py browser    the web chat and the dashboard, in a headless Chromium
 
-Both make a virtual environment below target/, start `bespoke serve` on free ports of 127.0.0.1,
-and stop it. `client` takes names of tests (test_stop, test_stop.StopTest) to run those alone.
+All make a virtual environment below target/, start `bespoke serve` on free ports of 127.0.0.1,
+and stop it. `client` and `browser` take names of tests (test_stop, test_stop.StopTest) to run those
+alone. Without a Chromium `browser` is skipped, and fails if BESPOKE_REQUIRE_BROWSER is set.
 """
 
 import argparse
@@ -31,8 +33,8 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("suite", choices=["client", "openapi"])
-    parser.add_argument("names", nargs="*", help="tests of the client to run, default all")
+    parser.add_argument("suite", choices=["client", "openapi", "browser"])
+    parser.add_argument("names", nargs="*", help="tests of client or browser to run, default all")
     parser.add_argument("--binary", type=pathlib.Path, default=ROOT / "target/release/bespoke")
     parser.add_argument("--model", type=pathlib.Path, help="model folder, default SmolLM2 as int4")
     parser.add_argument("--max-examples", type=int, default=100, help="cases a route, for openapi")
@@ -65,29 +67,51 @@ def model_folder(chosen):
     return folder
 
 
-def run_client(options):
-    """The suite of the openai client; 0 where all is well."""
+def prepare(options):
+    """What the suites learn from the environment."""
     os.environ["BESPOKE_BINARY"] = str(options.binary.resolve())
     os.environ["BESPOKE_MODEL_FOLDER"] = str(model_folder(options.model))
     # NOTE: a proxy of the environment would get what is meant for the server.
     os.environ["NO_PROXY"] = "127.0.0.1"
+
+
+def run_client(options):
+    """The suite of the openai client; 0 where all is well."""
+    prepare(options)
     from openai_client import serving
 
+    return run_suite("openai client", "openai_client", options.names, serving.stop_all)
+
+
+def run_browser(options):
+    """The suite of the pages; 0 where all is well, or where there is no browser."""
+    prepare(options)
+    from browser import pages
+
+    missing = pages.missing_browser()
+    if missing:
+        print(f"skipped: {missing}")
+        return 1 if os.environ.get("BESPOKE_REQUIRE_BROWSER") else 0
+    return run_suite("browser", "browser", options.names, pages.stop_all)
+
+
+def run_suite(title, package, names, stop_all):
+    """The tests of a package, or those named; `stop_all` ends servers and tells their problems."""
     loader = unittest.defaultTestLoader
-    if options.names:
-        tests = loader.loadTestsFromNames([f"openai_client.{name}" for name in options.names])
+    if names:
+        tests = loader.loadTestsFromNames([f"{package}.{name}" for name in names])
     else:
-        tests = loader.discover(str(HERE / "openai_client"), top_level_dir=str(HERE))
+        tests = loader.discover(str(HERE / package), top_level_dir=str(HERE))
     begin = time.monotonic()
     try:
-        result = unittest.TextTestRunner(verbosity=1, durations=5).run(tests)
+        result = unittest.TextTestRunner(verbosity=1).run(tests)
     finally:
-        problems = serving.stop_all()
+        problems = stop_all()
     for problem in problems:
         print(f"\n{problem}", file=sys.stderr)
     passed = result.testsRun - len({test.id() for test, _ in result.failures + result.errors})
     seconds = time.monotonic() - begin
-    print(f"openai client: {passed} of {result.testsRun} cases passed in {seconds:.0f} s")
+    print(f"{title}: {passed} of {result.testsRun} cases passed in {seconds:.0f} s")
     return 0 if result.wasSuccessful() and not problems else 1
 
 
@@ -135,7 +159,8 @@ def main():
     options = arguments()
     enter_venv()
     sys.path.insert(0, str(HERE))
-    sys.exit(run_client(options) if options.suite == "client" else run_openapi(options))
+    suites = {"client": run_client, "openapi": run_openapi, "browser": run_browser}
+    sys.exit(suites[options.suite](options))
 
 
 main()

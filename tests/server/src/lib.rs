@@ -2,7 +2,8 @@
 
 pub mod client;
 pub mod metrics;
-mod tokenizer;
+pub mod process;
+pub mod tokenizer;
 
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use bespoke::handle::{EngineHandle, HandleLimits};
 use bespoke::kernels::KernelTable;
 use bespoke::server::{Route, ServedModel, Server, ServerOptions, routes};
 
-pub use client::{Answer, Client};
+pub use client::{Answer, Client, Reader};
 pub use tokenizer::{END, VOCAB, tokenizer};
 
 /// The name of the model of [`Setup`].

@@ -16,16 +16,31 @@ use crate::kernels::{Kernel, KernelFn, KernelTable};
 /// An entry point, typed by its arguments.
 pub(super) type Run<A> = unsafe fn(&A, Share);
 
+/// A kernel's entry, and its place in [`Kernels::used`].
+pub(super) struct Entry<A> {
+    pub(super) run: Run<A>,
+    pub(super) idx: usize,
+}
+
+// NOTE: derived, these would ask the same of `A`.
+impl<A> Clone for Entry<A> {
+    fn clone(&self) -> Entry<A> {
+        *self
+    }
+}
+
+impl<A> Copy for Entry<A> {}
+
 /// One entry per row regime.
 #[derive(Clone, Copy)]
 pub(super) struct Regimes<A> {
-    one: Run<A>,
-    few: Run<A>,
-    many: Run<A>,
+    one: Entry<A>,
+    few: Entry<A>,
+    many: Entry<A>,
 }
 
 impl<A> Regimes<A> {
-    pub(super) fn of(&self, num_rows: usize) -> Run<A> {
+    pub(super) fn of(&self, num_rows: usize) -> Entry<A> {
         match num_rows {
             0 | 1 => self.one,
             2..=RowRegime::FEW_MAX => self.few,
@@ -64,16 +79,18 @@ pub(super) struct LinearKernels {
 pub(super) struct Kernels {
     pub(super) target: Target,
     pub(super) scratch_bytes: usize,
+    /// Every kernel that serves the model, once.
+    pub(super) used: Vec<&'static Kernel>,
     linears: Vec<(LinearRole, LinearKernels)>,
-    norms: Vec<(RowFormat, Run<RmsNormArgs>)>,
-    pub(super) embed: Run<EmbedArgs>,
-    pub(super) rope: Run<RopeArgs>,
-    pub(super) decode: Run<PagedAttentionArgs>,
-    pub(super) prefill: Run<PagedAttentionArgs>,
-    pub(super) silu_and_mul: Run<SiluAndMulArgs>,
+    norms: Vec<(RowFormat, Entry<RmsNormArgs>)>,
+    pub(super) embed: Entry<EmbedArgs>,
+    pub(super) rope: Entry<RopeArgs>,
+    pub(super) decode: Entry<PagedAttentionArgs>,
+    pub(super) prefill: Entry<PagedAttentionArgs>,
+    pub(super) silu_and_mul: Entry<SiluAndMulArgs>,
     /// Where attention's rows must become int8.
-    pub(super) quantize: Option<Run<QuantizeArgs>>,
-    pub(super) sample: Run<SampleArgs>,
+    pub(super) quantize: Option<Entry<QuantizeArgs>>,
+    pub(super) sample: Entry<SampleArgs>,
 }
 
 const ROLES: [LinearRole; 5] =
@@ -85,7 +102,7 @@ impl Kernels {
         &self.linears.iter().find(|(found, _)| *found == role).expect("all roles have kernels").1
     }
 
-    pub(super) fn norm(&self, rows: RowFormat) -> Run<RmsNormArgs> {
+    pub(super) fn norm(&self, rows: RowFormat) -> Entry<RmsNormArgs> {
         // The norms of all roles' row formats are looked up in `find`.
         self.norms.iter().find(|(found, _)| *found == rows).expect("all formats have norms").1
     }
@@ -97,7 +114,8 @@ impl Kernels {
         target: Target,
         options: &CpuOptions,
     ) -> Result<Kernels, Error> {
-        let mut lookup = Lookup { table, target, missing: Vec::new(), scratch_bytes: 0 };
+        let mut lookup =
+            Lookup { table, target, missing: Vec::new(), scratch_bytes: 0, used: Vec::new() };
         let mut linears = Vec::new();
         let mut norms = Vec::new();
         for role in ROLES {
@@ -118,6 +136,7 @@ impl Kernels {
         Ok(Kernels {
             target,
             scratch_bytes: lookup.scratch_bytes.max(64),
+            used: lookup.used,
             linears: linears.into_iter().map(|(role, l)| (role, l.expect(found))).collect(),
             norms: norms.into_iter().map(|(rows, norm)| (rows, norm.expect(found))).collect(),
             embed: small.embed.expect(found),
@@ -132,85 +151,71 @@ impl Kernels {
 }
 
 struct SmallOps {
-    embed: Option<Run<EmbedArgs>>,
-    rope: Option<Run<RopeArgs>>,
-    decode: Option<Run<PagedAttentionArgs>>,
-    prefill: Option<Run<PagedAttentionArgs>>,
-    silu_and_mul: Option<Run<SiluAndMulArgs>>,
-    quantize: Option<Run<QuantizeArgs>>,
-    sample: Option<Run<SampleArgs>>,
+    embed: Option<Entry<EmbedArgs>>,
+    rope: Option<Entry<RopeArgs>>,
+    decode: Option<Entry<PagedAttentionArgs>>,
+    prefill: Option<Entry<PagedAttentionArgs>>,
+    silu_and_mul: Option<Entry<SiluAndMulArgs>>,
+    quantize: Option<Entry<QuantizeArgs>>,
+    sample: Option<Entry<SampleArgs>>,
 }
 
 impl SmallOps {
     fn find(lookup: &mut Lookup<'_>, shape: &ModelShape, options: &CpuOptions) -> SmallOps {
         let attention = shape.paged_attention_kernel(options.kv_dtype);
         let down_rows = shape.linear_rows(LinearRole::Down, options.activation);
-        let silu_and_mul =
+        let silu_and_mul_spec =
             KernelSpec::SiluAndMul { intermediate: shape.intermediate_size, out: down_rows };
-        let quantize = match shape.linear_rows(LinearRole::O, options.activation) {
+        let quantize_spec = match shape.linear_rows(LinearRole::O, options.activation) {
             RowFormat::F32 => None,
             RowFormat::I8 { group } => Some(KernelSpec::Quantize { k: shape.o.k, group }),
         };
-        let embed = KernelSpec::Embed { hidden: shape.hidden_size, dtype: shape.dtype };
+        let spec = KernelSpec::Embed { hidden: shape.hidden_size, dtype: shape.dtype };
+        let sample_spec = KernelSpec::Sample { vocab: shape.vocab_size };
         SmallOps {
-            embed: lookup.any(embed).map(|kernel| match kernel.run {
-                KernelFn::Embed(run) => run,
-                _ => mismatch(kernel),
-            }),
-            rope: lookup.any(shape.rope_kernel(options.kv_dtype)).map(|kernel| match kernel.run {
-                KernelFn::Rope(run) => run,
-                _ => mismatch(kernel),
-            }),
+            embed: lookup.any(spec).map(embed),
+            rope: lookup.any(shape.rope_kernel(options.kv_dtype)).map(rope),
             decode: lookup.regime(attention, RowRegime::One).map(paged_attention),
             prefill: lookup.regime(attention, RowRegime::Many).map(paged_attention),
-            silu_and_mul: lookup.any(silu_and_mul).map(|kernel| match kernel.run {
-                KernelFn::SiluAndMul(run) => run,
-                _ => mismatch(kernel),
-            }),
-            quantize: quantize.and_then(|spec| lookup.any(spec)).map(|kernel| match kernel.run {
-                KernelFn::Quantize(run) => run,
-                _ => mismatch(kernel),
-            }),
-            sample: lookup.any(KernelSpec::Sample { vocab: shape.vocab_size }).map(|kernel| {
-                match kernel.run {
-                    KernelFn::Sample(run) => run,
-                    _ => mismatch(kernel),
-                }
-            }),
+            silu_and_mul: lookup.any(silu_and_mul_spec).map(silu_and_mul),
+            quantize: quantize_spec.and_then(|spec| lookup.any(spec)).map(quantize),
+            sample: lookup.any(sample_spec).map(sample),
         }
     }
 }
 
-fn mismatch(kernel: &Kernel) -> ! {
-    panic!("kernel {} has the entry of another op: the kernel table is inconsistent", kernel.symbol)
+/// A kernel and its place in [`Kernels::used`].
+#[derive(Clone, Copy)]
+struct Found {
+    kernel: &'static Kernel,
+    idx: usize,
 }
 
-fn rms_norm(kernel: &'static Kernel) -> Run<RmsNormArgs> {
-    match kernel.run {
-        KernelFn::RmsNorm(run) => run,
-        _ => mismatch(kernel),
-    }
+/// Functions from a found kernel to its entry, typed by the op that each is named after.
+macro_rules! entries {
+    ($($op:ident: $variant:ident($args:ty);)*) => {
+        $(fn $op(found: Found) -> Entry<$args> {
+            match found.kernel.run {
+                KernelFn::$variant(run) => Entry { run, idx: found.idx },
+                _ => panic!(
+                    "kernel {} has the entry of another op: the kernel table is inconsistent",
+                    found.kernel.symbol
+                ),
+            }
+        })*
+    };
 }
 
-fn paged_attention(kernel: &'static Kernel) -> Run<PagedAttentionArgs> {
-    match kernel.run {
-        KernelFn::PagedAttention(run) => run,
-        _ => mismatch(kernel),
-    }
-}
-
-fn gemm(kernel: &'static Kernel) -> Run<GemmArgs> {
-    match kernel.run {
-        KernelFn::Gemm(run) => run,
-        _ => mismatch(kernel),
-    }
-}
-
-fn awq_gemm(kernel: &'static Kernel) -> Run<AwqGemmArgs> {
-    match kernel.run {
-        KernelFn::AwqGemm(run) => run,
-        _ => mismatch(kernel),
-    }
+entries! {
+    awq_gemm: AwqGemm(AwqGemmArgs);
+    embed: Embed(EmbedArgs);
+    gemm: Gemm(GemmArgs);
+    paged_attention: PagedAttention(PagedAttentionArgs);
+    quantize: Quantize(QuantizeArgs);
+    rms_norm: RmsNorm(RmsNormArgs);
+    rope: Rope(RopeArgs);
+    sample: Sample(SampleArgs);
+    silu_and_mul: SiluAndMul(SiluAndMulArgs);
 }
 
 /// Finds kernels and remembers those that are missing.
@@ -219,23 +224,28 @@ struct Lookup<'a> {
     target: Target,
     missing: Vec<String>,
     scratch_bytes: usize,
+    used: Vec<&'static Kernel>,
 }
 
 impl Lookup<'_> {
-    fn regime(&mut self, spec: KernelSpec, regime: RowRegime) -> Option<&'static Kernel> {
-        let kernel = self.table.find(&spec, regime, self.target);
-        match kernel {
-            Some(kernel) => self.scratch_bytes = self.scratch_bytes.max(kernel.scratch_bytes),
-            None => {
-                let config = KernelConfig::default_for(&spec, regime, self.target);
-                let variant = KernelVariant { spec, regime, target: self.target, config };
-                self.missing.push(variant.symbol());
-            }
-        }
-        kernel
+    fn regime(&mut self, spec: KernelSpec, regime: RowRegime) -> Option<Found> {
+        let Some(kernel) = self.table.find(&spec, regime, self.target) else {
+            let config = KernelConfig::default_for(&spec, regime, self.target);
+            let variant = KernelVariant { spec, regime, target: self.target, config };
+            self.missing.push(variant.symbol());
+            return None;
+        };
+        self.scratch_bytes = self.scratch_bytes.max(kernel.scratch_bytes);
+        // Layers of the same sizes share their kernels.
+        let idx = self.used.iter().position(|used| used.symbol == kernel.symbol);
+        let idx = idx.unwrap_or_else(|| {
+            self.used.push(kernel);
+            self.used.len() - 1
+        });
+        Some(Found { kernel, idx })
     }
 
-    fn any(&mut self, spec: KernelSpec) -> Option<&'static Kernel> {
+    fn any(&mut self, spec: KernelSpec) -> Option<Found> {
         self.regime(spec, RowRegime::Any)
     }
 
@@ -245,9 +255,9 @@ impl Lookup<'_> {
         let many = self.regime(spec, RowRegime::Many);
         let (one, few, many) = (one?, few?, many?);
         assert!(
-            one.cols == few.cols && few.cols == many.cols,
+            one.kernel.cols == few.kernel.cols && few.kernel.cols == many.kernel.cols,
             "the row regimes of {} want different panels",
-            one.symbol
+            one.kernel.symbol
         );
         let (weights, matmul) = match spec {
             KernelSpec::AwqGemm { k, group, .. } => {
@@ -262,7 +272,7 @@ impl Lookup<'_> {
             }
             _ => unreachable!("a linear is served by a matmul"),
         };
-        Some(LinearKernels { weights, cols: one.cols, rows, matmul })
+        Some(LinearKernels { weights, cols: one.kernel.cols, rows, matmul })
     }
 
     fn finish(&self, shape: &ModelShape) -> Result<(), Error> {

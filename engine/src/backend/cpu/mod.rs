@@ -2,10 +2,13 @@
 
 mod buffers;
 mod kernels;
+pub mod limits;
 pub mod memory;
+mod meter;
 mod ops;
 pub mod pack;
 pub mod team;
+pub mod work;
 
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::{ActivationType, DType, KvDType, LinearRole, ModelShape, RowFormat};
@@ -14,10 +17,13 @@ use bespoke_kernel_gen::target::Target;
 use buffers::Packed;
 pub use buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows};
 use kernels::Kernels;
+use limits::Limits;
 use memory::Memory;
+use meter::Meter;
 use pack::Panels;
 use team::Team;
 
+use crate::backend::KernelUsage;
 use crate::error::Error;
 use crate::kernels::KernelTable;
 use crate::model::linear::{DenseView, LinearSource};
@@ -44,7 +50,13 @@ pub struct CpuBackend {
     /// One per thread.
     scratch: Vec<Memory>,
     weights_bytes: usize,
+    meter: Meter,
+    /// Measured when they are first asked for.
+    limits: Option<Limits>,
 }
+
+/// Memory that is read to measure its rate: more than the caches of the machines we know hold.
+const STREAM_BYTES: usize = 192 << 20;
 
 /// Whether this machine has the instructions of `target`.
 pub fn is_available(target: Target) -> bool {
@@ -114,6 +126,7 @@ impl CpuBackend {
         let scratch = (0..num_threads)
             .map(|_| Memory::new(kernels.scratch_bytes, "kernel scratch"))
             .collect::<Result<_, _>>()?;
+        let meter = Meter::new(&kernels.used);
         Ok(CpuBackend {
             team,
             kernels,
@@ -122,11 +135,35 @@ impl CpuBackend {
             kv_dtype: options.kv_dtype,
             scratch,
             weights_bytes: 0,
+            meter,
+            limits: None,
         })
     }
 
     pub fn target(&self) -> Target {
         self.kernels.target
+    }
+
+    /// The kernels that steps have used, against what this machine can do.
+    fn usage(&mut self) -> Result<Vec<KernelUsage>, Error> {
+        let limits = match self.limits {
+            Some(limits) => limits,
+            None => *self.limits.insert(Limits::measure(&mut self.team, STREAM_BYTES)?),
+        };
+        let usage = |count: &meter::Count| {
+            let (nanoseconds, bound) = count.work.bound(&limits);
+            KernelUsage {
+                symbol: count.kernel.symbol,
+                op: count.kernel.spec.op(),
+                num_calls: count.num_calls,
+                seconds: count.nanoseconds as f64 * 1e-9,
+                limit_seconds: nanoseconds * 1e-9,
+                bound: bound.name(),
+                bytes: count.work.bytes() as u64,
+                ops: count.work.ops() as u64,
+            }
+        };
+        Ok(self.meter.counts().map(usage).collect())
     }
 
     fn pack(&mut self, role: LinearRole, source: &LinearSource<'_>) -> Result<Packed, Error> {

@@ -5,10 +5,11 @@ use std::ops::Range;
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape, RowFormat};
 
 use super::buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows, Packed};
-use super::kernels::{Matmul, Run};
+use super::kernels::{Entry, Matmul, Run};
 use super::memory::Memory;
+use super::work::Work;
 use super::{CpuBackend, team::Team};
-use crate::backend::{Backend, RowsKind};
+use crate::backend::{Backend, KernelUsage, RowsKind, Step};
 use crate::batch::{Batch, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::{
@@ -57,15 +58,28 @@ impl CpuBackend {
     ///
     /// # Safety
     /// As [`run_team`].
-    unsafe fn run_rows<A>(&mut self, num_rows: usize, run: Run<A>, args: &A) {
+    unsafe fn run_rows<A>(&mut self, num_rows: usize, entry: Entry<A>, args: &A) {
+        let start = self.meter.start();
         if num_rows == 1 {
             let share = Share { idx: 0, count: 1, scratch: self.scratch[0].ptr_mut() };
             // SAFETY: as the caller vouches.
-            unsafe { run(args, share) }
+            unsafe { (entry.run)(args, share) }
         } else {
             // SAFETY: as the caller vouches.
-            unsafe { run_team(&mut self.team, &mut self.scratch, run, args) }
+            unsafe { run_team(&mut self.team, &mut self.scratch, entry.run, args) }
         }
+        self.meter.stop(start, entry.idx, |kernel| Work::of(kernel, num_rows));
+    }
+
+    /// Runs a matmul on the team.
+    ///
+    /// # Safety
+    /// As [`run_team`].
+    unsafe fn run_matmul<A>(&mut self, num_rows: usize, entry: Entry<A>, args: &A) {
+        let start = self.meter.start();
+        // SAFETY: as the caller vouches.
+        unsafe { run_team(&mut self.team, &mut self.scratch, entry.run, args) }
+        self.meter.stop(start, entry.idx, |kernel| Work::of(kernel, num_rows));
     }
 
     fn norm_rows(
@@ -88,9 +102,9 @@ impl CpuBackend {
             eps: self.eps,
             out: out.rows_out(),
         };
-        let run = self.kernels.norm(out.format);
+        let entry = self.kernels.norm(out.format);
         // SAFETY: the buffers hold at least `num_rows` rows of the model's sizes.
-        unsafe { self.run_rows(num_rows, run, &args) }
+        unsafe { self.run_rows(num_rows, entry, &args) }
     }
 
     fn page_layer_bytes(&self) -> usize {
@@ -188,6 +202,19 @@ impl Backend for CpuBackend {
         }
     }
 
+    fn begin_step(&mut self, _: &Batch) -> Step {
+        self.meter.begin_step();
+        Step::Compute
+    }
+
+    fn end_step(&mut self) {
+        self.meter.end_step();
+    }
+
+    fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error> {
+        self.usage()
+    }
+
     fn embed(&mut self, table: &Memory, tokens: &[u32], out: &mut CpuRows) {
         assert!(tokens.len() <= out.rows_max);
         let vocab = self.shape.vocab_size;
@@ -201,9 +228,9 @@ impl Backend for CpuBackend {
             table: table.ptr(),
             out: out.data.ptr_mut(),
         };
-        let run = self.kernels.embed;
+        let entry = self.kernels.embed;
         // SAFETY: the tokens lie in the table, `out` holds their rows.
-        unsafe { self.run_rows(tokens.len(), run, &args) }
+        unsafe { self.run_rows(tokens.len(), entry, &args) }
     }
 
     fn rms_norm(
@@ -237,20 +264,19 @@ impl Backend for CpuBackend {
         assert!(x.k == shape.k && x.format == kernels.rows && out.width == shape.n);
         let (rows, x, out) = (num_rows, x.rows_in(), out.data.ptr_mut());
         let bias = weight.bias_ptr();
-        let (team, scratch) = (&mut self.team, &mut self.scratch[..]);
         match (&weight.packed, kernels.matmul) {
             (Packed::Dense { weight }, Matmul::Gemm(regimes)) => {
                 let weight = weight.ptr();
                 let args = GemmArgs { rows, x, weight, scales: std::ptr::null(), bias, out };
                 // SAFETY: sizes and formats were compared above, the weights packed for this
                 // kernel.
-                unsafe { run_team(team, scratch, regimes.of(rows), &args) }
+                unsafe { self.run_matmul(rows, regimes.of(rows), &args) }
             }
             (Packed::Int8 { weight, scales }, Matmul::Gemm(regimes)) => {
                 let args =
                     GemmArgs { rows, x, weight: weight.ptr(), scales: scales.ptr(), bias, out };
                 // SAFETY: as above.
-                unsafe { run_team(team, scratch, regimes.of(rows), &args) }
+                unsafe { self.run_matmul(rows, regimes.of(rows), &args) }
             }
             (Packed::Awq(awq), Matmul::AwqGemm(regimes)) => {
                 let args = AwqGemmArgs {
@@ -263,7 +289,7 @@ impl Backend for CpuBackend {
                     out,
                 };
                 // SAFETY: as above.
-                unsafe { run_team(team, scratch, regimes.of(rows), &args) }
+                unsafe { self.run_matmul(rows, regimes.of(rows), &args) }
             }
             _ => unreachable!("weights are packed for the kernel of their role"),
         }
@@ -296,9 +322,9 @@ impl Backend for CpuBackend {
             k_norm,
             eps: self.eps,
         };
-        let run = self.kernels.rope;
+        let entry = self.kernels.rope;
         // SAFETY: `check_batch` compared the batch with the cache.
-        unsafe { self.run_rows(batch.num_rows(), run, &args) }
+        unsafe { self.run_rows(batch.num_rows(), entry, &args) }
     }
 
     fn paged_attention(
@@ -322,14 +348,16 @@ impl Backend for CpuBackend {
             out: out.float.ptr_mut(),
         };
         let decode = batch.spans.iter().all(|span| span.num_rows == 1);
-        let run = if decode { self.kernels.decode } else { self.kernels.prefill };
+        let entry = if decode { self.kernels.decode } else { self.kernels.prefill };
+        let start = self.meter.start();
         // SAFETY: `rope` compared the batch with the cache in this layer.
-        unsafe { run_team(&mut self.team, &mut self.scratch, run, &args) }
-        if let (RowFormat::I8 { .. }, Some(run)) = (out.format, self.kernels.quantize) {
+        unsafe { run_team(&mut self.team, &mut self.scratch, entry.run, &args) }
+        self.meter.stop(start, entry.idx, |kernel| Work::of_attention(kernel, &batch.spans));
+        if let (RowFormat::I8 { .. }, Some(entry)) = (out.format, self.kernels.quantize) {
             let rows = batch.num_rows();
             let args = QuantizeArgs { rows, x: out.float.ptr(), out: out.rows_out() };
             // SAFETY: the rows were written by the attention kernel.
-            unsafe { self.run_rows(rows, run, &args) }
+            unsafe { self.run_rows(rows, entry, &args) }
         }
     }
 
@@ -338,18 +366,18 @@ impl Backend for CpuBackend {
         assert!(gate_up.width == 2 * out.k);
         let args =
             SiluAndMulArgs { rows: num_rows, gate_up: gate_up.data.ptr(), out: out.rows_out() };
-        let run = self.kernels.silu_and_mul;
+        let entry = self.kernels.silu_and_mul;
         // SAFETY: both buffers hold the rows.
-        unsafe { self.run_rows(num_rows, run, &args) }
+        unsafe { self.run_rows(num_rows, entry, &args) }
     }
 
     fn sample(&mut self, logits: &CpuRows, stats: &mut [LogitStats]) {
         assert!(stats.len() <= logits.rows_max && logits.width == self.shape.vocab_size);
         let args =
             SampleArgs { rows: stats.len(), logits: logits.data.ptr(), out: stats.as_mut_ptr() };
-        let run = self.kernels.sample;
+        let entry = self.kernels.sample;
         // SAFETY: both buffers hold the rows.
-        unsafe { self.run_rows(stats.len(), run, &args) }
+        unsafe { self.run_rows(stats.len(), entry, &args) }
     }
 
     fn read<'a>(&'a mut self, rows: Range<usize>, logits: &'a CpuRows) -> &'a [f32] {

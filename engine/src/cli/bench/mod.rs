@@ -3,6 +3,8 @@
 mod measurement;
 mod report;
 mod samples;
+#[cfg(feature = "server")]
+mod serving;
 mod workload;
 
 use std::path::PathBuf;
@@ -13,7 +15,7 @@ use clap::builder::RangedU64ValueParser;
 use serde::Serialize;
 
 use super::console::Console;
-use super::model::{ModelArgs, ModelFiles};
+use super::model::{ModelFiles, RunArgs};
 use super::progress::Meter;
 use crate::config::{EngineOptions, context_max};
 use crate::files::human_bytes;
@@ -25,16 +27,26 @@ use workload::{Lengths, Source, Workload};
 
 /// Measure latency and throughput under load
 ///
-/// Requests of pseudo-random tokens go straight to the engine; each answer has its full length.
+/// Requests of pseudo-random tokens go straight to the engine, or to a server; each answer has its
+/// full length.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Args {
+    /// Model folder, name of a cached model, or preset; for serving, the server's name of the model
+    /// [default: the first that it lists]
+    #[arg(long, short, value_name = "MODEL")]
+    #[cfg_attr(feature = "server", arg(required_unless_present = "url"))]
+    #[cfg_attr(not(feature = "server"), arg(required = true))]
+    model: Option<String>,
     #[command(flatten)]
-    model: ModelArgs,
+    run: RunArgs,
+    #[cfg(feature = "server")]
+    #[command(flatten)]
+    serving: serving::ServingArgs,
     /// What to measure
     #[arg(long, value_enum, default_value_t = Mode::Latency)]
     mode: Mode,
-    /// Requests at once; a list measures each [default: 1,16,32,64 for latency, 64 for throughput]
+    /// Requests at once; a list measures each [default: 1,16,32,64 for latency, 64 for others]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = count(CONCURRENCY_MAX))]
     concurrency: Vec<usize>,
     /// Tokens of a prompt; a list is paired with that of --max-tokens
@@ -46,13 +58,14 @@ pub(super) struct Args {
     /// latency: batches to measure, after one to warm up [default: 3]
     #[arg(long, value_name = "N", value_parser = count(COUNT_MAX))]
     rounds: Option<usize>,
-    /// throughput: how many requests [default: 200, or all of the trace]
+    /// throughput, serving: how many requests [default: 200, or all of the trace]
     #[arg(long, value_name = "N", value_parser = count(COUNT_MAX))]
     requests: Option<usize>,
-    /// throughput: lengths, one JSON object a line: {"prompt_tokens": 100, "max_tokens": 20}
+    /// throughput, serving: lengths, one JSON object a line: {"prompt_tokens": 100, "max_tokens":
+    /// 20}
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt_tokens", "max_tokens"])]
     trace: Option<PathBuf>,
-    /// throughput: tokens that all prompts have in common at their beginning
+    /// throughput, serving: tokens that all prompts have in common at their beginning
     #[arg(long, value_name = "N", value_parser = count(COUNT_MAX))]
     shared_prefix_tokens: Option<usize>,
     /// throughput: do not look for the beginnings of prompts in the KV cache
@@ -80,6 +93,8 @@ Examples:
   bespoke bench --model smollm2-135m --concurrency 1,8,32 --prompt-tokens 128 --max-tokens 128
   bespoke bench --model smollm2-135m --mode throughput --requests 100 --concurrency 32
   bespoke bench --model smollm2-135m --mode throughput --shared-prefix-tokens 256
+  bespoke bench --mode serving --url http://127.0.0.1:23333 --concurrency 1,16,64
+  bespoke bench --mode serving --url http://127.0.0.1:23333 --request-rate 4 --requests 500
 
 latency: a batch starts together and ends together; its prompts may take several steps where they
 are more than --max-batch-tokens. prompt_tokens_per_s counts up to the last first token of a batch,
@@ -87,8 +102,14 @@ decode_tokens_per_s from there on. Lengths unless given: 1 and 128, 128 and 128,
 and 128, 2048 and 2048 tokens, as far as the model's context holds them.
 throughput: a new request starts whenever one ends; rates count over the whole time. Lengths unless
 given are drawn as in chats, about 200 tokens for a prompt and 225 for an answer.
+serving: as throughput, by HTTP with streamed answers, behind one request to warm up. With
+--request-rate requests start at random times (a Poisson process) whether or not others have ended;
+--concurrency then bounds how many are under way. A request that fails is counted by the kind of its
+failure and not sent again. The exit code is 1 where the server went away or nothing succeeded.
 
-ttft: from handing a request over to its first token. tpot: between two tokens of a request.
+ttft: from handing a request over to its first token. tpot: between two tokens of a request (for
+serving, between two pieces of its text; request_tpot is the mean of one request behind its first
+token, e2e the time of a whole request).
 Percentiles are measured values (nearest rank), beyond a million values those of a fair choice.
 The JSON has the values of each point in `points`, and those of the last point at the top as well;
 prompt_tokens and max_tokens are means where lengths differ.";
@@ -100,13 +121,23 @@ enum Mode {
     Latency,
     /// A stream of requests
     Throughput,
+    /// A stream of requests to a server
+    #[cfg(feature = "server")]
+    Serving,
 }
+
+/// The modes that an option has a meaning with.
+#[cfg(feature = "server")]
+const STREAMS: &[Mode] = &[Mode::Throughput, Mode::Serving];
+#[cfg(not(feature = "server"))]
+const STREAMS: &[Mode] = &[Mode::Throughput];
+const ENGINE: &[Mode] = &[Mode::Latency, Mode::Throughput];
 
 const CONCURRENCY_MAX: u64 = 4096;
 const COUNT_MAX: u64 = 1_000_000;
 
 const CONCURRENCY_LATENCY: [usize; 4] = [1, 16, 32, 64];
-const CONCURRENCY_THROUGHPUT: [usize; 1] = [64];
+const CONCURRENCY_STREAM: [usize; 1] = [64];
 const ROUNDS: usize = 3;
 const REQUESTS: usize = 200;
 
@@ -120,13 +151,29 @@ const TOKENS: usize = 128;
 const BATCH_TOKENS: usize = 512;
 const BATCH_TOKENS_MAX: usize = 8192;
 
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Mode::Latency => "latency",
+            Mode::Throughput => "throughput",
+            #[cfg(feature = "server")]
+            Mode::Serving => "serving",
+        }
+    }
+}
+
 fn count(max: u64) -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..=max)
 }
 
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
     args.check()?;
-    let files = ModelFiles::open(&args.model.model, console)?;
+    #[cfg(feature = "server")]
+    if args.mode == Mode::Serving {
+        return serving::run(args, console);
+    }
+    let model = args.model.as_deref().context("--model is missing")?;
+    let files = ModelFiles::open(model, console)?;
     let bench = Bench { args, files: &files };
     let mut points = Vec::new();
     for source in args.sources(context_max(&files.config), console)? {
@@ -140,40 +187,44 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     }
     if args.json {
         let last = points.last().context("nothing was measured")?;
-        let (model, backend, seed) = (&args.model.model, last.backend, args.seed);
+        let (backend, seed) = (last.backend, args.seed);
         return console.print_json(&Report { model, backend, seed, last, points: &points });
     }
     if points.len() > 1 { console.print(&overview(&points)) } else { Ok(()) }
 }
 
 impl Args {
-    /// Refuses options of the other mode.
+    /// Refuses options of other modes.
     fn check(&self) -> anyhow::Result<()> {
-        let (other, options) = match self.mode {
-            Mode::Latency => (
-                "throughput",
-                &[
-                    ("--requests", self.requests.is_some()),
-                    ("--trace", self.trace.is_some()),
-                    ("--shared-prefix-tokens", self.shared_prefix_tokens.is_some()),
-                    ("--no-prefix-cache", self.no_prefix_cache),
-                ][..],
-            ),
-            Mode::Throughput => ("latency", &[("--rounds", self.rounds.is_some())][..]),
-        };
-        match options.iter().find(|(_, is_given)| *is_given) {
-            Some((name, _)) => {
-                bail!("{name} has a meaning with --mode {other} only; leave it out, or add that")
+        let mut options = vec![
+            ("--requests", self.requests.is_some(), STREAMS),
+            ("--trace", self.trace.is_some(), STREAMS),
+            ("--shared-prefix-tokens", self.shared_prefix_tokens.is_some(), STREAMS),
+            ("--no-prefix-cache", self.no_prefix_cache, &[Mode::Throughput][..]),
+            ("--rounds", self.rounds.is_some(), &[Mode::Latency][..]),
+            ("--num-pages", self.num_pages.is_some(), ENGINE),
+            ("--max-batch-tokens", self.max_batch_tokens.is_some(), ENGINE),
+            ("--chunk-tokens", self.chunk_tokens.is_some(), ENGINE),
+        ];
+        #[cfg(feature = "server")]
+        options.extend(
+            self.serving.given().map(|(name, is_given)| (name, is_given, &[Mode::Serving][..])),
+        );
+        for (name, is_given, modes) in options {
+            if is_given && !modes.contains(&self.mode) {
+                let modes: Vec<&str> = modes.iter().map(|mode| mode.name()).collect();
+                let modes = modes.join(" or ");
+                bail!("{name} has a meaning with --mode {modes} only; leave it out, or add that");
             }
-            None => Ok(()),
         }
+        Ok(())
     }
 
     fn concurrencies(&self) -> &[usize] {
         match self.mode {
             _ if !self.concurrency.is_empty() => &self.concurrency,
             Mode::Latency => &CONCURRENCY_LATENCY,
-            Mode::Throughput => &CONCURRENCY_THROUGHPUT,
+            _ => &CONCURRENCY_STREAM,
         }
     }
 
@@ -191,7 +242,7 @@ impl Args {
             pairs.iter().try_for_each(|lengths| lengths.check(context_max))?;
             return Ok(pairs.into_iter().map(Source::Fixed).collect());
         }
-        if self.mode == Mode::Throughput {
+        if STREAMS.contains(&self.mode) {
             return Ok(vec![Source::Chat]);
         }
         let mut sources = Vec::new();
@@ -234,7 +285,7 @@ impl Args {
                 let rows: usize = prompts.map(|lengths| lengths.prompt_tokens).sum();
                 rows.clamp(BATCH_TOKENS, BATCH_TOKENS_MAX)
             }
-            Mode::Throughput => BATCH_TOKENS,
+            _ => BATCH_TOKENS,
         };
         EngineOptions {
             max_sequences: concurrency,
@@ -294,7 +345,7 @@ impl Bench<'_> {
             num_shared: args.shared_prefix_tokens.unwrap_or(0),
         };
         let len_max = workload.lengths.iter().map(|lengths| lengths.total()).max().unwrap_or(0);
-        let defaults = files.options(&args.model.run, len_max, console);
+        let defaults = files.options(&args.run, len_max, console);
         let page_size = console.kernels.page_size;
         let options = args.options(defaults, &workload, concurrency, page_size);
         let (mut engine, _) = files.load_with(&options, console)?;

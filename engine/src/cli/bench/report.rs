@@ -62,7 +62,7 @@ pub(super) struct Setting {
 }
 
 /// `None` where there was nothing to count.
-fn rate(count: usize, time: Duration) -> Option<f64> {
+pub(super) fn rate(count: usize, time: Duration) -> Option<f64> {
     (count > 0).then(|| round(count as f64 / time.as_secs_f64().max(1e-9)))
 }
 
@@ -76,7 +76,7 @@ impl Point {
                 rate(num_prompt, measured.prompt_time),
                 rate(measured.num_decoded, elapsed.saturating_sub(measured.prompt_time)),
             ),
-            Mode::Throughput => (rate(num_prompt, elapsed), rate(num_output, elapsed)),
+            _ => (rate(num_prompt, elapsed), rate(num_output, elapsed)),
         };
         let mean = |total: usize| (total as f64 / num_requests.max(1) as f64).round() as usize;
         Point {
@@ -168,12 +168,12 @@ pub(super) fn overview(points: &[Point]) -> String {
     format!("\n{table}\n")
 }
 
-fn new_table(header: &[&str]) -> Table {
+pub(super) fn new_table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED).set_header(header);
     table
 }
 
-fn number(value: Option<f64>, decimals: usize) -> String {
+pub(super) fn number(value: Option<f64>, decimals: usize) -> String {
     value.map_or("-".to_owned(), |value| format!("{value:.decimals$}"))
 }

@@ -244,12 +244,13 @@ fn with_body(head: &str, error: &ApiError) -> String {
 /// An answer's body. The connection is busy until it is dropped; a panic breaks it off.
 pub(super) struct TrackedBody {
     body: Body,
+    app: Arc<App>,
     _request: ActiveRequest,
 }
 
 impl TrackedBody {
-    pub(super) fn new(body: Body, request: ActiveRequest) -> TrackedBody {
-        TrackedBody { body, _request: request }
+    pub(super) fn new(body: Body, app: Arc<App>, request: ActiveRequest) -> TrackedBody {
+        TrackedBody { body, app, _request: request }
     }
 }
 
@@ -266,6 +267,7 @@ impl HttpBody for TrackedBody {
         match polled {
             Ok(polled) => Poll::Ready(ready!(polled)),
             Err(_) => {
+                self.app.metrics.handler_panicked();
                 self.body = Body::empty();
                 let error = io::Error::other("a handler panicked");
                 Poll::Ready(Some(Err(axum::Error::new(error))))

@@ -3,15 +3,15 @@
 
 use std::time::Instant;
 
-use bespoke::backend::cpu::is_available;
-use bespoke::backend::cpu::memory::Memory;
-use bespoke::backend::cpu::team::Team;
-use bespoke::kernels::simd::Simd;
-use bespoke::kernels::simd_portable::Portable;
 use bespoke_kernel_gen::target::Target;
 
-/// Bytes of the stream from memory: far beyond any cache.
-const STREAM_BYTES: usize = 600 << 20;
+use super::is_available;
+use super::memory::Memory;
+use super::team::Team;
+use crate::error::Error;
+use crate::kernels::simd::Simd;
+use crate::kernels::simd_portable::Portable;
+
 /// Bytes each thread reads again and again: beyond the first cache level, within the second.
 const CACHE_BYTES: usize = 512 << 10;
 /// Each limit is the best of this many tries.
@@ -30,7 +30,7 @@ pub struct Limits {
     /// Whose instructions were measured.
     pub target: Target,
     pub num_threads: usize,
-    /// Reading 600 MB once.
+    /// Reading memory once.
     pub memory_gb_per_s: f64,
     /// Reading 512 KB a thread repeatedly.
     pub cache_gb_per_s: f64,
@@ -52,15 +52,16 @@ struct Loops {
 }
 
 impl Limits {
-    /// Measures with `team`; takes about a second.
-    pub fn measure(team: &mut Team) -> Result<Limits, bespoke::Error> {
+    /// Measures with `team`, and `stream_bytes` of memory: more than any cache holds. Takes about a
+    /// second for 600 MB.
+    pub fn measure(team: &mut Team, stream_bytes: usize) -> Result<Limits, Error> {
         let (target, loops) = best_loops();
         let num_threads = team.len();
-        let mut stream = Memory::new(STREAM_BYTES, "the memory stream")?;
+        let mut stream = Memory::new(stream_bytes, "the memory stream")?;
         // A page that was never written is the one zero page, which no stream has to fetch.
         stream.bytes_mut().fill(1);
         let (bytes, floats) = (byte_operands(loops.lanes), float_operands(loops.lanes));
-        let per_thread = STREAM_BYTES / num_threads / 1024 * 1024;
+        let per_thread = stream_bytes / num_threads / 1024 * 1024;
         let parts: Vec<&[u8]> = stream.bytes_mut().chunks_exact(per_thread).collect();
         // SAFETY: `best_loops` checked the instructions, a slice holds its length.
         let read = |part: &[u8]| keep(unsafe { (loops.read)(part.as_ptr(), part.len()) });
@@ -262,7 +263,7 @@ macro_rules! loops {
 fn best_loops() -> (Target, Loops) {
     #[cfg(target_arch = "x86_64")]
     {
-        use bespoke::kernels::simd_x86::{Avx512, V3};
+        use crate::kernels::simd_x86::{Avx512, V3};
         if is_available(Target::Avx512) {
             let features = loops!(
                 [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")],

@@ -1,0 +1,52 @@
+//! Requests and answers as OpenAI's and LMDeploy's clients write and read them.
+//!
+//! A request that parses is within all bounds that its schema shows: numbers are types with bounds
+//! ([`number`]), texts are checked while they are read ([`text`]), unknown fields are refused.
+
+pub mod chat;
+pub mod completions;
+pub mod interactive;
+pub mod models;
+pub mod number;
+pub mod sampling;
+pub mod sessions;
+pub mod text;
+pub mod tokens;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// What a stream tells besides its tokens.
+#[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StreamOptions {
+    /// The last chunk has the counts of tokens and no choices.
+    pub include_usage: Option<bool>,
+}
+
+/// Counts of tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    /// Of all choices.
+    pub completion_tokens: usize,
+    pub total_tokens: usize,
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub struct PromptTokensDetails {
+    /// Tokens of the prompt that were found in the KV cache.
+    pub cached_tokens: usize,
+}
+
+impl Usage {
+    pub fn new(num_prompt: usize, num_cached: usize, num_output: usize) -> Usage {
+        Usage {
+            prompt_tokens: num_prompt,
+            completion_tokens: num_output,
+            total_tokens: num_prompt + num_output,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens: num_cached },
+        }
+    }
+}
