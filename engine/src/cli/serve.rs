@@ -13,6 +13,7 @@ use clap::ValueEnum;
 
 use super::console::Console;
 use super::model::{self, ModelArgs, ModelFiles};
+use super::probation::Probation;
 use crate::config::EngineOptions;
 use crate::engine::Engine;
 use crate::handle::{EngineHandle, HandleLimits};
@@ -126,6 +127,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
 fn load(args: &Args, console: &mut Console<'_>) -> anyhow::Result<(EngineHandle, ServedModel)> {
     let dir = console.resolve(&args.model.model)?;
     let config = ModelFiles::read_config(&dir)?;
+    let probation = Probation::start(&dir)?;
     let vocab_size = config.vocab_size;
     let of_language = dir.clone();
     let language = thread::spawn(move || {
@@ -146,6 +148,7 @@ fn load(args: &Args, console: &mut Console<'_>) -> anyhow::Result<(EngineHandle,
         language.join().map_err(|_| anyhow!("reading the tokenizer panicked; this is a bug"))??;
     let name = args.served_model_name.clone().unwrap_or_else(|| args.model.model.clone());
     let model = handle.call(move |engine| ServedModel::of(engine, &name, language))?;
+    probation.finish()?;
     Ok((handle, model))
 }
 

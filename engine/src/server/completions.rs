@@ -280,9 +280,11 @@ impl Answers {
         let choice = &mut self.choices[prompt_idx * self.counts.best_of + output.choice_idx];
         choice.new_text.push_str(&choice.text.push(output)?);
         choice.finish_reason = output.finish_reason.map(|reason| reason.name());
-        if let Some(token) = output.token {
+        if output.token.is_some() {
             choice.sum_logprobs += f64::from(output.logprob);
             choice.num_tokens += 1;
+        }
+        if let Some(token) = choice.text.token(output) {
             choice.push_logprob(&self.app.language, token, output);
         }
         Ok(())
@@ -322,8 +324,9 @@ impl ChoiceAnswer {
     fn push_logprob(&mut self, language: &Language, token: u32, output: &RequestOutput) {
         let Some(logprobs) = &mut self.logprobs else { return };
         let own = language.logprob(token, output.logprob);
-        let top = language.logprobs(&output.top_logprobs);
-        let top = top.into_iter().map(|top| (top.token, top.logprob.into())).collect();
+        // The token itself is among them in any case.
+        let top = language.logprobs(&output.top_logprobs).into_iter().chain([own.clone()]);
+        let top = top.map(|top| (top.token, top.logprob.into())).collect();
         logprobs.text_offset.push(self.num_chars);
         self.num_chars += own.token.chars().count();
         logprobs.tokens.push(own.token);

@@ -275,14 +275,15 @@ fn engine_gone() -> ApiError {
     ApiError::unavailable("engine_unavailable", "the engine does not run any more")
 }
 
+/// The same request would fail again.
 fn failed(failure: Failure) -> ApiError {
-    match failure {
+    let error = match failure {
         Failure::NoFiniteLogit => ApiError::internal().with_message(failure.message()),
         Failure::NoAllowedToken | Failure::GrammarTooComplex => {
             ApiError::bad_request("response_format".to_owned(), failure.message())
         }
-    }
-    .with_code("generation_failed")
+    };
+    ApiError { should_retry: Some(false), ..error.with_code("generation_failed") }
 }
 
 /// How a request that fails with `error` is counted.
@@ -340,11 +341,15 @@ impl TextRules {
 }
 
 impl ChoiceText {
+    /// The output's token, where it is a part of the answer and not what ended it.
+    pub(super) fn token(&self, output: &RequestOutput) -> Option<u32> {
+        let is_stop = output.finish_reason == Some(FinishReason::Stop);
+        output.token.filter(|token| !(is_stop && self.end_tokens.contains(token)))
+    }
+
     /// The text that is certain with this output: whole characters, and no part of a stop string.
     pub(super) fn push(&mut self, output: &RequestOutput) -> Result<String, ApiError> {
-        let is_stop = output.finish_reason == Some(FinishReason::Stop);
-        let token = output.token.filter(|token| !(is_stop && self.end_tokens.contains(token)));
-        let mut text = match token {
+        let mut text = match self.token(output) {
             Some(token) => self.text.push(token)?,
             None => String::new(),
         };

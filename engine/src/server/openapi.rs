@@ -1,5 +1,4 @@
-//! `/openapi.json`, the description of the API that its types give, and `/docs`, a page that shows
-//! it.
+//! `/openapi.json`: the description of the API that its types give. The page `/docs` shows it.
 
 use std::sync::Arc;
 

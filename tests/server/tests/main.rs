@@ -13,5 +13,4 @@ mod process;
 mod prompts;
 mod sockets;
 mod tenants;
-#[cfg(unix)]
 mod terminal;
