@@ -40,8 +40,6 @@ pub(super) struct Generation {
     has_output: bool,
     /// `None` once the outcome is counted.
     meter: Option<RequestMeter>,
-    /// When the client was last given something, until it asks for more.
-    given: Option<Instant>,
 }
 
 /// What [`Generation::next`] found.
@@ -90,7 +88,6 @@ impl Generation {
             request_deadline: now + timeouts.request,
             has_output: false,
             meter: Some(meter),
-            given: None,
         };
         for (idx, request) in requests.into_iter().enumerate() {
             let sender = sender.clone();
@@ -109,7 +106,6 @@ impl Generation {
     /// Waits for news, and puts all outputs that are there into `outputs`.
     pub(super) async fn next(&mut self, outputs: &mut Outputs) -> Result<News, ApiError> {
         outputs.clear();
-        self.given = None;
         if self.num_open == 0 {
             self.end(Outcome::Finished);
             return Ok(News::Finished);
@@ -127,11 +123,7 @@ impl Generation {
                 }
             }
         }
-        let news = self.sort(outputs);
-        if news.is_ok() && !outputs.is_empty() {
-            self.given = Some(Instant::now());
-        }
-        news
+        self.sort(outputs)
     }
 
     /// Counts of tokens so far.
@@ -251,9 +243,7 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        let write_max = self.app.options.timeouts.write;
-        let is_slow = self.given.is_some_and(|given| given.elapsed() >= write_max);
-        self.end(if is_slow { Outcome::SlowReader } else { Outcome::Disconnected });
+        self.end(Outcome::Disconnected);
         if self.num_open > 0 {
             self.cancel();
         }

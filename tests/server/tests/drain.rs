@@ -103,9 +103,12 @@ fn start_and_hold(
     let readers: Vec<_> = (0..NUM_STREAMS).map(start).collect();
     let stats = || server.app().handle.stats();
     wait_until("all wait", || stats().num_waiting == NUM_STREAMS);
-    // Taken up after one step, or a few.
-    let (release, has_started) = queue_hang(server);
+    // The second is taken up together with the requests, before they are; the third after a step.
+    let (second, has_started) = queue_hang(server);
     drop(first);
+    has_started.recv().expect("the engine takes the call");
+    let (release, has_started) = queue_hang(server);
+    drop(second);
     has_started.recv().expect("the engine takes the call");
     assert_eq!(stats().num_running, NUM_STREAMS);
     (readers, release)

@@ -5,7 +5,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -20,17 +20,35 @@ use crate::server::app::App;
 use crate::server::error::ApiError;
 use crate::server::metrics::{ConnectionEnd, Rejection};
 
-/// Requests of one connection.
+/// What a connection is at.
 #[derive(Debug, Default)]
-pub(super) struct Activity {
+pub(in crate::server) struct Activity {
+    /// Requests.
     num_begun: AtomicU64,
     num_ended: AtomicU64,
+    /// The client has taken no data for too long.
+    has_stalled: AtomicBool,
+}
+
+tokio::task_local! {
+    /// The connection whose task this is.
+    pub(super) static CONNECTION: Arc<Activity>;
 }
 
 /// A request that has not ended.
 pub(super) struct ActiveRequest(Arc<Activity>);
 
 impl Activity {
+    /// Of the connection that the handler at hand answers on, where there is one.
+    pub(in crate::server) fn current() -> Option<Arc<Activity>> {
+        CONNECTION.try_with(Arc::clone).ok()
+    }
+
+    /// Whether the connection was given up because its client took no data.
+    pub(in crate::server) fn has_stalled(&self) -> bool {
+        self.has_stalled.load(Ordering::Relaxed)
+    }
+
     pub(super) fn begin(self: &Arc<Activity>) -> ActiveRequest {
         self.num_begun.fetch_add(1, Ordering::Relaxed);
         ActiveRequest(Arc::clone(self))
@@ -138,7 +156,10 @@ impl WatchedStream {
         let timer = self.write_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(time)));
         match timer.as_mut().poll(cx) {
             Poll::Pending => Poll::Pending,
-            Poll::Ready(()) => Poll::Ready(Err(self.give_up(ConnectionEnd::WriteTimeout))),
+            Poll::Ready(()) => {
+                self.activity.has_stalled.store(true, Ordering::Relaxed);
+                Poll::Ready(Err(self.give_up(ConnectionEnd::WriteTimeout)))
+            }
         }
     }
 
