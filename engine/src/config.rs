@@ -25,10 +25,21 @@ pub enum BackendChoice {
     Null,
 }
 
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// The model folder's safetensors.
+    #[default]
+    Checkpoint,
+    /// Random ones in the shapes of the folder's `config.json`: what the model says means nothing.
+    Dummy,
+}
+
 /// Options of [`Engine::load`](crate::engine::Engine::load).
 #[derive(Clone, Copy)]
 pub struct EngineOptions {
     pub backend: BackendChoice,
+    pub load_format: LoadFormat,
     /// Element type of the KV cache. The reference backend keeps float32 whatever this says.
     pub kv_dtype: KvDType,
     /// What quantized weights are multiplied with; float models ignore it.
@@ -82,6 +93,7 @@ impl EngineOptions {
     pub fn new(kernels: KernelTable) -> EngineOptions {
         EngineOptions {
             backend: BackendChoice::Auto,
+            load_format: LoadFormat::Checkpoint,
             kv_dtype: KvDType::F16,
             activation: ActivationType::Int8,
             target: None,

@@ -32,6 +32,8 @@ pub mod server;
 pub mod session;
 mod session_file;
 pub mod tokenizer;
+pub mod tune;
+pub mod verify;
 
 /// The generator, whose specs, targets and model shapes the engine shares.
 pub use bespoke_kernel_gen as kernel_gen;

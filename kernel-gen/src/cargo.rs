@@ -12,6 +12,7 @@ use crate::cuda::toolkit::{Environment, Toolkit};
 use crate::cuda::{self, Arch};
 use crate::emit::Generated;
 use crate::error::Error;
+use crate::models_rs::models_rs;
 use crate::presets;
 use crate::spec::{ModelShape, PAGE_SIZE, PAGE_SIZES};
 use crate::target::Target;
@@ -33,6 +34,7 @@ pub fn build() {
         let shapes = with_pages(shapes(&variable("BESPOKE_MODEL"))?, page_size);
         let folder = out_dir()?;
         generate_into(&folder, &shapes, &Target::ALL)?;
+        write_if_changed(&folder.join("models.rs"), models_rs(&shapes).as_bytes())?;
         match std::env::var_os("CARGO_FEATURE_CUDA") {
             Some(_) => generate_cuda_into(&folder, &shapes),
             None => Ok(()),

@@ -25,6 +25,7 @@ pub mod cuda;
 pub mod emit;
 pub mod error;
 pub mod model;
+pub mod models_rs;
 pub mod name;
 #[cfg(feature = "bindgen")]
 pub mod params;

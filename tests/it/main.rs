@@ -24,3 +24,5 @@ mod quantize;
 mod tidy;
 /// Tokenizer, incremental text and chat templates.
 mod tokenizer;
+/// Every kernel against the reference backend.
+mod verify;

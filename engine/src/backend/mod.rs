@@ -133,6 +133,11 @@ pub trait Backend {
         Ok(Vec::new())
     }
 
+    /// Row counts of decoding steps that the device will record the first time it sees them.
+    fn recorded_rows(&self) -> Vec<usize> {
+        Vec::new()
+    }
+
     /// As [`Backend::begin_step`] for rows whose logits are computed in pieces afterwards, or not
     /// at all.
     fn begin_rows(&mut self, _batch: &Batch) {}
@@ -198,4 +203,27 @@ pub trait Backend {
 
     /// Some rows of logits on the host.
     fn read<'a>(&'a mut self, rows: Range<usize>, logits: &'a Self::Rows) -> &'a [f32];
+}
+
+/// How exactly a backend writes the numbers of an op.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Rounded to so many significant bits.
+    Float { bits: i32 },
+    /// Rounded to whole levels, 127 of them to the largest of each `group` numbers.
+    Levels { group: usize },
+}
+
+/// A backend whose rows can be looked at, so that its kernels can be verified.
+pub trait Inspect: Backend {
+    /// The first `num_rows` rows that an op wrote.
+    fn read_rows(&mut self, num_rows: usize, rows: &Self::Rows) -> Vec<f32>;
+
+    /// The first `num_rows` rows as a linear reads them.
+    fn read_input(&mut self, num_rows: usize, input: &Self::Input) -> Vec<f32>;
+
+    /// Of rows that linears and `rope` write.
+    fn rows_precision(&self) -> Precision;
+
+    fn input_precision(&self, input: &Self::Input) -> Precision;
 }

@@ -66,6 +66,8 @@ struct Gpu {
 struct Cuda {
     /// The compiler of the kernels.
     toolkit: &'static str,
+    /// The oldest driver that runs them.
+    driver_needed: &'static str,
     /// Architectures that this binary has kernels for.
     archs: Vec<&'static str>,
     /// CUDA version that the driver knows, null without a driver.
@@ -194,7 +196,7 @@ fn cuda() -> Option<Cuda> {
 
 #[cfg(feature = "cuda")]
 fn cuda() -> Option<Cuda> {
-    use crate::backend::cuda::driver::{Driver, Probe, probe};
+    use crate::backend::cuda::driver::{Driver, Probe, driver_release, probe};
     let table = crate::kernels::generated::cuda_table();
     let (driver_version, found) = match probe() {
         Probe::Devices { driver_version, devices } => (Some(driver_version), devices),
@@ -209,6 +211,7 @@ fn cuda() -> Option<Cuda> {
     };
     Some(Cuda {
         toolkit: table.toolkit,
+        driver_needed: driver_release(table.toolkit),
         archs: table.archs().iter().map(|arch| arch.name()).collect(),
         driver_version: driver_version
             .map(|version| format!("{}.{}", version / 1000, version % 1000 / 10)),
@@ -222,7 +225,10 @@ fn gpu_text(gpu: &Gpu) -> String {
     let Some(cuda) = &gpu.cuda else {
         return format!("{} device(s), {driver}; this binary has no CUDA kernels", gpu.devices);
     };
-    let mut lines = vec![format!("{driver}; kernels made by CUDA {}", cuda.toolkit)];
+    let mut lines = vec![format!(
+        "{driver}; kernels made by CUDA {}, for drivers {} and later",
+        cuda.toolkit, cuda.driver_needed
+    )];
     lines.push(format!("kernels for {}", cuda.archs.join(", ")));
     if let Some(version) = &cuda.driver_version {
         lines.push(format!("the driver knows CUDA {version}"));

@@ -7,11 +7,14 @@ mod console;
 mod doctor;
 mod elf;
 mod generate;
+mod grammar;
 mod import;
 mod kernels;
 mod logits;
 mod model;
 mod perplexity;
+#[cfg(feature = "server")]
+mod probation;
 mod progress;
 mod prompt;
 mod pull;
@@ -20,6 +23,8 @@ mod quickstart;
 mod sampling;
 #[cfg(feature = "server")]
 mod serve;
+mod tune;
+mod verify;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -76,7 +81,12 @@ enum Command {
     #[cfg(feature = "server")]
     Serve(serve::Args),
     Kernels(kernels::Args),
+    Verify(verify::Args),
+    Tune(tune::Args),
     Doctor(doctor::Args),
+    #[cfg(feature = "server")]
+    #[command(hide = true)]
+    ProbeTemplate(probation::Args),
 }
 
 /// Runs the command line `args`, whose first is the program's name.
@@ -107,7 +117,11 @@ where
         #[cfg(feature = "server")]
         Command::Serve(args) => serve::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
+        Command::Verify(args) => verify::run(&args, console),
+        Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
+        #[cfg(feature = "server")]
+        Command::ProbeTemplate(args) => probation::run(&args),
     })
 }
 

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use super::console::Console;
 use super::progress::Meter;
 use crate::backend::cuda::KvMemory;
-use crate::config::{BackendChoice, EngineOptions, context_max};
+use crate::config::{BackendChoice, EngineOptions, LoadFormat, context_max};
 use crate::engine::Engine;
 #[cfg(feature = "server")]
 use crate::error::Error;
@@ -47,6 +47,17 @@ pub(super) struct RunArgs {
     /// Memory of the KV cache on a GPU: a share of what weights leave, or bytes (512M, 12G)
     #[arg(long, value_name = "MEMORY", value_parser = parse_kv_memory, default_value = "0.8")]
     pub(super) kv_memory: KvMemory,
+    /// Where the weights come from; `dummy` makes random ones, to measure speed without a checkpoint
+    #[arg(long, value_enum, default_value_t = Format::Checkpoint)]
+    pub(super) load_format: Format,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+pub(super) enum Format {
+    /// The model folder's safetensors
+    Checkpoint,
+    /// Random weights in the shapes of config.json
+    Dummy,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
@@ -173,6 +184,10 @@ impl ModelFiles {
                 Backend::Cpu => BackendChoice::Cpu,
                 Backend::Cuda => BackendChoice::Cuda,
                 Backend::Null => BackendChoice::Null,
+            },
+            load_format: match run.load_format {
+                Format::Checkpoint => LoadFormat::Checkpoint,
+                Format::Dummy => LoadFormat::Dummy,
             },
             kv_dtype: match run.kv_dtype {
                 Kv::F16 => KvDType::F16,

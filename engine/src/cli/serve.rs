@@ -11,6 +11,7 @@ use clap::ValueEnum;
 
 use super::console::Console;
 use super::model::{ModelArgs, ModelFiles};
+use super::probation::Probation;
 use crate::config::EngineOptions;
 use crate::handle::{EngineHandle, HandleLimits};
 use crate::server::{Ended, Keys, ServedModel, Server, ServerLimits, ServerOptions, Timeouts};
@@ -108,6 +109,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     options.check()?;
     start_log(args.log_format);
     let files = ModelFiles::open(&args.model.model, console)?;
+    let probation = Probation::start(&files.dir)?;
     let tokenizer = files.tokenizer()?.clone();
     let engine_options = EngineOptions {
         max_sequences: args.max_sequences,
@@ -120,6 +122,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let handle = EngineHandle::start(move || files.load_quietly(&engine_options), limits)?;
     let name = args.served_model_name.clone().unwrap_or_else(|| args.model.model.clone());
     let model = handle.call(move |engine| ServedModel::of(engine, &name, tokenizer))?;
+    probation.finish()?;
     let server = Server::start(handle, model, options)?;
     server.drain_on_signals()?;
     console.report(&format!("listening on http://{}\n", server.address()));

@@ -15,13 +15,15 @@ use crate::backend::cuda::{CudaBackend, CudaOptions};
 use crate::backend::null::{NullBackend, NullOptions};
 use crate::backend::reference::ReferenceBackend;
 use crate::batch::{Batch, BatchLimits};
-use crate::config::{BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, Progress, context_max};
+use crate::config::{
+    BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, LoadFormat, Progress, context_max,
+};
 use crate::error::Error;
 use crate::kv_cache::{PagePool, num_pages};
 use crate::model::decoder::{Decoder, DecoderLimits};
 use crate::model::rope::Rope;
 use crate::model::safetensors::read_json_file;
-use crate::model::weights::Weights;
+use crate::model::weights::{ModelWeights, RandomWeights, Weights};
 use crate::sampling::Sampler;
 use crate::scheduler::{Scheduler, SchedulerLimits};
 use crate::session::Sessions;
@@ -133,11 +135,17 @@ impl Engine {
         let name = dir.file_name().map_or("model".into(), |name| name.to_string_lossy());
         let shape = ModelShape { page_size: options.kernels.page_size, ..config.shape(&name)? };
         check_options(options)?;
-        let weights = Weights::open(dir, &config, &shape)?;
-        let (model, max_context) =
-            load(&Loader { config: &config, shape: &shape, options }, &weights)?;
-        let fingerprint = weights.fingerprint()?;
-        drop(weights);
+        let loader = Loader { config: &config, shape: &shape, options };
+        let ((model, max_context), fingerprint) = match options.load_format {
+            LoadFormat::Checkpoint => {
+                let weights = Weights::open(dir, &config, &shape)?;
+                (load(&loader, &weights)?, weights.fingerprint()?.to_string())
+            }
+            LoadFormat::Dummy => {
+                let weights = RandomWeights::new(&shape, 0);
+                (load(&loader, &weights)?, "dummy".to_owned())
+            }
+        };
         let model_name = format!("{} {fingerprint}", blake3::hash(config_text.as_bytes()));
         Engine::new(model, config, shape, max_context, options, &model_name)
     }
@@ -227,7 +235,8 @@ fn hash_key(options: &EngineOptions) -> Result<[u8; 32], Error> {
 }
 
 /// Loads a model on some backend; gives the longest context too.
-type LoadModel<'a> = &'a mut dyn FnMut(&Loader<'_>, &Weights<'_>) -> Result<(Model, usize), Error>;
+type LoadModel<'a> =
+    &'a mut dyn FnMut(&Loader<'_>, &dyn ModelWeights) -> Result<(Model, usize), Error>;
 
 /// What a decoder is loaded from.
 struct Loader<'a> {
@@ -258,7 +267,7 @@ impl Loader<'_> {
     fn load<B: Backend>(
         &self,
         backend: B,
-        weights: &Weights<'_>,
+        weights: &dyn ModelWeights,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Decoder<B>, usize), Error> {
         let (limits, max_context) = match backend.has_own_memory() {

@@ -7,6 +7,7 @@ use bespoke_kernel_gen::cuda::CudaKernelTable;
 use super::KernelTable;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+include!(concat!(env!("OUT_DIR"), "/models.rs"));
 
 /// All kernels of this build.
 pub fn table() -> KernelTable {

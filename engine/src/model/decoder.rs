@@ -9,9 +9,9 @@ use crate::backend::{Backend, KernelUsage, RowsKind, Step};
 use crate::batch::{Batch, BatchLimits};
 use crate::config::Progress;
 use crate::error::Error;
-use crate::kernels::abi::LogitStats;
+use crate::kernels::abi::{LogitStats, SequenceSpan};
 use crate::model::linear::{DenseView, LinearSource};
-use crate::model::weights::Weights;
+use crate::model::weights::ModelWeights;
 
 /// What a decoder is allocated for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +67,7 @@ impl<B: Backend> Decoder<B> {
     /// Loads the weights and allocates everything that steps need.
     pub fn load(
         mut backend: B,
-        weights: &Weights<'_>,
+        weights: &dyn ModelWeights,
         config: &ModelConfig,
         shape: &ModelShape,
         limits: DecoderLimits,
@@ -92,8 +92,7 @@ impl<B: Backend> Decoder<B> {
         let head = backend.load_linear(LinearRole::Head, &head.source())?;
         let num_pages = backend.num_pages(limits.num_pages)?;
         let kv_cache = backend.new_kv_cache(num_pages)?;
-        report(num_parts);
-        Ok(Decoder {
+        let mut decoder = Decoder {
             backend,
             shape: shape.clone(),
             limits: limits.batch,
@@ -104,7 +103,22 @@ impl<B: Backend> Decoder<B> {
             head,
             kv_cache,
             rows,
-        })
+        };
+        decoder.record_steps();
+        report(num_parts);
+        Ok(decoder)
+    }
+
+    /// Runs a step of every size that the backend records, so that no request waits for that. The
+    /// KV cache holds nothing yet that could be overwritten.
+    fn record_steps(&mut self) {
+        let num_slots = self.num_pages * self.shape.page_size;
+        for num_rows in self.backend.recorded_rows() {
+            if num_rows <= num_slots {
+                let batch = first_tokens(num_rows, &self.shape);
+                self.step(&batch);
+            }
+        }
     }
 
     /// A decoder on a backend that needs no weights: it is given empty ones.
@@ -310,6 +324,28 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
+/// A token 0 for each of `num_rows` sequences. They share pages, each with a slot of its own.
+fn first_tokens(num_rows: usize, shape: &ModelShape) -> Batch {
+    let mut batch = Batch::default();
+    for row in 0..num_rows {
+        let idx = row as u32;
+        batch.tokens.push(0);
+        batch.positions.push(0);
+        batch.slots.push(idx);
+        batch.cos_sin.extend(std::iter::repeat_n(1.0, shape.rotary_dim / 2));
+        batch.cos_sin.extend(std::iter::repeat_n(0.0, shape.rotary_dim / 2));
+        batch.page_table.push((row / shape.page_size) as u32);
+        batch.logit_rows.push(idx);
+        batch.spans.push(SequenceSpan {
+            first_row: idx,
+            num_rows: 1,
+            context_len: 1,
+            first_page: idx,
+        });
+    }
+    batch
+}
+
 /// A decoder on a backend that its user does not know.
 pub trait AnyDecoder: Send {
     fn limits(&self) -> &BatchLimits;
@@ -390,7 +426,7 @@ where
 }
 
 impl<B: Backend> Layer<B> {
-    fn load(backend: &mut B, weights: &Weights<'_>, layer_idx: usize) -> Result<Self, Error> {
+    fn load(backend: &mut B, weights: &dyn ModelWeights, layer_idx: usize) -> Result<Self, Error> {
         let norms = weights.norms(layer_idx)?;
         let linear = |backend: &mut B, role| {
             let tensors = weights.linear(role, layer_idx)?;

@@ -1,6 +1,8 @@
 //! A checkpoint's tensors as the decoder needs them: names, types and shapes checked against the
 //! config before anything is allocated, then read linear by linear.
 
+mod random;
+
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -12,6 +14,8 @@ use crate::error::Error;
 use crate::model::linear::{AwqView, DenseView, LinearPart, LinearSource};
 use crate::model::safetensors::Checkpoint;
 
+pub use random::RandomWeights;
+
 /// How many names a message lists.
 const NAMES_SHOWN_MAX: usize = 5;
 
@@ -21,6 +25,18 @@ pub struct Weights<'a> {
     checkpoint: Checkpoint,
     config: &'a ModelConfig,
     shape: &'a ModelShape,
+}
+
+/// What a decoder is loaded from, part by part.
+pub trait ModelWeights {
+    fn embedding(&self) -> Result<DenseTensor, Error>;
+
+    fn final_norm(&self) -> Result<Vec<f32>, Error>;
+
+    fn norms(&self, layer_idx: usize) -> Result<LayerNorms, Error>;
+
+    /// The linear `role` of a layer; for the head `layer_idx` says nothing.
+    fn linear(&self, role: LinearRole, layer_idx: usize) -> Result<LinearTensors, Error>;
 }
 
 /// The norms of one layer.
@@ -108,51 +124,6 @@ impl<'a> Weights<'a> {
         wanted.map(|(_, tensor)| tensor.len as u64).sum()
     }
 
-    pub fn embedding(&self) -> Result<DenseTensor, Error> {
-        let (n, k) = (self.shape.vocab_size, self.shape.hidden_size);
-        self.read_dense(&self.embedding_name(), n, k)
-    }
-
-    pub fn final_norm(&self) -> Result<Vec<f32>, Error> {
-        self.read_floats("model.norm.weight")
-    }
-
-    pub fn norms(&self, layer_idx: usize) -> Result<LayerNorms, Error> {
-        let (attention, mlp) = self.norm_names(layer_idx);
-        let qk = match self.qk_norm_names(layer_idx) {
-            Some((q, k)) => Some((self.read_floats(&q)?, self.read_floats(&k)?)),
-            None => None,
-        };
-        Ok(LayerNorms {
-            attention: self.read_floats(&attention)?,
-            mlp: self.read_floats(&mlp)?,
-            qk,
-        })
-    }
-
-    /// The linear `role` of a layer; for the head `layer_idx` says nothing.
-    pub fn linear(&self, role: LinearRole, layer_idx: usize) -> Result<LinearTensors, Error> {
-        let linear = self.shape.linear(role);
-        let modules = self.modules(role, layer_idx);
-        let mut parts = Vec::new();
-        let mut bias = Vec::new();
-        for module in &modules {
-            parts.push(self.read_part(module, linear.k, linear.format)?);
-            if linear.bias {
-                bias.extend(self.read_floats(&format!("{}.bias", module.name))?);
-            }
-        }
-        let row_map = match (self.config.architecture, role) {
-            (Architecture::InternLm2, LinearRole::Qkv) => Some(wqkv_row_map(self.shape)),
-            _ => None,
-        };
-        let bias = linear.bias.then(|| match &row_map {
-            Some(map) => map.iter().map(|row| bias[*row as usize]).collect(),
-            None => bias,
-        });
-        Ok(LinearTensors { parts, row_map, bias })
-    }
-
     fn read_part(
         &self,
         module: &Module,
@@ -212,6 +183,52 @@ impl<'a> Weights<'a> {
                 Err(Error::model(self.checkpoint.dir(), message))
             }
         }
+    }
+}
+
+impl ModelWeights for Weights<'_> {
+    fn embedding(&self) -> Result<DenseTensor, Error> {
+        let (n, k) = (self.shape.vocab_size, self.shape.hidden_size);
+        self.read_dense(&self.embedding_name(), n, k)
+    }
+
+    fn final_norm(&self) -> Result<Vec<f32>, Error> {
+        self.read_floats("model.norm.weight")
+    }
+
+    fn norms(&self, layer_idx: usize) -> Result<LayerNorms, Error> {
+        let (attention, mlp) = self.norm_names(layer_idx);
+        let qk = match self.qk_norm_names(layer_idx) {
+            Some((q, k)) => Some((self.read_floats(&q)?, self.read_floats(&k)?)),
+            None => None,
+        };
+        Ok(LayerNorms {
+            attention: self.read_floats(&attention)?,
+            mlp: self.read_floats(&mlp)?,
+            qk,
+        })
+    }
+
+    fn linear(&self, role: LinearRole, layer_idx: usize) -> Result<LinearTensors, Error> {
+        let linear = self.shape.linear(role);
+        let modules = self.modules(role, layer_idx);
+        let mut parts = Vec::new();
+        let mut bias = Vec::new();
+        for module in &modules {
+            parts.push(self.read_part(module, linear.k, linear.format)?);
+            if linear.bias {
+                bias.extend(self.read_floats(&format!("{}.bias", module.name))?);
+            }
+        }
+        let row_map = match (self.config.architecture, role) {
+            (Architecture::InternLm2, LinearRole::Qkv) => Some(wqkv_row_map(self.shape)),
+            _ => None,
+        };
+        let bias = linear.bias.then(|| match &row_map {
+            Some(map) => map.iter().map(|row| bias[*row as usize]).collect(),
+            None => bias,
+        });
+        Ok(LinearTensors { parts, row_map, bias })
     }
 }
 

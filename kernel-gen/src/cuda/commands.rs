@@ -150,6 +150,11 @@ fn differences(golden: &Value, found: &Map<String, Value>) -> Vec<String> {
 
 fn representative_rows(compiler: &Compiler) -> Result<Map<String, Value>, Error> {
     let rows = statistics(&representative()?, compiler)?;
+    for (artifact, statistics) in &rows {
+        let Source { variant, symbol, .. } = &artifact.source;
+        check_stream(variant, statistics)
+            .map_err(|message| Error::Compile { symbol: symbol.clone(), message })?;
+    }
     let row = |(artifact, statistics): &(Artifact, Statistics)| {
         (artifact.source.symbol.clone(), row(artifact, statistics))
     };
@@ -235,9 +240,49 @@ fn slots_per_word(variant: &Variant, hot_loop: &Counts) -> Option<f64> {
     (words > 0.0).then(|| hot_loop.instructions as f64 / words)
 }
 
+/// Issue slots of a warp for each word of int4 weights a lane has: an H100's 3.2 TB/s leave about 36
+/// of them, as its 132 multiprocessors issue four a cycle at 1.75 GHz.
+const SLOTS_MAX: f64 = 24.0;
+
+/// Whether the int4 matmul of few rows can keep up with memory: the slots of its loop, weights that
+/// come into shared memory and into registers by 16 bytes.
+fn check_stream(variant: &Variant, statistics: &Statistics) -> Result<(), String> {
+    let (Choice::AwqGemm(kernel), Regime::UpTo(8)) = (variant.choice, variant.regime) else {
+        return Ok(());
+    };
+    let hot_loop = statistics.hot_loop.as_ref().ok_or("it has no loop over its weights")?;
+    let slots = slots_per_word(variant, hot_loop).ok_or("its loop uses no tensor core")?;
+    if slots > SLOTS_MAX {
+        return Err(format!("its loop takes {slots:.1} slots for eight weights, not {SLOTS_MAX}"));
+    }
+    let words = hot_loop.of("HMMA") / kernel.config.row_tiles;
+    if 4 * hot_loop.of("LDS.128") < words || hot_loop.of("LDGSTS.128") == 0 {
+        return Err(format!("its loop does not load weights by 16 bytes: {:?}", hot_loop.kinds));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slow_loops_are_refused() {
+        let symbol = "awq_gemm_n28672_k4096_g128_f16_upto8__sm_90a";
+        let variant = Variant::parse(symbol).unwrap();
+        let statistics = |instructions: usize, wide: &str| {
+            let kinds = [("HMMA", 12), ("LDGSTS.128", 6), (wide, 3)];
+            let kinds = kinds.map(|(kind, count)| (kind.to_string(), count)).into();
+            let hot_loop = Some(Counts { instructions, kinds });
+            Statistics { all: Counts::default(), hot_loop }
+        };
+        assert_eq!(check_stream(&variant, &statistics(218, "LDS.128")), Ok(()));
+        let slow = check_stream(&variant, &statistics(300, "LDS.128")).unwrap_err();
+        assert!(slow.contains("25.0 slots"), "{slow}");
+        let narrow = check_stream(&variant, &statistics(218, "LDS.32")).unwrap_err();
+        assert!(narrow.contains("16 bytes"), "{narrow}");
+        assert!(check_stream(&variant, &Statistics::default()).is_err());
+    }
 
     #[test]
     fn every_body_is_represented_on_every_architecture() {

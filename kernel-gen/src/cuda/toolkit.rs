@@ -60,7 +60,20 @@ impl Toolkit {
         let Environment { cuda_home, path, cache } = environment;
         if let Some(home) = cuda_home {
             // NOTE: whoever names a toolkit wants that one and no other.
-            return Toolkit::at(&home.join("bin/nvcc"));
+            let nvcc = home.join("bin/nvcc");
+            return match nvcc.is_file() {
+                true => Toolkit::at(&nvcc),
+                false => Err(toolkit_error(format!(
+                    "CUDA_HOME is {}, and {} does not exist.\nName the folder of a whole toolkit, \
+                     {}.{} or later (NVIDIA's Python packages of CUDA 12 have the assembler alone, \
+                     no nvcc), or unset CUDA_HOME and install CUDA {VERSION} with\n\n    \
+                     cargo run -p bespoke-kernel-gen -- toolkit\n",
+                    home.display(),
+                    nvcc.display(),
+                    OLDEST.0,
+                    OLDEST.1
+                ))),
+            };
         }
         let mut on_path = path.iter().map(|folder| folder.join("nvcc"));
         if let Some(nvcc) = on_path.find(|nvcc| nvcc.is_file()) {
@@ -197,7 +210,9 @@ mod tests {
         assert!(error.contains("-p bespoke-kernel-gen -- toolkit"), "{error}");
         let environment = Environment { cuda_home: Some("/nowhere".into()), ..environment };
         let error = Toolkit::find(&environment).unwrap_err().to_string();
-        assert!(error.contains("/nowhere/bin/nvcc"), "{error}");
+        for part in ["/nowhere/bin/nvcc", "12.8", "Python packages", "-- toolkit"] {
+            assert!(error.contains(part), "{error}");
+        }
     }
 
     #[cfg(unix)]

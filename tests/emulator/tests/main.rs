@@ -13,3 +13,5 @@ mod rms_norm;
 mod rope;
 mod sample;
 mod silu_and_mul;
+mod tune;
+mod verify;

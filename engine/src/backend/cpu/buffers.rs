@@ -104,6 +104,17 @@ impl CpuInput {
         }
     }
 
+    /// What a linear makes of the first `num_rows` rows.
+    pub(super) fn values(&self, num_rows: usize) -> Vec<f32> {
+        let RowFormat::I8 { group } = self.format else {
+            return self.float.as_f32()[..num_rows * self.k].to_vec();
+        };
+        let rows = self.q.bytes().chunks_exact(int8_stride(self.k)).take(num_rows);
+        let levels = rows.flat_map(|row| &row[..self.k]).map(|level| f32::from(*level as i8));
+        let scales = self.scales.as_f32().iter().flat_map(|s| std::iter::repeat_n(*s, group));
+        levels.zip(scales).map(|(level, scale)| level * scale).collect()
+    }
+
     /// The rows as an op writes them.
     pub(super) fn rows_out(&mut self) -> RowsOut {
         match self.format {

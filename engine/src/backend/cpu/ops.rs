@@ -9,7 +9,7 @@ use super::kernels::{Entry, Matmul, Run};
 use super::memory::Memory;
 use super::work::Work;
 use super::{CpuBackend, team::Team};
-use crate::backend::{Backend, KernelUsage, RowsKind, Step};
+use crate::backend::{Backend, Inspect, KernelUsage, Precision, RowsKind, Step};
 use crate::batch::{Batch, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::{
@@ -383,5 +383,26 @@ impl Backend for CpuBackend {
     fn read<'a>(&'a mut self, rows: Range<usize>, logits: &'a CpuRows) -> &'a [f32] {
         assert!(rows.end <= logits.rows_max);
         &logits.data.as_f32()[rows.start * logits.width..rows.end * logits.width]
+    }
+}
+
+impl Inspect for CpuBackend {
+    fn read_rows(&mut self, num_rows: usize, rows: &CpuRows) -> Vec<f32> {
+        rows.data.as_f32()[..num_rows * rows.width].to_vec()
+    }
+
+    fn read_input(&mut self, num_rows: usize, input: &CpuInput) -> Vec<f32> {
+        input.values(num_rows)
+    }
+
+    fn rows_precision(&self) -> Precision {
+        Precision::Float { bits: 24 }
+    }
+
+    fn input_precision(&self, input: &CpuInput) -> Precision {
+        match input.format {
+            RowFormat::F32 => Precision::Float { bits: 24 },
+            RowFormat::I8 { group } => Precision::Levels { group },
+        }
     }
 }

@@ -15,10 +15,11 @@ pub struct CudaLinear {
     pub(super) bias: Address,
 }
 
-/// `[rows_max, width]` float32 or 16-bit elements.
+/// `[rows_max, width]` float32 elements, or 16-bit ones of the rows' type.
 #[derive(Clone, Copy, Debug)]
 pub struct CudaRows {
     pub(super) data: Address,
+    pub(super) is_f32: bool,
     pub(super) rows_max: usize,
     pub(super) width: usize,
 }

@@ -5,6 +5,7 @@
 
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::ptr;
+use std::sync::Arc;
 
 use bespoke_kernel_gen::cuda::table::KernelSet;
 use bespoke_kernel_gen::cuda::{CudaKernelTable, Launch, Regime, Spec, Variant};
@@ -121,27 +122,89 @@ fn describe(result: CUresult) -> String {
 }
 
 /// First driver of each major version of CUDA that runs its machine code.
-fn driver_release(toolkit: &str) -> &'static str {
+pub fn driver_release(toolkit: &str) -> &'static str {
     if toolkit.starts_with("12") { "525" } else { "580" }
+}
+
+/// A device's primary context and our stream in it; what lives in it keeps it alive.
+struct Context {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+}
+
+// SAFETY: contexts and streams may be used by any thread, and these fields are never changed.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    fn open(ordinal: c_int) -> Result<Context, CUresult> {
+        let (mut device, mut context, mut stream) = (0, ptr::null_mut(), ptr::null_mut());
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: each call writes one handle, which the next ones use; what was retained is
+        // released where a later call fails.
+        unsafe {
+            check(sys::cuDeviceGet(&mut device, ordinal))?;
+            check(sys::cuDevicePrimaryCtxRetain(&mut context, device))?;
+            let made = check(sys::cuCtxSetCurrent(context))
+                .and_then(|()| check(sys::cuStreamCreate(&mut stream, flags)));
+            if let Err(result) = made {
+                sys::cuDevicePrimaryCtxRelease_v2(device);
+                return Err(result);
+            }
+        }
+        Ok(Context { device, context, stream })
+    }
+
+    /// Makes the context this thread's.
+    fn enter(&self) -> CUresult {
+        // SAFETY: the context lives.
+        unsafe { sys::cuCtxSetCurrent(self.context) }
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        self.enter();
+        // SAFETY: nothing else has the stream. A driver that is shutting down may refuse.
+        unsafe {
+            sys::cuStreamDestroy_v2(self.stream);
+            sys::cuDevicePrimaryCtxRelease_v2(self.device);
+        }
+    }
 }
 
 /// A GPU with the kernels that this binary has for it.
 pub struct Driver {
     info: DeviceInfo,
     kernels: KernelSet,
-    context: sys::CUcontext,
-    stream: sys::CUstream,
-    /// Whether kernels may start before those before them end.
-    has_programmatic_launch: bool,
+    context: Arc<Context>,
+    driver_version: usize,
+    /// What was allocated, to be given back.
+    allocations: Vec<sys::CUdeviceptr>,
     /// What was launched last, for messages.
     last: String,
 }
 
-// SAFETY: contexts and streams may be used by any thread, one at a time; `Driver` has no other.
-unsafe impl Send for Driver {}
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.context.enter();
+        // SAFETY: the memory is ours, and no kernel that uses it runs any more. After a failure the
+        // driver refuses, and the process is about to end.
+        unsafe {
+            sys::cuStreamSynchronize(self.context.stream);
+            for address in &self.allocations {
+                sys::cuMemFree_v2(*address);
+            }
+        }
+    }
+}
 
-/// A kernel in the device's memory. It is never unloaded.
+/// A kernel in the device's memory.
 pub struct DriverKernel {
+    context: Arc<Context>,
+    module: sys::CUmodule,
     function: sys::CUfunction,
     symbol: String,
     threads: u32,
@@ -151,21 +214,34 @@ pub struct DriverKernel {
 // SAFETY: functions may be launched by any thread.
 unsafe impl Send for DriverKernel {}
 
+impl Drop for DriverKernel {
+    fn drop(&mut self) {
+        self.context.enter();
+        // SAFETY: nothing else has the module. A driver that is shutting down may refuse.
+        unsafe { sys::cuModuleUnload(self.module) };
+    }
+}
+
 /// A recording, ready to run.
-pub struct DriverGraph(sys::CUgraphExec);
+pub struct DriverGraph {
+    context: Arc<Context>,
+    exec: sys::CUgraphExec,
+}
 
 // SAFETY: graphs may be launched by any thread.
 unsafe impl Send for DriverGraph {}
 
 impl Drop for DriverGraph {
     fn drop(&mut self) {
+        self.context.enter();
         // SAFETY: nothing else has the graph. A driver that is shutting down may refuse.
-        unsafe { sys::cuGraphExecDestroy(self.0) };
+        unsafe { sys::cuGraphExecDestroy(self.exec) };
     }
 }
 
 /// Page-locked memory of the host.
 pub struct Pinned {
+    context: Arc<Context>,
     data: *mut u8,
     len: usize,
 }
@@ -189,6 +265,7 @@ impl AsMut<[u8]> for Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        self.context.enter();
         // SAFETY: the driver's own memory. A driver that is shutting down may refuse.
         unsafe { sys::cuMemFreeHost(self.data.cast()) };
     }
@@ -224,7 +301,7 @@ impl Driver {
             num_sms: found.num_sms,
             memory_bytes: found.memory_bytes,
         };
-        let (context, stream) = open_stream(ordinal as c_int).map_err(|result| {
+        let context = Context::open(ordinal as c_int).map_err(|result| {
             Error::Resources(format!(
                 "{} cannot be used: {}; another process may hold it",
                 info.name,
@@ -232,19 +309,28 @@ impl Driver {
             ))
         })?;
         Ok(Driver {
-            has_programmatic_launch: arch.capability() >= (9, 0),
             kernels: table.load(arch)?,
             info,
-            context,
-            stream,
+            context: Arc::new(context),
+            driver_version,
+            allocations: Vec::new(),
             last: "nothing yet".to_owned(),
         })
     }
 
     /// Makes the device's context this thread's.
     fn enter(&self) {
-        // SAFETY: the context lives.
-        self.expect("enter its context", unsafe { sys::cuCtxSetCurrent(self.context) });
+        self.expect("enter its context", self.context.enter());
+    }
+
+    /// Whether kernels may start before those before them end.
+    fn has_programmatic_launch(&self) -> bool {
+        // NOTE: graphs have such edges from CUDA 12.3 on.
+        self.info.arch.capability() >= (9, 0) && self.driver_version >= 12030
+    }
+
+    fn stream(&self) -> sys::CUstream {
+        self.context.stream
     }
 
     /// Ends the process' use of the device where the driver reports a failure.
@@ -274,14 +360,24 @@ impl Driver {
         let instance = variant.instance();
         let symbol = loaded.symbol.to_owned();
         let name = CString::new(symbol.as_str()).expect("symbols have no zero bytes");
-        let (mut module, mut function) = (ptr::null_mut(), ptr::null_mut());
+        let mut module = ptr::null_mut();
         // SAFETY: the image is an ELF file of the build, and longer than its headers say nothing;
         // the driver copies it.
         let result = unsafe { sys::cuModuleLoadData(&mut module, loaded.cubin.as_ptr().cast()) };
         check(result).map_err(|result| self.resources(&format!("load {symbol}"), result))?;
-        // SAFETY: the module lives as long as the process.
-        let result = unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()) };
+        let mut kernel = DriverKernel {
+            context: self.context.clone(),
+            module,
+            function: ptr::null_mut(),
+            symbol: symbol.clone(),
+            threads: instance.threads as u32,
+            shared_bytes: instance.shared_bytes as u32,
+        };
+        // SAFETY: the module lives as long as the kernel.
+        let result =
+            unsafe { sys::cuModuleGetFunction(&mut kernel.function, module, name.as_ptr()) };
         check(result).map_err(|result| self.resources(&format!("find {symbol}"), result))?;
+        let function = kernel.function;
         let bytes = instance.shared_bytes as c_int;
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function lives.
@@ -289,12 +385,14 @@ impl Driver {
         check(result).map_err(|result| {
             self.resources(&format!("give {symbol} {bytes} bytes of shared memory"), result)
         })?;
-        Ok(DriverKernel {
-            function,
-            symbol,
-            threads: instance.threads as u32,
-            shared_bytes: instance.shared_bytes as u32,
-        })
+        // NOTE: a driver that loads functions when they are first launched must not do so while a
+        // stream records.
+        if self.driver_version >= 12040 {
+            // SAFETY: the function lives.
+            let result = unsafe { sys::cuFuncLoad(function) };
+            check(result).map_err(|result| self.resources(&format!("load {symbol}"), result))?;
+        }
+        Ok(kernel)
     }
 }
 
@@ -336,19 +434,6 @@ fn no_usable_device(table: &CudaKernelTable, devices: &[Found]) -> Error {
     ))
 }
 
-fn open_stream(ordinal: c_int) -> Result<(sys::CUcontext, sys::CUstream), CUresult> {
-    let (mut device, mut context, mut stream) = (0, ptr::null_mut(), ptr::null_mut());
-    let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-    // SAFETY: each call writes one handle, which the next one uses.
-    unsafe {
-        check(sys::cuDeviceGet(&mut device, ordinal))?;
-        check(sys::cuDevicePrimaryCtxRetain(&mut context, device))?;
-        check(sys::cuCtxSetCurrent(context))?;
-        check(sys::cuStreamCreate(&mut stream, flags))?;
-    }
-    Ok((context, stream))
-}
-
 impl Device for Driver {
     type Kernel = DriverKernel;
     type Graph = DriverGraph;
@@ -380,10 +465,12 @@ impl Device for Driver {
         self.enter();
         let mut address = 0;
         let refuse = |result| self.resources(&format!("hold {len} bytes for {what}"), result);
-        // SAFETY: writes one number; the memory is the device's until the process ends.
+        // SAFETY: writes one number; the memory is the device's until it is dropped.
         check(unsafe { sys::cuMemAlloc_v2(&mut address, len.max(256)) }).map_err(refuse)?;
+        self.allocations.push(address);
+        let refuse = |result| self.resources(&format!("hold {len} bytes for {what}"), result);
         // SAFETY: the memory was just given.
-        let result = unsafe { sys::cuMemsetD8Async(address, 0, len.max(256), self.stream) };
+        let result = unsafe { sys::cuMemsetD8Async(address, 0, len.max(256), self.stream()) };
         check(result).map_err(refuse)?;
         Ok(Address(address))
     }
@@ -398,7 +485,7 @@ impl Device for Driver {
         })?;
         // SAFETY: the driver gave `len` bytes.
         unsafe { ptr::write_bytes(data.cast::<u8>(), 0, len) };
-        Ok(Pinned { data: data.cast(), len })
+        Ok(Pinned { context: self.context.clone(), data: data.cast(), len })
     }
 
     fn upload(&mut self, to: Address, bytes: &[u8]) {
@@ -409,7 +496,7 @@ impl Device for Driver {
         // SAFETY: the caller's addresses lie in memory of `alloc`; what is not page-locked is
         // staged before the call returns.
         let result = unsafe {
-            sys::cuMemcpyHtoDAsync_v2(to.0, bytes.as_ptr().cast(), bytes.len(), self.stream)
+            sys::cuMemcpyHtoDAsync_v2(to.0, bytes.as_ptr().cast(), bytes.len(), self.stream())
         };
         self.expect("copy from the host", result);
     }
@@ -420,7 +507,7 @@ impl Device for Driver {
             // SAFETY: as in `upload`; the copy ends before `bytes` is looked at.
             let result = unsafe {
                 let to = bytes.as_mut_ptr().cast();
-                sys::cuMemcpyDtoHAsync_v2(to, from.0, bytes.len(), self.stream)
+                sys::cuMemcpyDtoHAsync_v2(to, from.0, bytes.len(), self.stream())
             };
             self.expect("copy to the host", result);
         }
@@ -430,7 +517,7 @@ impl Device for Driver {
     fn copy(&mut self, from: Address, to: Address, len: usize) {
         self.enter();
         // SAFETY: the caller's addresses lie in memory of `alloc`.
-        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, len, self.stream) };
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, len, self.stream()) };
         self.expect("copy", result);
     }
 
@@ -450,9 +537,9 @@ impl Device for Driver {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: kernel.shared_bytes,
-            hStream: self.stream,
+            hStream: self.stream(),
             attrs: &mut attribute,
-            numAttrs: u32::from(self.has_programmatic_launch),
+            numAttrs: u32::from(self.has_programmatic_launch()),
         };
         let mut values = [params.as_ptr().cast_mut().cast::<c_void>()];
         // SAFETY: the function takes one struct, whose bytes the driver copies.
@@ -466,14 +553,14 @@ impl Device for Driver {
         self.enter();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives.
-        let result = unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) };
+        let result = unsafe { sys::cuStreamBeginCapture_v2(self.stream(), mode) };
         self.expect("record a step", result);
     }
 
     fn end_capture(&mut self) -> DriverGraph {
         let (mut graph, mut exec) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: writes one handle.
-        let result = unsafe { sys::cuStreamEndCapture(self.stream, &mut graph) };
+        let result = unsafe { sys::cuStreamEndCapture(self.stream(), &mut graph) };
         self.expect("end a recording", result);
         // SAFETY: the graph was just given, and is not used after it was instantiated.
         let result = unsafe {
@@ -482,7 +569,7 @@ impl Device for Driver {
             result
         };
         self.expect("prepare a recording", result);
-        DriverGraph(exec)
+        DriverGraph { context: self.context.clone(), exec }
     }
 
     fn replay(&mut self, graph: &DriverGraph) {
@@ -490,12 +577,12 @@ impl Device for Driver {
         self.last.clear();
         self.last.push_str("a recorded step");
         // SAFETY: the graph lives.
-        self.expect("replay a step", unsafe { sys::cuGraphLaunch(graph.0, self.stream) });
+        self.expect("replay a step", unsafe { sys::cuGraphLaunch(graph.exec, self.stream()) });
     }
 
     fn synchronize(&mut self) {
         // SAFETY: the stream lives.
-        self.expect("finish its work", unsafe { sys::cuStreamSynchronize(self.stream) });
+        self.expect("finish its work", unsafe { sys::cuStreamSynchronize(self.stream()) });
     }
 }
 

@@ -125,6 +125,37 @@ impl<D: Device> CudaBackend<D> {
         &self.device
     }
 
+    /// Ops are recorded instead of run, until [`CudaBackend::end_recording`]. They must not be ones
+    /// that copy from the host: `begin_rows` comes before, and `rms_norm_select` is none of them.
+    pub fn begin_recording(&mut self) {
+        self.device.begin_capture();
+    }
+
+    pub fn end_recording(&mut self) -> D::Graph {
+        self.device.end_capture()
+    }
+
+    /// Runs a recording, and waits for its end.
+    pub fn run(&mut self, recording: &D::Graph) {
+        self.device.replay(recording);
+        self.device.synchronize();
+    }
+
+    pub fn synchronize(&mut self) {
+        self.device.synchronize();
+    }
+
+    /// Copies rows of logits to others `num_times`, and waits for the end: what a copy of memory
+    /// costs. Rows `0..num_rows` go to those behind them.
+    pub fn copy_rows(&mut self, rows: &CudaRows, num_rows: usize, num_times: usize) {
+        assert!(rows.is_f32 && 2 * num_rows <= rows.rows_max);
+        let len = num_rows * rows.width * size_of::<f32>();
+        for _ in 0..num_times {
+            self.device.copy(rows.data, rows.data.offset(len), len);
+        }
+        self.device.synchronize();
+    }
+
     /// Steps that were replayed from a recording.
     pub fn num_graph_steps(&self) -> u64 {
         self.num_graph_steps

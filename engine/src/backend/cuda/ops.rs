@@ -5,7 +5,7 @@ use std::ops::Range;
 use bespoke_kernel_gen::cuda::attention_plan::Shape;
 use bespoke_kernel_gen::cuda::matmul::AwqLayout;
 use bespoke_kernel_gen::cuda::pages::Layout;
-use bespoke_kernel_gen::cuda::{AwqGemm, Choice, Gemm, Launch, Spec};
+use bespoke_kernel_gen::cuda::{AwqGemm, Choice, Gemm, Launch, RowType, Spec};
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
 use super::buffers::{CudaInput, CudaKvCache, CudaLinear, CudaRows};
@@ -16,10 +16,10 @@ use super::params::{
     Bytes, EmbedParams, LinearParams, LogitStatsOut, PagedAttentionParams, RmsNormParams,
     RopeParams, SampleParams, SiluAndMulParams,
 };
-use super::step::{InputLimits, Items, Places, StepInputs, padding_max};
+use super::step::{InputLimits, Items, Places, StepInputs, buckets, padding_max};
 use super::{CudaBackend, KvMemory};
 use crate::backend::cpu::pack::embedding;
-use crate::backend::{Backend, RowsKind, Step};
+use crate::backend::{Backend, Inspect, Precision, RowsKind, Step};
 use crate::batch::{Batch, BatchLimits, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
@@ -117,6 +117,52 @@ impl<D: Device> CudaBackend<D> {
         Self::launch(&mut self.device, kernel, launch, &params);
     }
 
+    /// Leaves the statistics of `num_rows` rows of logits on the device.
+    pub fn launch_sample(&mut self, logits: &CudaRows, num_rows: usize) {
+        assert!(num_rows <= logits.rows_max);
+        let params = SampleParams {
+            logits: logits.data.0,
+            out: self.work.stats.0,
+            num_rows: num_rows as u32,
+            pad: 0,
+        };
+        let kernel = &self.kernels.sample;
+        let launch = kernel.launch(num_rows, self.kernels.num_sms);
+        Self::launch(&mut self.device, kernel, launch, &params);
+    }
+
+    /// Fills rows with numbers in −1..1, for measurements.
+    pub fn fill_rows(&mut self, rows: &CudaRows) {
+        let element = if rows.is_f32 { size_of::<f32>() } else { ROW_ELEMENT };
+        self.fill(rows.data, rows.rows_max * rows.width, element);
+    }
+
+    /// As [`CudaBackend::fill_rows`].
+    pub fn fill_input(&mut self, input: &CudaInput) {
+        self.fill(input.data, input.rows_max * input.k, ROW_ELEMENT);
+    }
+
+    fn fill(&mut self, to: Address, len: usize, element: usize) {
+        // NOTE: a prime number of values, so that rows differ.
+        const NUM_VALUES: usize = 65_521;
+        let value = |i: usize| ((i * i * 40_503 + i * 977) % 2001) as f32 / 1000.0 - 1.0;
+        let values: Vec<u8> = (0..NUM_VALUES)
+            .flat_map(|i| match (element, self.shape.cuda_rows()) {
+                (ROW_ELEMENT, RowType::F16) => half::f16::from_f32(value(i)).to_le_bytes().to_vec(),
+                (ROW_ELEMENT, RowType::BF16) => {
+                    half::bf16::from_f32(value(i)).to_le_bytes().to_vec()
+                }
+                _ => value(i).to_le_bytes().to_vec(),
+            })
+            .collect();
+        let bytes = len * element;
+        for first in (0..bytes).step_by(values.len()) {
+            let part = &values[..values.len().min(bytes - first)];
+            self.device.upload(to.offset(first), part);
+        }
+        self.device.synchronize();
+    }
+
     fn pack(&self, role: LinearRole, source: &LinearSource<'_>) -> Result<AwqTiles, Error> {
         let num_threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         match self.kernels.linear(role).spec {
@@ -138,6 +184,48 @@ impl<D: Device> CudaBackend<D> {
             Error::Resources(format!("{rows} rows of {width} elements do not fit any memory"))
         })?;
         self.device.alloc(len, Use::Working, "activations")
+    }
+}
+
+impl<D: Device> CudaBackend<D> {
+    /// 16-bit elements of the rows' type.
+    fn read_16_bit(&mut self, from: Address, len: usize) -> Vec<f32> {
+        let mut bytes = vec![0; ROW_ELEMENT * len];
+        self.device.download(from, &mut bytes);
+        let elements = bytes.as_chunks::<ROW_ELEMENT>().0.iter();
+        match self.shape.cuda_rows() {
+            RowType::F16 => elements.map(|x| half::f16::from_le_bytes(*x).to_f32()).collect(),
+            RowType::BF16 => elements.map(|x| half::bf16::from_le_bytes(*x).to_f32()).collect(),
+        }
+    }
+}
+
+impl<D: Device> Inspect for CudaBackend<D> {
+    fn read_rows(&mut self, num_rows: usize, rows: &CudaRows) -> Vec<f32> {
+        assert!(num_rows <= rows.rows_max);
+        let len = num_rows * rows.width;
+        if !rows.is_f32 {
+            return self.read_16_bit(rows.data, len);
+        }
+        let mut bytes = vec![0; size_of::<f32>() * len];
+        self.device.download(rows.data, &mut bytes);
+        bytes.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect()
+    }
+
+    fn read_input(&mut self, num_rows: usize, input: &CudaInput) -> Vec<f32> {
+        assert!(num_rows <= input.rows_max);
+        self.read_16_bit(input.data, num_rows * input.k)
+    }
+
+    fn rows_precision(&self) -> Precision {
+        match self.shape.cuda_rows() {
+            RowType::F16 => Precision::Float { bits: 11 },
+            RowType::BF16 => Precision::Float { bits: 8 },
+        }
+    }
+
+    fn input_precision(&self, _: &CudaInput) -> Precision {
+        self.rows_precision()
     }
 }
 
@@ -202,8 +290,9 @@ impl<D: Device> Backend for CudaBackend<D> {
         width: usize,
         kind: RowsKind,
     ) -> Result<CudaRows, Error> {
-        let element = if kind == RowsKind::Linear { ROW_ELEMENT } else { size_of::<f32>() };
-        Ok(CudaRows { data: self.alloc_rows(rows_max, width, element)?, rows_max, width })
+        let is_f32 = kind != RowsKind::Linear;
+        let element = if is_f32 { size_of::<f32>() } else { ROW_ELEMENT };
+        Ok(CudaRows { data: self.alloc_rows(rows_max, width, element)?, is_f32, rows_max, width })
     }
 
     fn new_input(&mut self, rows_max: usize, role: LinearRole) -> Result<CudaInput, Error> {
@@ -307,6 +396,13 @@ impl<D: Device> Backend for CudaBackend<D> {
             let graph = self.device.end_capture();
             self.device.replay(&graph);
             self.graphs.insert(rows, graph);
+        }
+    }
+
+    fn recorded_rows(&self) -> Vec<usize> {
+        match &self.inputs {
+            Some(inputs) if self.has_graphs => buckets(inputs.recorded_rows_max()),
+            _ => Vec::new(),
         }
     }
 
@@ -456,19 +552,11 @@ impl<D: Device> Backend for CudaBackend<D> {
         if stats.is_empty() {
             return;
         }
-        assert!(stats.len() <= logits.rows_max);
-        let params = SampleParams {
-            logits: logits.data.0,
-            out: self.work.stats.0,
-            num_rows: stats.len() as u32,
-            pad: 0,
-        };
-        let kernel = &self.kernels.sample;
-        let launch = kernel.launch(stats.len(), self.kernels.num_sms);
-        Self::launch(&mut self.device, kernel, launch, &params);
+        self.launch_sample(logits, stats.len());
         let host = self.work.host.as_mut().expect("reserve() comes first").as_mut();
         let bytes = &mut host[..size_of::<LogitStatsOut>() * stats.len()];
         self.device.download(self.work.stats, bytes);
+        self.inputs.as_mut().expect("reserve() comes first").finished();
         let (words, _) = bytes.as_chunks::<4>();
         for (stats, words) in stats.iter_mut().zip(words.as_chunks::<3>().0) {
             let [max, argmax, log_sum_exp] = *words;

@@ -4,16 +4,34 @@
 //! depend on that number alone. Rows that only fill up the batch compute token 0, are written to
 //! slots that nothing reads, and no work item of attention names them.
 
+use std::mem::offset_of;
+
 use bespoke_kernel_gen::cuda::attention_plan::{DECODE_ROWS_MAX, Item, Plan, Shape, Span};
 use bespoke_kernel_gen::cuda::paged_attention::CHUNK;
 
 use super::device::{Address, Device, Use};
-use super::params::Bytes;
+use super::params::{AttentionItem, AttentionSpan, Bytes};
 use crate::batch::{Batch, BatchLimits};
 use crate::error::Error;
 
-impl Bytes for Span {}
-impl Bytes for Item {}
+/// The generator plans in structs of its own, which a kernel reads as those of its header: every
+/// field lies where the header has it, and so nothing lies between them.
+macro_rules! same_layout {
+    ($ours:ident, $header:ident { $($field:ident),* }) => {
+        const _: () = {
+            assert!(size_of::<$ours>() == size_of::<$header>());
+            $(assert!(offset_of!($ours, $field) == offset_of!($header, $field));)*
+        };
+        impl Bytes for $ours {}
+    };
+}
+same_layout!(Span, AttentionSpan { first_row, num_rows, first_page, context_len });
+same_layout!(
+    Item,
+    AttentionItem {
+        span, first_row, num_rows, first_key, num_keys, part, num_parts, first_part
+    }
+);
 
 /// Batch sizes that steps are recorded for: fewer than half of the rows only fill it up.
 const BUCKETS: [usize; 18] =
@@ -150,6 +168,8 @@ pub(super) struct StepInputs<H> {
     limits: InputLimits,
     spans: Vec<Span>,
     plan: Plan,
+    /// Whether a copy may still be reading `host`.
+    is_uploading: bool,
     pub(super) places: Places,
     /// The first slot that nothing reads.
     pub(super) spare_slot: u32,
@@ -168,6 +188,7 @@ impl<H: AsRef<[u8]> + AsMut<[u8]>> StepInputs<H> {
             limits,
             spans: Vec::with_capacity(limits.batch.sequences_max),
             plan: Plan::default(),
+            is_uploading: false,
             places: Places::default(),
             spare_slot: 0,
         })
@@ -175,6 +196,11 @@ impl<H: AsRef<[u8]> + AsMut<[u8]>> StepInputs<H> {
 
     pub(super) fn recorded_rows_max(&self) -> usize {
         self.limits.recorded_rows_max()
+    }
+
+    /// The device has done everything that was asked of it.
+    pub(super) fn finished(&mut self) {
+        self.is_uploading = false;
     }
 
     /// Plans attention over a batch.
@@ -223,6 +249,10 @@ impl<H: AsRef<[u8]> + AsMut<[u8]>> StepInputs<H> {
         };
         let offsets = Offsets::of(sizes);
         self.places = self.places_at(&offsets, bucket.map(|_| sizes.num_items));
+        if std::mem::replace(&mut self.is_uploading, true) {
+            // NOTE: a step without logits reads nothing back, so nobody has waited for its copies.
+            device.synchronize();
+        }
         let items_end = self.write(batch, sizes.rows, &offsets);
         let bytes = self.host.as_ref();
         device.upload(self.device, &bytes[..items_end]);

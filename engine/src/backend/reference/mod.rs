@@ -12,7 +12,7 @@ use std::ops::Range;
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
-use crate::backend::{Backend, RowsKind};
+use crate::backend::{Backend, Inspect, Precision, RowsKind};
 use crate::batch::{Batch, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
@@ -307,6 +307,24 @@ impl Backend for ReferenceBackend {
     }
 }
 
+impl Inspect for ReferenceBackend {
+    fn read_rows(&mut self, num_rows: usize, rows: &Rows) -> Vec<f32> {
+        rows.values[..num_rows * rows.width].to_vec()
+    }
+
+    fn read_input(&mut self, num_rows: usize, input: &Rows) -> Vec<f32> {
+        self.read_rows(num_rows, input)
+    }
+
+    fn rows_precision(&self) -> Precision {
+        Precision::Float { bits: 24 }
+    }
+
+    fn input_precision(&self, _: &Rows) -> Precision {
+        self.rows_precision()
+    }
+}
+
 impl LayerKv {
     fn both_mut(&mut self) -> [&mut Vec<f32>; 2] {
         [&mut self.keys, &mut self.values]
@@ -314,6 +332,16 @@ impl LayerKv {
 }
 
 impl Rows {
+    /// `[rows_max, width]`
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// As [`Rows::values`], to be replaced by another backend's.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.values
+    }
+
     fn row(&self, row: usize) -> &[f32] {
         &self.values[row * self.width..(row + 1) * self.width]
     }

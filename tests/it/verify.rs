@@ -1,0 +1,62 @@
+//! `bespoke verify`: the tiny models' kernels against the reference, and what it finds wrong.
+
+use std::path::Path;
+
+use bespoke::kernels::abi::{Share, SiluAndMulArgs};
+use bespoke::kernels::{Kernel, KernelFn, KernelTable};
+use bespoke::verify::{Report, cpu};
+use bespoke_kernel_gen::model::ModelConfig;
+use bespoke_kernel_gen::spec::ModelShape;
+
+/// The models that the tests' kernels are for.
+fn shapes() -> Vec<ModelShape> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/tiny");
+    let entries = std::fs::read_dir(&folder).unwrap();
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    let shape = |path: &std::path::PathBuf| {
+        // NOTE: models that the generator refuses are among them.
+        let config = ModelConfig::from_file(&path.join("config.json")).ok()?;
+        config.shape(&path.file_name()?.to_string_lossy()).ok()
+    };
+    paths.iter().filter_map(shape).collect()
+}
+
+#[test]
+fn all_kernels_agree_with_the_reference() {
+    let table = bespoke_tests::table();
+    let mut report = Report::default();
+    cpu(&table, &shapes(), &mut report, &mut |_| {}).unwrap();
+    let failures: Vec<_> = report.failures().collect();
+    assert!(failures.is_empty(), "{failures:#?}");
+    for kernel in table.kernels {
+        assert!(report.kernels.contains(kernel.symbol), "{} was not run", kernel.symbol);
+    }
+}
+
+unsafe fn nothing(_: &SiluAndMulArgs, _: Share) {}
+
+/// The table with kernels that do nothing in place of `silu_and_mul`.
+fn broken(table: &KernelTable) -> KernelTable {
+    let kernel = |kernel: &Kernel| match kernel.run {
+        KernelFn::SiluAndMul(_) => Kernel { run: KernelFn::SiluAndMul(nothing), ..*kernel },
+        _ => *kernel,
+    };
+    let kernels: Vec<Kernel> = table.kernels.iter().map(kernel).collect();
+    KernelTable { kernels: Vec::leak(kernels), page_size: table.page_size }
+}
+
+#[test]
+fn a_kernel_that_does_nothing_is_named() {
+    let shapes: Vec<ModelShape> =
+        shapes().into_iter().filter(|shape| shape.name == "llama-awq-g32").collect();
+    assert_eq!(shapes.len(), 1);
+    let mut report = Report::default();
+    cpu(&broken(&bespoke_tests::table()), &shapes, &mut report, &mut |_| {}).unwrap();
+    let mut failures = report.failures().peekable();
+    assert!(failures.peek().is_some());
+    for failure in failures {
+        let is_named = failure.kernels.iter().all(|name| name.starts_with("silu_and_mul"));
+        assert!(is_named, "{failure:?}");
+    }
+}
