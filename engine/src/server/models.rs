@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 
 use super::app::App;
 use super::error::ApiError;
 use super::openai::models::{Model, ModelList};
+use super::sessions::Name;
 use super::{Access, Route};
 
 pub(super) fn routes() -> Vec<Route> {
@@ -42,7 +43,7 @@ pub(super) async fn list_models(State(app): State<Arc<App>>) -> Json<ModelList> 
 )]
 pub(super) async fn get_model(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Json<Model>, ApiError> {
     app.check_model(&id)?;
     Ok(Json(app.model_card()))
