@@ -77,6 +77,13 @@ const RULES: &[Rule] = &[
         why: "only server knows HTTP",
     },
     Rule {
+        names: &[Name::Path("hyper"), Name::Path("hyper_util"), Name::Path("http_body_util")],
+        within: CRATES,
+        except: &["engine/src/server", "engine/src/cli/bench/serving"],
+        allowed: &[],
+        why: "only server and the client that measures it know HTTP",
+    },
+    Rule {
         names: &[Name::Path("cudarc")],
         within: CRATES,
         except: &["engine/src/backend/cuda"],
@@ -291,6 +298,8 @@ fn rules_find_what_they_forbid() {
     check("engine/src/scheduler.rs", "use crate::backend_names::Backend;", 0);
     check("engine/src/model/mod.rs", "use crate::cli::run;", 1);
     check("engine/src/model/mod.rs", "use axum::Router;", 1);
+    check("engine/src/cli/bench/mod.rs", "use hyper::Uri;", 1);
+    check("engine/src/cli/bench/serving/url.rs", "use hyper::Uri;", 0);
     check("templates/rope/rope.rs", "use crate::batch::Batch;", 1);
     check("kernel-gen/src/plan.rs", "use std::collections::HashMap;", 1);
     check("kernel-gen/src/plan.rs", "fn f() { quote! { use std::collections::HashMap; } }", 0);

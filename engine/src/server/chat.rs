@@ -87,11 +87,7 @@ enum ToolUse {
     Must(answer::ToolChoice),
 }
 
-async fn plan(
-    app: &Arc<App>,
-    caller: &Caller,
-    mut chat: ChatRequest,
-) -> Result<Plan, ApiError> {
+async fn plan(app: &Arc<App>, caller: &Caller, mut chat: ChatRequest) -> Result<Plan, ApiError> {
     app.check_model(&chat.model)?;
     check_len("messages", chat.messages.len(), 1..=MESSAGES_MAX)?;
     let tools = chat.tools.take().unwrap_or_default();
@@ -113,6 +109,7 @@ async fn plan(
         None => Tools::InText,
     };
     let mut request = request(caller, &mut chat, num_top)?;
+    app.check_tokens(&request)?;
     let (language, messages) = (Arc::clone(&app.language), std::mem::take(&mut chat.messages));
     let kwargs = chat.chat_template_kwargs.take().unwrap_or_default();
     let rendering = move || {

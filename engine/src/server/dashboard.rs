@@ -1,7 +1,8 @@
 //! What the dashboard shows: the engine's state and counters as one JSON object.
 //!
-//! Any number of dashboards cost the engine one short call at a time; while it is busy with a step,
-//! they get what it said last.
+//! Most of it is what the engine's thread has published after its last step. The kernels have to be
+//! asked for: any number of dashboards cost the engine one short call at a time, and while it is
+//! busy with a step, they get what it said last.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,10 +23,11 @@ use crate::handle::EngineState;
 const CALL_TIME: Duration = Duration::from_millis(500);
 
 /// Name of a latency here, and of its histogram among the metrics.
-const LATENCIES: [(&str, &str); 3] = [
+const LATENCIES: [(&str, &str); 4] = [
     ("first_token", "bespoke_time_to_first_token_seconds"),
     ("between_tokens", "bespoke_inter_token_seconds"),
     ("request", "bespoke_request_time_seconds"),
+    ("step", "bespoke_step_time_seconds"),
 ];
 
 /// `/dashboard/data`.
@@ -38,6 +40,9 @@ struct Data {
     uptime_s: f64,
     max_context: usize,
     requests: Requests,
+    pages: Pages,
+    preemptions: u64,
+    sessions: usize,
     steps: u64,
     /// As the engine makes them.
     output_tokens: u64,
@@ -72,22 +77,19 @@ struct Buckets {
 /// What only the engine's thread knows.
 #[derive(Clone, Debug, Serialize)]
 struct EngineData {
-    pages: Pages,
-    preemptions: u64,
-    sessions: usize,
+    /// Tokens of a page.
+    page_size: usize,
     weights_bytes: usize,
     kv_cache_bytes: usize,
     kernels: Vec<Kernel>,
 }
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Debug, Serialize)]
 struct Pages {
     total: usize,
     free: usize,
     active: usize,
     cached: usize,
-    /// Tokens of a page.
-    page_size: usize,
 }
 
 /// What a kernel has done in the steps that were timed.
@@ -127,6 +129,7 @@ async fn data(app: &Arc<App>, recent: Arc<Recent>) -> Json<Data> {
     let uptime_s = recent.start.elapsed().as_secs_f64();
     let engine = recent.ask(app).await;
     let stats = app.handle.stats();
+    let (status, pages) = (stats.status, stats.status.pages);
     let metrics = app.metrics.encode();
     let counter = |name: &str| samples(&metrics, name).next().map_or(0, |(_, count)| count);
     let latency = |(name, of_metric)| (name, Buckets::read(&metrics, of_metric));
@@ -146,6 +149,14 @@ async fn data(app: &Arc<App>, recent: Arc<Recent>) -> Json<Data> {
             cancelled: stats.counts.num_cancelled,
             refused: stats.counts.num_refused,
         },
+        pages: Pages {
+            total: pages.free + pages.active + pages.cached,
+            free: pages.free,
+            active: pages.active,
+            cached: pages.cached,
+        },
+        preemptions: status.num_preemptions,
+        sessions: status.num_sessions,
         steps: stats.counts.num_steps,
         output_tokens: stats.counts.num_tokens,
         prompt_tokens: counter("bespoke_prompt_tokens_total"),
@@ -191,19 +202,9 @@ impl EngineData {
         // NOTE: limits that cannot be measured leave the list empty; all else is still true.
         let mut kernels = engine.kernel_usage().unwrap_or_default();
         kernels.sort_by(|left, right| right.seconds.total_cmp(&left.seconds));
-        let status = engine.status();
         let memory = engine.memory();
-        let pages = status.pages;
         EngineData {
-            pages: Pages {
-                total: pages.free + pages.active + pages.cached,
-                free: pages.free,
-                active: pages.active,
-                cached: pages.cached,
-                page_size: engine.shape().page_size,
-            },
-            preemptions: status.num_preemptions,
-            sessions: status.num_sessions,
+            page_size: engine.shape().page_size,
             weights_bytes: memory.weights_bytes,
             kv_cache_bytes: memory.kv_cache_bytes,
             kernels: kernels.iter().map(Kernel::of).collect(),

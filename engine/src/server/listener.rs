@@ -163,17 +163,13 @@ async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, ticket:
         .writev(false);
     let mut served = pin!(builder.serve_connection(TokioIo::new(io), service));
     let closing = pin!(app.lifecycle.reached(Phase::Closing));
-    let result = match select(served.as_mut(), closing).await {
-        Either::Left((result, _)) => result,
+    // NOTE: what breaks a connection off was counted where it was noticed.
+    match select(served.as_mut(), closing).await {
+        Either::Left(_) => {}
         Either::Right(_) => {
             served.as_mut().graceful_shutdown();
-            served.await
+            let _ = served.await;
         }
-    };
-    if let Err(error) = result
-        && error.is_parse()
-    {
-        app.metrics.connection_ended(ConnectionEnd::Malformed);
     }
 }
 

@@ -10,6 +10,7 @@ use super::error::ApiError;
 use super::openai::models::{Model, ModelList};
 use super::sessions::Name;
 use super::{Access, Route};
+use crate::request::Request;
 
 pub(super) fn routes() -> Vec<Route> {
     vec![
@@ -67,9 +68,23 @@ impl App {
             false => {
                 let message =
                     format!("there is no model {name:?}; this server serves {:?}", self.model.name);
-                Err(ApiError::not_found(message)
-                    .with_param("model")
-                    .with_code("model_not_found"))
+                Err(ApiError::not_found(message).with_param("model").with_code("model_not_found"))
+            }
+        }
+    }
+
+    /// Refuses tokens that the model does not have.
+    pub(super) fn check_tokens(&self, request: &Request) -> Result<(), ApiError> {
+        let vocab_size = self.model.vocab_size;
+        let biased = request.sampling.logit_bias.iter().map(|(id, _)| ("logit_bias", *id));
+        let stops = request.stop_token_ids.iter().map(|id| ("stop_token_ids", *id));
+        match biased.chain(stops).find(|(_, id)| *id as usize >= vocab_size) {
+            None => Ok(()),
+            Some((param, id)) => {
+                let message = format!(
+                    "{param}: token id {id} is outside the vocabulary of {vocab_size} tokens"
+                );
+                Err(ApiError::bad_request(param.to_owned(), message))
             }
         }
     }

@@ -13,9 +13,7 @@ use super::error::ApiError;
 use super::json::ApiJson;
 use super::openai::number::NumTokens;
 use super::openai::sampling::random_id;
-use super::openai::sessions::{
-    BranchRequest, RewindRequest, Session, SessionDeleted, SessionList,
-};
+use super::openai::sessions::{BranchRequest, RewindRequest, Session, SessionDeleted, SessionList};
 use super::{Access, Route};
 use crate::engine::Engine;
 use crate::handle::Cancellation;

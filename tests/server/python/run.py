@@ -4,6 +4,7 @@
     tests/server/python/run.py client     the official openai client, live, against SmolLM2
     tests/server/python/run.py openapi    schemathesis, against the served /openapi.json
     tests/server/python/run.py browser    the web chat and the dashboard, in a headless Chromium
+    tests/server/python/run.py pictures   takes the README's pictures of both, in two minutes
 
 All make a virtual environment below target/, start `bespoke serve` on free ports of 127.0.0.1,
 and stop it. `client` and `browser` take names of tests (test_stop, test_stop.StopTest) to run those
@@ -33,7 +34,7 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("suite", choices=["client", "openapi", "browser"])
+    parser.add_argument("suite", choices=["client", "openapi", "browser", "pictures"])
     parser.add_argument("names", nargs="*", help="tests of client or browser to run, default all")
     parser.add_argument("--binary", type=pathlib.Path, default=ROOT / "target/release/bespoke")
     parser.add_argument("--model", type=pathlib.Path, help="model folder, default SmolLM2 as int4")
@@ -93,6 +94,19 @@ def run_browser(options):
         print(f"skipped: {missing}")
         return 1 if os.environ.get("BESPOKE_REQUIRE_BROWSER") else 0
     return run_suite("browser", "browser", options.names, pages.stop_all)
+
+
+def run_pictures(options):
+    """Takes the pictures; 0 where nothing went wrong."""
+    prepare(options)
+    from browser import pages, screenshots
+
+    try:
+        screenshots.take()
+    finally:
+        problems = pages.stop_all()
+    print(f"pictures: see {screenshots.FOLDER}")
+    return 1 if problems else 0
 
 
 def run_suite(title, package, names, stop_all):
@@ -159,7 +173,10 @@ def main():
     options = arguments()
     enter_venv()
     sys.path.insert(0, str(HERE))
-    suites = {"client": run_client, "openapi": run_openapi, "browser": run_browser}
+    suites = {
+        "client": run_client, "openapi": run_openapi, "browser": run_browser,
+        "pictures": run_pictures,
+    }
     sys.exit(suites[options.suite](options))
 
 

@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod drain;
 mod faults;
 mod frame;
 mod grammar;
@@ -10,6 +11,6 @@ mod openai;
 mod page;
 mod process;
 mod prompts;
+mod sockets;
 mod tenants;
-#[cfg(unix)]
 mod terminal;

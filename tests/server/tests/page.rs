@@ -144,7 +144,7 @@ fn the_dashboard_has_the_engines_numbers() {
     let before = numbers(&server);
     assert_eq!(before["state"], "running");
     assert_eq!(before["output_tokens"], 0);
-    let pages = |numbers: &Value, state: &str| numbers["engine"]["pages"][state].as_u64();
+    let pages = |numbers: &Value, state: &str| numbers["pages"][state].as_u64();
     assert_eq!(pages(&before, "total"), Some(2048));
     assert_eq!(pages(&before, "free"), Some(2048));
     let request = Request { prompt_ids: vec![3; 100], max_tokens: 5, ..Request::default() };
@@ -164,11 +164,14 @@ fn the_dashboard_has_the_engines_numbers() {
     assert!(pages(&after, "cached") >= Some(1), "{after}");
     let sum = ["free", "active", "cached"].iter().filter_map(|state| pages(&after, state)).sum();
     assert_eq!(pages(&after, "total"), Some(sum));
-    for latency in ["first_token", "between_tokens", "request"] {
+    for latency in ["first_token", "between_tokens", "request", "step"] {
         let latency = &after["latencies"][latency];
         let lens = ["bounds_s", "counts"].map(|part| latency[part].as_array().map_or(0, Vec::len));
         assert!(lens[0] > 5 && lens[1] == lens[0] + 1, "{latency}");
     }
+    let counts = after["latencies"]["step"]["counts"].as_array().expect("buckets");
+    let num_steps: u64 = counts.iter().filter_map(Value::as_u64).sum();
+    assert_eq!(Some(num_steps), after["steps"].as_u64());
 }
 
 #[test]

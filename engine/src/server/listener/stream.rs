@@ -18,7 +18,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::server::app::App;
 use crate::server::error::ApiError;
-use crate::server::metrics::ConnectionEnd;
+use crate::server::metrics::{ConnectionEnd, Rejection};
 
 /// Requests of one connection.
 #[derive(Debug, Default)]
@@ -145,8 +145,12 @@ impl WatchedStream {
     fn write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if self.substitute.is_none()
             && !self.activity.is_busy()
-            && let Some(text) = substitute(bytes)
+            && let Some((status, text)) = substitute(bytes)
         {
+            match status {
+                "400" => self.app.metrics.connection_ended(ConnectionEnd::Malformed),
+                _ => self.app.metrics.rejected(Rejection::TooLarge),
+            }
             self.substitute = Some(Substitute { text, num_written: 0 });
         }
         let Some(substitute) = &mut self.substitute else {
@@ -198,8 +202,9 @@ impl AsyncWrite for WatchedStream {
     }
 }
 
-/// hyper answers what is no HTTP by a head without a body; this is the same with one.
-fn substitute(head: &[u8]) -> Option<String> {
+/// hyper answers what is no HTTP by a head without a body; this is the status, and the same with a
+/// body.
+fn substitute(head: &[u8]) -> Option<(&str, String)> {
     let head = std::str::from_utf8(head).ok()?;
     let status = head.strip_prefix("HTTP/1.1 ")?.split(' ').next()?;
     if !head.contains("content-length: 0\r\n") {
@@ -213,7 +218,7 @@ fn substitute(head: &[u8]) -> Option<String> {
     };
     let error = ApiError::bad_request(None, message).with_code(code);
     let head = head.split("content-length: 0\r\n").collect::<Vec<_>>().join("");
-    Some(with_body(head.strip_suffix("\r\n")?, &error))
+    Some((status, with_body(head.strip_suffix("\r\n")?, &error)))
 }
 
 /// The answer to a connection that is one too many.
@@ -292,7 +297,8 @@ mod tests {
     fn answers_without_a_body_get_one() {
         let head = "HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\
                     content-length: 0\r\ndate: now\r\n\r\n";
-        let text = substitute(head.as_bytes()).unwrap();
+        let (status, text) = substitute(head.as_bytes()).unwrap();
+        assert_eq!(status, "431");
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
         assert!(head.contains("connection: close\r\ndate: now\r\n"), "{head}");
         assert!(head.contains(&format!("content-length: {}", body.len())), "{head}");

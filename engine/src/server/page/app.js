@@ -59,8 +59,11 @@ async function connect() {
     model = data[0]?.id ?? null;
     if (!model) throw new ClientError("The server serves no model.", 0);
     notice(null);
-    byId("model").textContent = model;
-    composer.setModel(model);
+    // Of a folder or a repository, the last name says enough.
+    const name = model.split("/").filter(Boolean).at(-1) ?? model;
+    byId("model").textContent = name;
+    byId("model").title = model;
+    composer.setModel(name);
   } catch (error) {
     await failed(error, connect);
   }

@@ -134,9 +134,9 @@ export function histogram(container, { label, bounds, counts, format, marks }) {
     return column;
   });
   const limit = (bucket) => (bucket < bounds.length ? `≤ ${format(bounds[bucket])}` : "more");
-  const every = Math.ceil(shown.length / 5);
+  const every = Math.ceil(shown.length / 4);
   const axis = shown.map((bucket, place) =>
-    h("span", {}, place % every === every - 1 || shown.length <= 5 ? limit(bucket) : ""));
+    h("span", {}, place % every === every - 1 || shown.length <= 4 ? limit(bucket) : ""));
   container.replaceChildren(
     h("div", { class: "columns", role: "img", "aria-label": label }, ...columns),
     h("div", { class: "axis", "aria-hidden": "true" }, ...axis),

@@ -72,7 +72,8 @@ export class Conversation {
   #element(message) {
     const who = message.role === "user" ? "You" : "Assistant";
     const element = h("article", { class: `message ${message.role}`, "aria-label": who });
-    element.append(h("div", { class: "body" }), h("footer"));
+    // Headings let screen readers go from message to message.
+    element.append(h("h2", { class: "unseen" }, who), h("div", { class: "body" }), h("footer"));
     this.#elements.set(message, element);
     this.#fill(element, message);
     return element;

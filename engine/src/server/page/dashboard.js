@@ -21,6 +21,7 @@ const LATENCIES = [
   ["first_token", "To the first token"],
   ["between_tokens", "Between tokens"],
   ["request", "Whole request"],
+  ["step", "A step of the batch"],
 ];
 
 /** `{time_ms, rate, running, waiting, data}`; `data` null: the server did not answer. */
@@ -82,11 +83,13 @@ function keep(sample) {
 function draw() {
   const { data } = samples.at(-1);
   setState(data.state);
-  byId("served").textContent = `${data.model} · ${data.backend} · version ${data.version}`;
+  const name = data.model.split("/").filter(Boolean).at(-1) ?? data.model;
+  byId("served").title = data.model;
+  byId("served").textContent = `${name} · ${data.backend} · version ${data.version}`;
   byId("uptime").textContent = `${span(data.uptime_s)} ago`;
   drawTiles();
   drawCharts();
-  drawPages(data.engine?.pages);
+  drawPages(data.pages, data.engine?.page_size);
   drawTotals(data);
   drawLatencies();
   drawKernels(data.engine?.kernels ?? []);
@@ -174,9 +177,8 @@ function readout(chart, idx) {
   byId(`${chart}-readout`).textContent = sample ? when + texts[chart](sample) : "nothing yet";
 }
 
-function drawPages(pages) {
-  if (!pages) return;
-  const { total, active, cached, free, page_size } = pages;
+function drawPages(pages, page_size) {
+  const { total, active, cached, free } = pages;
   const per_cell = pageGrid(byId("pages"), pages, PAGE_CELLS_MAX, PAGE_COLUMNS);
   byId("pages-readout").textContent = `${percent(active / total)} in use`;
   const entry = (state, text) => h("li", {}, h("span", { class: `swatch ${state}` }), text);
@@ -185,7 +187,7 @@ function drawPages(pages) {
     entry("active", `${count(active)} active`),
     entry("cached", `${count(cached)} cached`),
     entry("free", `${count(free)} free`),
-    h("li", {}, `${square} of ${page_size} tokens`),
+    h("li", {}, page_size ? `${square} of ${page_size} tokens` : square),
   );
 }
 
@@ -198,8 +200,8 @@ function drawTotals(data) {
     ["Output tokens", count(data.output_tokens)],
     ["Prompt tokens", count(data.prompt_tokens)],
     ["Found in the prefix cache", percent(data.cached_tokens / data.prompt_tokens)],
-    ["Preemptions", count(engine?.preemptions)],
-    ["Sessions kept", count(engine?.sessions)],
+    ["Preemptions", count(data.preemptions)],
+    ["Sessions kept", count(data.sessions)],
     ["Weights", bytes(engine?.weights_bytes)],
     ["KV cache", bytes(engine?.kv_cache_bytes)],
   ];

@@ -16,6 +16,7 @@ from bespoke_server import Server
 
 BINARY = os.environ["BESPOKE_BINARY"]
 MODEL_FOLDER = pathlib.Path(os.environ["BESPOKE_MODEL_FOLDER"])
+ROOT = pathlib.Path(__file__).resolve().parents[4]
 MODEL = "smollm2-135m"
 KEY = "browser-key-71c4e0a95d2b"
 

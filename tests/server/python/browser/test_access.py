@@ -33,6 +33,8 @@ STRUCTURE = """() => {
   }
   let level = 0;
   for (const heading of [...document.querySelectorAll('h1,h2,h3,h4,h5,h6')].filter(shown)) {
+    // A model's own headings are its own.
+    if (heading.closest('.text')) continue;
     const next = Number(heading.tagName[1]);
     if (next > level + 1) problems.push(`heading skips from ${level}: ${heading.innerText}`);
     level = next;
