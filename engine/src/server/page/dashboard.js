@@ -1,7 +1,7 @@
 // The dashboard: asks for the numbers each second and draws them.
 
 import { bar, histogram, pageGrid, timeChart } from "./charts.js";
-import { json } from "./client.js";
+import { json, shortName } from "./client.js";
 import { askForKey, wireDialogs } from "./dialogs.js";
 import { byId, h, placeIcons, wireThemeButton } from "./dom.js";
 import { bytes, count, duration, percent, quantile, short, since, span } from "./statistics.js";
@@ -83,9 +83,8 @@ function keep(sample) {
 function draw() {
   const { data } = samples.at(-1);
   setState(data.state);
-  const name = data.model.split("/").filter(Boolean).at(-1) ?? data.model;
   byId("served").title = data.model;
-  byId("served").textContent = `${name} · ${data.backend} · version ${data.version}`;
+  byId("served").textContent = `${shortName(data.model)} · ${data.backend} · version ${data.version}`;
   byId("uptime").textContent = `${span(data.uptime_s)} ago`;
   drawTiles();
   drawCharts();
