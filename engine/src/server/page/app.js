@@ -76,8 +76,9 @@ async function failed(error, again) {
 function notice(text, again) {
   const element = byId("notice");
   element.hidden = !text;
-  const retry = again ? h("button", { type: "button", class: "plain", onclick: again }, "Try again") : null;
-  element.replaceChildren(...(text ? [h("span", {}, text), retry ?? ""] : []));
+  const props = { type: "button", class: "plain", onclick: again };
+  const retry = again ? h("button", props, "Try again") : "";
+  element.replaceChildren(...(text ? [h("span", {}, text), retry] : []));
 }
 
 function openFromAddress() {

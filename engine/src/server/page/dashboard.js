@@ -84,7 +84,8 @@ function draw() {
   const { data } = samples.at(-1);
   setState(data.state);
   byId("served").title = data.model;
-  byId("served").textContent = `${shortName(data.model)} · ${data.backend} · version ${data.version}`;
+  const served = [shortName(data.model), data.backend, `version ${data.version}`];
+  byId("served").textContent = served.join(" · ");
   byId("uptime").textContent = `${span(data.uptime_s)} ago`;
   drawTiles();
   drawCharts();
@@ -171,7 +172,8 @@ function readout(chart, idx) {
   const when = idx === null ? "" : `${ago} s ago: `;
   const texts = {
     throughput: ({ rate }) => `${short(rate ?? NaN)} tokens/s`,
-    batch: ({ running, waiting }) => `${count(running ?? NaN)} running, ${count(waiting ?? NaN)} waiting`,
+    batch: ({ running, waiting }) =>
+      `${count(running ?? NaN)} running, ${count(waiting ?? NaN)} waiting`,
   };
   byId(`${chart}-readout`).textContent = sample ? when + texts[chart](sample) : "nothing yet";
 }
@@ -225,7 +227,8 @@ function drawLatencies() {
     const at = (share) => seconds(quantile(bounds, counts, share), bounds);
     const marks = [["median", at(0.5)], ["95 %", at(0.95)], ["99 %", at(0.99)]];
     const label = `${title}: ${marks.map((mark) => mark.join(" ")).join(", ")}`;
-    histogram(byId(`latency-${name}`).lastChild, { label, bounds, counts, format: duration, marks });
+    const place = byId(`latency-${name}`).lastChild;
+    histogram(place, { label, bounds, counts, format: duration, marks });
   }
   byId("latency-readout").textContent = isRecent ? "last five minutes" : "since the start";
 }
