@@ -251,6 +251,8 @@ fn times() -> Times {
 
 /// Processor time of this thread.
 fn own_time() -> Duration {
+    // NOTE: the kernel adds up the time of a running thread when it lets go.
+    thread::yield_now();
     thread_time("/proc/thread-self".as_ref()).unwrap_or_default()
 }
 
