@@ -134,6 +134,7 @@ async fn plan(
         app.check_prompt_len(prompt.ids.len(), "prompt")?;
     }
     let request = request(caller, &mut of, counts)?;
+    app.check_tokens(&request)?;
     let max_tokens = request.max_tokens.min(app.model.max_context);
     let request = Request { max_tokens, ..request };
     let rules = TextRules::of(&app.language.tokenizer, &request);

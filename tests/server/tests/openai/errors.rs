@@ -91,7 +91,7 @@ fn values_that_make_no_sense_are_named() {
     check(vec![
         of_chat(json!({"messages": []}), "messages", "0 entries"),
         of_chat(json!({"messages": [{"role": "user"}]}), "messages[0].content", "missing field"),
-        of_chat(json!({"messages": [{"role": "robot", "content": ""}]}), "messages[0]", "robot"),
+        of_chat(json!({"messages": [{"role": "robot", "content": ""}]}), "messages[0].role", "robot"),
         of_chat(json!({"messages": [{"role": "user", "content": 1}]}), "messages[0]", "a string"),
         of_chat(json!({"stop": ["a", "b", "c", "d", "e"]}), "stop", "more than 4"),
         of_chat(json!({"stop": long}), "stop", "257 characters"),
@@ -157,6 +157,9 @@ fn what_is_not_there_is_404_or_unsupported() {
     }]);
     let (_server, client) = served();
     assert_eq!(client.get("/v1/models/x").error()["code"], "model_not_found");
+    for path in ["/v1/models/%ff", "/v1/sessions/%ff", "/v1/sessions/%00", "/v1/sessions/a%2fb"] {
+        assert_eq!((client.get(path).error()["code"].clone(), path), (json!("not_found"), path));
+    }
     let embeddings = client.post("/v1/embeddings", &json!({"model": "null", "input": "a"}));
     assert_eq!(embeddings.status, 400);
     assert_eq!(embeddings.error()["code"], "unsupported_endpoint");
