@@ -86,11 +86,7 @@ enum ToolUse {
     Must(answer::ToolChoice),
 }
 
-async fn plan(
-    app: &Arc<App>,
-    caller: &Caller,
-    mut chat: ChatRequest,
-) -> Result<Plan, ApiError> {
+async fn plan(app: &Arc<App>, caller: &Caller, mut chat: ChatRequest) -> Result<Plan, ApiError> {
     app.check_model(&chat.model)?;
     check_len("messages", chat.messages.len(), 1..=MESSAGES_MAX)?;
     let tools = chat.tools.take().unwrap_or_default();

@@ -204,9 +204,8 @@ fn read_prompts(
     let of_tokens = |tokens: Vec<TokenId>| {
         let ids: Vec<u32> = tokens.into_iter().map(|id| id.get() as u32).collect();
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
-            let message = format!(
-                "prompt: token id {id} is outside the vocabulary of {vocab_size} tokens"
-            );
+            let message =
+                format!("prompt: token id {id} is outside the vocabulary of {vocab_size} tokens");
             return Err(ApiError::bad_request("prompt".to_owned(), message));
         }
         let echo = if echo { Some(language.tokenizer.decode(&ids)?) } else { None };
@@ -355,9 +354,8 @@ impl ChoiceAnswer {
 
 /// Waits for the whole of all answers.
 async fn collect(mut generation: Generation, mut answers: Answers) -> Result<Response, ApiError> {
-    let take = |outputs: &Outputs| {
-        outputs.iter().try_for_each(|(idx, output)| answers.push(*idx, output))
-    };
+    let take =
+        |outputs: &Outputs| outputs.iter().try_for_each(|(idx, output)| answers.push(*idx, output));
     if !stream::collect(&mut generation, take).await? {
         return Err(ApiError::draining());
     }

@@ -156,9 +156,7 @@ impl Generation {
     fn sort(&mut self, outputs: &mut Outputs) -> Result<News, ApiError> {
         let mut batch = std::mem::take(&mut self.batch);
         let is_usual = |event: &Event| match event {
-            Event::Output(output) => {
-                !matches!(output.finish_reason, Some(FinishReason::Failed(_)))
-            }
+            Event::Output(output) => !matches!(output.finish_reason, Some(FinishReason::Failed(_))),
             other => *other == Event::Finished,
         };
         let num_usual = batch.iter().take_while(|(_, event)| is_usual(event)).count();

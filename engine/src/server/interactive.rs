@@ -128,7 +128,8 @@ async fn plan(
     let is_kept = of.interactive_mode.unwrap_or(false);
     // NOTE: a conversation of one turn needs no session.
     if exists || is_kept {
-        request.session = Some(SessionTurn { start: !exists, end: !is_kept, ..SessionTurn::of(id) });
+        request.session =
+            Some(SessionTurn { start: !exists, end: !is_kept, ..SessionTurn::of(id) });
     }
     if is_kept && !exists && !has_room {
         let message = "there are as many sessions as are allowed; delete one first";

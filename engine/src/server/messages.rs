@@ -15,7 +15,11 @@ pub(super) enum Tools {
 }
 
 /// The messages that the template is given.
-pub(super) fn template_messages(messages: &[Message], tools: &[Tool], by: Tools) -> Vec<chat::Message> {
+pub(super) fn template_messages(
+    messages: &[Message],
+    tools: &[Tool],
+    by: Tools,
+) -> Vec<chat::Message> {
     let mut out: Vec<_> = messages.iter().map(|message| template_message(message, by)).collect();
     if by == Tools::InText && !tools.is_empty() {
         let text = description(tools);
@@ -178,7 +182,9 @@ mod tests {
         let roles: Vec<&str> = messages.iter().map(|message| message.role.as_str()).collect();
         assert_eq!(roles, ["system", "user", "assistant", "user"]);
         assert!(messages[0].content.starts_with("Be brief.\n\nYou can call"));
-        assert!(messages[0].content.contains(r#"{"name":"weather","parameters":{"type":"object"}}"#));
+        assert!(
+            messages[0].content.contains(r#"{"name":"weather","parameters":{"type":"object"}}"#)
+        );
         assert_eq!(
             messages[2].content,
             "<tool_call>\n{\"name\":\"weather\",\"arguments\":{\"at\":\"Rome\"}}\n</tool_call>"

@@ -66,9 +66,7 @@ impl App {
             false => {
                 let message =
                     format!("there is no model {name:?}; this server serves {:?}", self.model.name);
-                Err(ApiError::not_found(message)
-                    .with_param("model")
-                    .with_code("model_not_found"))
+                Err(ApiError::not_found(message).with_param("model").with_code("model_not_found"))
             }
         }
     }

@@ -12,9 +12,7 @@ use super::error::ApiError;
 use super::json::ApiJson;
 use super::openai::number::NumTokens;
 use super::openai::sampling::random_id;
-use super::openai::sessions::{
-    BranchRequest, RewindRequest, Session, SessionDeleted, SessionList,
-};
+use super::openai::sessions::{BranchRequest, RewindRequest, Session, SessionDeleted, SessionList};
 use super::{Access, Route};
 use crate::engine::Engine;
 use crate::handle::Cancellation;
@@ -138,13 +136,16 @@ pub(super) async fn delete_session(
     app.sessions.cancel(&id);
     // A cancel takes effect between two steps, behind the calls that wait there.
     for _ in 0..CANCEL_STEPS {
-        let (of, is_gone) = (id.clone(), app.call({
-            let id = id.clone();
-            move |engine: &mut Engine| match find(engine, &id)?.is_running {
-                true => Ok(false),
-                false => engine.end_session(&id).map(|()| true).map_err(ApiError::from),
-            }
-        }));
+        let (of, is_gone) = (
+            id.clone(),
+            app.call({
+                let id = id.clone();
+                move |engine: &mut Engine| match find(engine, &id)?.is_running {
+                    true => Ok(false),
+                    false => engine.end_session(&id).map(|()| true).map_err(ApiError::from),
+                }
+            }),
+        );
         if is_gone.await?? {
             let deleted = SessionDeleted {
                 id: of.name().to_owned(),

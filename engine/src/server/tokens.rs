@@ -14,8 +14,8 @@ use super::json::ApiJson;
 use super::language::{Language, chat_options};
 use super::openai::text::PROMPTS_MAX;
 use super::openai::tokens::{
-    DecodeRequest, DecodeResponse, EmbeddingsRequest, EncodeRequest, EncodeResponse, Lengths, Texts,
-    TokenLists,
+    DecodeRequest, DecodeResponse, EmbeddingsRequest, EncodeRequest, EncodeResponse, Lengths,
+    Texts, TokenLists,
 };
 use super::workers::Work;
 use super::{Access, Route};
@@ -97,10 +97,8 @@ pub(super) async fn decode(
     let ids: Vec<u32> = ids.into_iter().map(|id| id.get() as u32).collect();
     let vocab_size = app.model.vocab_size;
     if let Some(idx) = ids.iter().position(|id| *id as usize >= vocab_size) {
-        let message = format!(
-            "ids: token id {} is outside the vocabulary of {vocab_size} tokens",
-            ids[idx]
-        );
+        let message =
+            format!("ids: token id {} is outside the vocabulary of {vocab_size} tokens", ids[idx]);
         return Err(ApiError::bad_request(format!("ids[{idx}]"), message));
     }
     let tokenizer = Arc::clone(&app.language.tokenizer);
@@ -116,9 +114,7 @@ pub(super) async fn decode(
     request_body = EmbeddingsRequest,
     responses(super::openapi::BodyErrors)
 )]
-pub(super) async fn embed(
-    _request: ApiJson<EmbeddingsRequest>,
-) -> Result<Json<Value>, ApiError> {
+pub(super) async fn embed(_request: ApiJson<EmbeddingsRequest>) -> Result<Json<Value>, ApiError> {
     let message = "embeddings are not supported; this server has models that write text";
     Err(ApiError::bad_request(None, message).with_code("unsupported_endpoint"))
 }

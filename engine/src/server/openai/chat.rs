@@ -102,10 +102,19 @@ impl ToSchema for Never {}
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(tag = "role", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Message {
-    System { content: Content, name: Option<String> },
+    System {
+        content: Content,
+        name: Option<String>,
+    },
     /// What newer models call the system's message; templates get it as `system`.
-    Developer { content: Content, name: Option<String> },
-    User { content: Content, name: Option<String> },
+    Developer {
+        content: Content,
+        name: Option<String>,
+    },
+    User {
+        content: Content,
+        name: Option<String>,
+    },
     Assistant {
         content: Option<Content>,
         name: Option<String>,
@@ -115,7 +124,10 @@ pub enum Message {
         tool_calls: Option<Vec<GivenToolCall>>,
     },
     /// What a tool said.
-    Tool { content: Content, tool_call_id: String },
+    Tool {
+        content: Content,
+        tool_call_id: String,
+    },
 }
 
 /// A call that an earlier answer made.
@@ -210,11 +222,17 @@ pub enum ResponseFormat {
     /// Any JSON object.
     JsonObject,
     /// JSON that a schema accepts.
-    JsonSchema { json_schema: JsonSchema },
+    JsonSchema {
+        json_schema: JsonSchema,
+    },
     /// Text that a regular expression matches as a whole.
-    Regex { regex: String },
+    Regex {
+        regex: String,
+    },
     /// Text that the rule `start` of a Lark grammar derives.
-    Grammar { grammar: String },
+    Grammar {
+        grammar: String,
+    },
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]

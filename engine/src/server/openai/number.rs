@@ -239,8 +239,18 @@ mod tests {
         check(json!(8), Some(8));
         check(json!(8.0), Some(8));
         for value in [
-            json!(0), json!(9), json!(-1), json!(1.5), json!(1e300), json!(-1e300),
-            json!(i64::MAX), json!(u64::MAX), json!(i64::MIN), json!("1"), json!(true), json!(null),
+            json!(0),
+            json!(9),
+            json!(-1),
+            json!(1.5),
+            json!(1e300),
+            json!(-1e300),
+            json!(i64::MAX),
+            json!(u64::MAX),
+            json!(i64::MIN),
+            json!("1"),
+            json!(true),
+            json!(null),
             json!([1]),
         ] {
             check(value, None);

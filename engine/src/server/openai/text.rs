@@ -300,8 +300,14 @@ mod tests {
         check(json!(["a", "b"]), &["a", "b"]);
         check(json!("ä".repeat(256)), &[&"ä".repeat(256)]);
         for value in [
-            json!(""), json!([""]), json!("a".repeat(257)), json!(["a", "b", "c", "d", "e"]),
-            json!(1), json!([1]), json!(null), json!({}),
+            json!(""),
+            json!([""]),
+            json!("a".repeat(257)),
+            json!(["a", "b", "c", "d", "e"]),
+            json!(1),
+            json!([1]),
+            json!(null),
+            json!({}),
         ] {
             assert!(read::<Stop>(value.clone()).is_err(), "{value}");
         }
@@ -313,8 +319,12 @@ mod tests {
         assert_eq!(read(json!("a")), Ok(Content("a".to_owned())));
         assert_eq!(read(json!([part("a"), part("b")])), Ok(Content("ab".to_owned())));
         for value in [
-            json!([]), json!(["a"]), json!(1), json!({"type": "text", "text": "a"}),
-            json!([{"type": "text"}]), json!([{"type": "text", "text": "a", "x": 1}]),
+            json!([]),
+            json!(["a"]),
+            json!(1),
+            json!({"type": "text", "text": "a"}),
+            json!([{"type": "text"}]),
+            json!([{"type": "text", "text": "a", "x": 1}]),
         ] {
             assert!(read::<Content>(value.clone()).is_err(), "{value}");
         }
@@ -336,8 +346,19 @@ mod tests {
         assert_eq!(lens(json!([1, 2])), [2]);
         assert_eq!(lens(json!([[1, 2], [3]])), [2, 1]);
         for value in [
-            json!(""), json!(["a", ""]), json!([]), json!([[]]), json!(["a", 1]), json!([1, "a"]), json!([1, [1]]), json!([-1]),
-            json!([1.5]), json!(1), json!(null), json!([[["a"]]]), json!(vec!["a"; 65]),
+            json!(""),
+            json!(["a", ""]),
+            json!([]),
+            json!([[]]),
+            json!(["a", 1]),
+            json!([1, "a"]),
+            json!([1, [1]]),
+            json!([-1]),
+            json!([1.5]),
+            json!(1),
+            json!(null),
+            json!([[["a"]]]),
+            json!(vec!["a"; 65]),
         ] {
             assert!(read::<Prompt>(value.clone()).is_err(), "{value}");
         }

@@ -166,7 +166,11 @@ fn what_is_not_there_is_404_or_unsupported() {
 fn prompts_beyond_the_context_are_told_so() {
     let (_server, client) = served();
     for (path, body, param) in [
-        (CHAT, chat(json!({"messages": [{"role": "user", "content": "a".repeat(5000)}]})), "messages"),
+        (
+            CHAT,
+            chat(json!({"messages": [{"role": "user", "content": "a".repeat(5000)}]})),
+            "messages",
+        ),
         (COMPLETIONS, completion(json!({"prompt": "a".repeat(4096)})), "prompt"),
         (INTERACTIVE, json!({"prompt": "a".repeat(4096)}), "prompt"),
     ] {
@@ -174,7 +178,8 @@ fn prompts_beyond_the_context_are_told_so() {
         assert_eq!(error["code"], "context_length_exceeded", "{path}");
         assert_eq!(error["param"], param, "{path}");
     }
-    let fits = completion(json!({"prompt": "a".repeat(4095), "max_tokens": 10, "ignore_eos": true}));
+    let fits =
+        completion(json!({"prompt": "a".repeat(4095), "max_tokens": 10, "ignore_eos": true}));
     let answer = super::post(&client, COMPLETIONS, &fits);
     assert_eq!(answer["usage"]["completion_tokens"], 1);
     assert_eq!(answer["choices"][0]["finish_reason"], "length");
