@@ -46,7 +46,7 @@ fn the_prompt_comes_first_where_it_is_echoed() {
     fields["echo"] = json!(true);
     let echoed = post(&client, COMPLETIONS, &completion(fields.clone()));
     let text = format!("a\u{e9}b{}", texts(&plain)[0]);
-    assert_eq!(texts(&echoed), [text.clone()]);
+    assert_eq!(texts(&echoed), [text.as_str()]);
     let logprobs = &echoed["choices"][0]["logprobs"];
     let len = |key: &str| logprobs[key].as_array().unwrap().len();
     // A token for each byte.
