@@ -2,7 +2,10 @@
 //!
 //! The null backend stands for the model, so nearly all that is left is ours. The processor time of
 //! every thread of this process is read from the kernel; that of the client's thread is left out.
-//! `--test` runs a small measurement once.
+//! An engine without a model is so fast that several tokens share an event, which is cheaper than
+//! what a real model leads to; so it is also measured with steps that are as far apart as those of
+//! a model, when each token is an event and a packet of its own. `--test` runs a small measurement
+//! once.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a bench reports to its terminal")]
 
@@ -12,6 +15,7 @@ use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,6 +25,8 @@ use bespoke::config::EngineOptions;
 use bespoke::engine::Engine;
 use bespoke::kernels::KernelTable;
 use bespoke::request::Request;
+use bespoke::sampling::SamplingParams;
+use bespoke::server::Server;
 use bespoke_benches::report::publish;
 use bespoke_server_tests::{MODEL, Setup, VOCAB};
 use serde_json::json;
@@ -33,21 +39,37 @@ struct Case {
     num_streams: usize,
     prompt_len: usize,
     max_tokens: usize,
+    /// Least time between two steps.
+    step: Duration,
     num_rounds: usize,
 }
 
-const CASES: [Case; 3] = [
-    Case { num_streams: 256, prompt_len: 32, max_tokens: 256, num_rounds: 5 },
-    Case { num_streams: 32, prompt_len: 32, max_tokens: 512, num_rounds: 5 },
-    Case { num_streams: 1, prompt_len: 32, max_tokens: 2048, num_rounds: 5 },
+const PROMPT_LEN: usize = 32;
+const STEP: Duration = Duration::from_millis(20);
+
+const CASES: [Case; 6] = [
+    case(256, 128, STEP),
+    case(32, 128, STEP),
+    case(1, 128, STEP),
+    case(256, 256, Duration::ZERO),
+    case(32, 512, Duration::ZERO),
+    case(1, 2048, Duration::ZERO),
 ];
-const SMALL: [Case; 1] = [Case { num_streams: 8, prompt_len: 4, max_tokens: 8, num_rounds: 1 }];
+const SMALL: [Case; 2] = [
+    Case { num_rounds: 1, ..case(8, 8, Duration::from_millis(1)) },
+    Case { num_rounds: 1, ..case(8, 8, Duration::ZERO) },
+];
+
+const fn case(num_streams: usize, max_tokens: usize, step: Duration) -> Case {
+    Case { num_streams, prompt_len: PROMPT_LEN, max_tokens, step, num_rounds: 5 }
+}
 
 /// What the goal is: microseconds of one core for a token of 256 streams.
 const GOAL_MICROSECONDS: f64 = 20.0;
 
-/// The client's thread.
+/// The threads that are no part of the server.
 const CLIENT: &str = "client";
+const PACER: &str = "pacer";
 
 /// Processor time of each kind of thread.
 type Times = BTreeMap<String, Duration>;
@@ -71,8 +93,8 @@ fn run(cases: &[Case]) -> Result<(), Error> {
          nothing: medians of rounds; the goal for 256 streams is {GOAL_MICROSECONDS}.\n\
          `engine alone` is the same load without server and threads. The client's thread is not \
          part of the sum.\n\n\
-         | streams | prompt | tokens | engine alone | all of the server | its threads | client | \
-         tokens/s |\n|---|---|---|---|---|---|---|---|\n"
+         | streams | tokens | ms between steps | events per token | engine alone | all of the \
+         server | its threads | client | tokens/s |\n|---|---|---|---|---|---|---|---|---|\n"
     );
     for case in cases {
         let line = measure(case)?;
@@ -89,23 +111,24 @@ fn measure(case: &Case) -> Result<String, Error> {
     let mut setup = Setup { engine: engine_options(case), ..Setup::default() };
     setup.server.limits.connections_per_client_max = 2 * case.num_streams.max(64);
     let server = setup.start();
-    let (mut sums, mut clients, mut rates) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut sums, mut clients, mut rates, mut events) = (vec![], vec![], vec![], vec![]);
     let mut threads: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     // One round to warm up.
     for round in 0..=case.num_rounds {
-        let (spent, elapsed) = round_of(case, server.address())?;
+        let Round { spent, elapsed, num_events } = paced(case, &server)?;
         if round == 0 && case.num_rounds > 1 {
             continue;
         }
         let num_tokens = (case.num_streams * case.max_tokens) as f64;
         let per_token = |time: Duration| time.as_secs_f64() * 1e6 / num_tokens;
-        let ours = spent.iter().filter(|(name, _)| *name != CLIENT);
+        let ours = spent.iter().filter(|(name, _)| ![CLIENT, PACER].contains(&name.as_str()));
         sums.push(ours.clone().map(|(_, time)| per_token(*time)).sum());
-        ours.for_each(|(name, time)| {
-            threads.entry(name.clone()).or_default().push(per_token(*time))
-        });
+        for (name, time) in ours {
+            threads.entry(name.clone()).or_default().push(per_token(*time));
+        }
         clients.push(per_token(spent.get(CLIENT).copied().unwrap_or_default()));
         rates.push(num_tokens / elapsed.as_secs_f64());
+        events.push(num_events as f64 / num_tokens);
     }
     let threads = threads.into_iter().map(|(name, values)| (name, median(values)));
     let threads: Vec<String> = threads
@@ -113,10 +136,11 @@ fn measure(case: &Case) -> Result<String, Error> {
         .map(|(name, microseconds)| format!("{name} {microseconds:.1}"))
         .collect();
     Ok(format!(
-        "| {} | {} | {} | {alone:.1} | {:.1} | {} | {:.1} | {:.0} |",
+        "| {} | {} | {} | {:.2} | {alone:.1} | {:.1} | {} | {:.1} | {:.0} |",
         case.num_streams,
-        case.prompt_len,
         case.max_tokens,
+        case.step.as_millis(),
+        median(events),
         median(sums),
         threads.join(", "),
         median(clients),
@@ -145,6 +169,7 @@ fn engine_alone(case: &Case) -> Result<f64, Error> {
         prompt_ids: prompt_ids(case, idx),
         max_tokens: case.max_tokens,
         ignore_eos: true,
+        sampling: SamplingParams { logit_bias: vec![(104, 100.0)], ..SamplingParams::default() },
         ..Request::default()
     };
     for idx in 1..case.num_streams {
@@ -157,8 +182,35 @@ fn engine_alone(case: &Case) -> Result<f64, Error> {
     Ok(spent.as_secs_f64() * 1e6 / (case.num_streams * case.max_tokens) as f64)
 }
 
+/// What one round took.
+struct Round {
+    spent: Times,
+    elapsed: Duration,
+    num_events: usize,
+}
+
+/// A round with steps that are as far apart as the case says.
+fn paced(case: &Case, server: &Server) -> Result<Round, Error> {
+    let is_over = AtomicBool::new(false);
+    let handle = server.app().handle.clone();
+    thread::scope(|scope| {
+        let pacer = thread::Builder::new().name(PACER.to_owned()).spawn_scoped(scope, || {
+            let step = case.step;
+            // NOTE: a call runs between two steps, and holds the next one up as long as it takes.
+            // An engine that has ended is told of by the requests.
+            while !step.is_zero() && !is_over.load(Ordering::Relaxed) {
+                let _ = handle.call(move |_| thread::sleep(step));
+            }
+        });
+        pacer.map_err(|error| Error::Resources(format!("no thread: {error}")))?;
+        let round = round_of(case, server.address());
+        is_over.store(true, Ordering::Relaxed);
+        round
+    })
+}
+
 /// Sends all requests at once and reads all answers to their ends.
-fn round_of(case: &Case, address: SocketAddr) -> Result<(Times, Duration), Error> {
+fn round_of(case: &Case, address: SocketAddr) -> Result<Round, Error> {
     let before = times();
     let start = Instant::now();
     let case = *case;
@@ -172,16 +224,16 @@ fn round_of(case: &Case, address: SocketAddr) -> Result<(Times, Duration), Error
         client.join().map_err(|_| Error::Engine("the client panicked".to_owned()))?;
     let elapsed = start.elapsed();
     let mut spent = times();
-    result.map_err(Error::Engine)?;
+    let num_events = result.map_err(Error::Engine)?;
     spent.iter_mut().for_each(|(name, time)| {
         *time = time.saturating_sub(before.get(name).copied().unwrap_or_default());
     });
     spent.insert(CLIENT.to_owned(), of_client);
-    Ok((spent, elapsed))
+    Ok(Round { spent, elapsed, num_events })
 }
 
-/// All streams of a round, on this thread.
-fn talk(case: &Case, address: SocketAddr) -> Result<(), String> {
+/// All streams of a round, on this thread; gives the number of events.
+fn talk(case: &Case, address: SocketAddr) -> Result<usize, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
     let runtime = runtime.map_err(|error| error.to_string())?;
     let case = *case;
@@ -189,19 +241,22 @@ fn talk(case: &Case, address: SocketAddr) -> Result<(), String> {
         let streams: Vec<_> = (0..case.num_streams)
             .map(|idx| tokio::spawn(async move { stream(&case, idx, address).await }))
             .collect();
+        let mut num_events = 0;
         for stream in streams {
-            stream.await.map_err(|error| error.to_string())??;
+            num_events += stream.await.map_err(|error| error.to_string())??;
         }
-        Ok(())
+        Ok(num_events)
     })
 }
 
-/// One stream: an error where it is not what was asked for.
-async fn stream(case: &Case, idx: usize, address: SocketAddr) -> Result<(), String> {
+/// One stream, and its number of events; an error where it is not what was asked for.
+async fn stream(case: &Case, idx: usize, address: SocketAddr) -> Result<usize, String> {
     let body = json!({
         "model": MODEL, "prompt": prompt_ids(case, idx), "max_tokens": case.max_tokens,
         "ignore_eos": true, "temperature": 0, "stream": true,
         "stream_options": {"include_usage": true},
+        // A letter each time, or many tokens would be no text and no event.
+        "logit_bias": {"104": 100},
     })
     .to_string();
     let head = format!(
@@ -212,12 +267,15 @@ async fn stream(case: &Case, idx: usize, address: SocketAddr) -> Result<(), Stri
     let fail = |error: io::Error| error.to_string();
     let mut socket = TcpStream::connect(address).await.map_err(fail)?;
     socket.write_all((head + &body).as_bytes()).await.map_err(fail)?;
-    let (mut bytes, mut end) = (vec![0; 16 << 10], Vec::new());
+    let (mut bytes, mut end, mut num_events) = (vec![0; 16 << 10], Vec::new(), 0);
     loop {
-        match socket.read(&mut bytes).await.map_err(fail)? {
-            0 => break,
-            len => end.extend_from_slice(&bytes[..len]),
+        let len = socket.read(&mut bytes).await.map_err(fail)?;
+        if len == 0 {
+            break;
         }
+        // Events begin with it; one that is cut here is missed, which happens to few.
+        num_events += bytes[..len].windows(6).filter(|window| window == b"data: ").count();
+        end.extend_from_slice(&bytes[..len]);
         // Only the end is looked at: the client shall cost little.
         let num_old = end.len().saturating_sub(4096);
         end.drain(..num_old);
@@ -225,7 +283,7 @@ async fn stream(case: &Case, idx: usize, address: SocketAddr) -> Result<(), Stri
     let end = String::from_utf8_lossy(&end);
     let usage = format!("\"completion_tokens\":{}", case.max_tokens);
     match end.contains(&usage) && end.contains("data: [DONE]") {
-        true => Ok(()),
+        true => Ok(num_events),
         false => Err(format!("stream {idx} ended with: {end}")),
     }
 }
