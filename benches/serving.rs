@@ -86,8 +86,7 @@ fn run(cases: &[Case]) -> Result<(), Error> {
 /// A line of the table.
 fn measure(case: &Case) -> Result<String, Error> {
     let alone = median((0..case.num_rounds).map(|_| engine_alone(case)).collect::<Result<_, _>>()?);
-    let mut setup = Setup::default();
-    setup.engine = engine_options(case);
+    let mut setup = Setup { engine: engine_options(case), ..Setup::default() };
     setup.server.limits.connections_per_client_max = 2 * case.num_streams.max(64);
     let server = setup.start();
     let (mut sums, mut clients, mut rates) = (Vec::new(), Vec::new(), Vec::new());
@@ -252,6 +251,8 @@ fn times() -> Times {
 
 /// Processor time of this thread.
 fn own_time() -> Duration {
+    // NOTE: the kernel adds up the time of a running thread when it lets go.
+    thread::yield_now();
     thread_time("/proc/thread-self".as_ref()).unwrap_or_default()
 }
 

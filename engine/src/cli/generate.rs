@@ -327,7 +327,7 @@ fn answers(
     files: &ModelFiles,
 ) -> anyhow::Result<Vec<Answer>> {
     if !args.stop.is_empty() {
-        engine.set_tokenizer(files.tokenizer()?.clone());
+        files.tokenizer()?;
         request.stop_strings.clone_from(&args.stop);
     }
     let num_prompt = request.prompt_ids.len();

@@ -189,7 +189,11 @@ impl ModelFiles {
     ) -> anyhow::Result<(Engine, Duration)> {
         let start = Instant::now();
         let mut meter = Meter::new(console);
-        let engine = Engine::load(&self.dir, options, &mut |progress| meter.show_load(progress))?;
+        let mut engine =
+            Engine::load(&self.dir, options, &mut |progress| meter.show_load(progress))?;
+        if let Some(tokenizer) = &self.tokenizer {
+            engine.set_tokenizer(tokenizer.clone());
+        }
         Ok((engine, start.elapsed()))
     }
 }

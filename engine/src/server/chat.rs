@@ -109,6 +109,7 @@ async fn plan(app: &Arc<App>, caller: &Caller, mut chat: ChatRequest) -> Result<
         None => Tools::InText,
     };
     let mut request = request(caller, &mut chat, num_top)?;
+    app.check_tokens(&request)?;
     let (language, messages) = (Arc::clone(&app.language), std::mem::take(&mut chat.messages));
     let kwargs = chat.chat_template_kwargs.take().unwrap_or_default();
     let rendering = move || {

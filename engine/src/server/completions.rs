@@ -115,7 +115,7 @@ async fn plan(
     };
     if num_prompts * counts.best_of > ANSWERS_MAX {
         let message = format!(
-            "{num_prompts} prompts with {} answers each; at most {ANSWERS_MAX} answers are possible",
+            "{num_prompts} prompts with {} answers each; at most {ANSWERS_MAX} are possible",
             counts.best_of
         );
         return Err(ApiError::bad_request("prompt".to_owned(), message));
@@ -134,6 +134,7 @@ async fn plan(
         app.check_prompt_len(prompt.ids.len(), "prompt")?;
     }
     let request = request(caller, &mut of, counts)?;
+    app.check_tokens(&request)?;
     let max_tokens = request.max_tokens.min(app.model.max_context);
     let request = Request { max_tokens, ..request };
     let rules = TextRules::of(&app.language.tokenizer, &request);

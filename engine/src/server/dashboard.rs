@@ -198,6 +198,7 @@ impl Recent {
 }
 
 impl EngineData {
+    /// The first time, measuring the machine's limits takes the engine some tenths of a second.
     fn of(engine: &mut Engine) -> EngineData {
         // NOTE: limits that cannot be measured leave the list empty; all else is still true.
         let mut kernels = engine.kernel_usage().unwrap_or_default();

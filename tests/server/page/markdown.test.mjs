@@ -106,7 +106,8 @@ const SPANS = [
   ["[a](mailto:b@c.example)", "<mailto:b@c.example a>"],
   ["[a] (b) [c][d]", "[a] (b) [c][d]"],
   ["![alt](https://b.example/i.png)", "!<https://b.example/i.png alt>"],
-  ["see https://a.example/b_c?d=(e). End", "see <https://a.example/b_c?d=(e) https://a.example/b_c?d=(e)>. End"],
+  ["see https://a.example/b_c?d=(e). End",
+    "see <https://a.example/b_c?d=(e) https://a.example/b_c?d=(e)>. End"],
   ["(https://a.example)", "(<https://a.example/ https://a.example>)"],
   ["<https://a.example/>", "<https://a.example/ https://a.example/>"],
   ["xhttps://a.example", "xhttps://a.example"],
@@ -153,7 +154,7 @@ function* links(node) {
 test("only http, https and mailto become links, and the text of others stays", () => {
   for (const text of HOSTILE) {
     assert.deepEqual([...links(parse(text))], [], text);
-    assert.equal(spans(inline(text)).replaceAll("<emphasis ", ""), text.replaceAll("\n", "⏎"), text);
+    assert.equal(spans(inline(text)), text, text);
   }
   assert.equal(safeHref("https://a.example/\"><script>"), "https://a.example/%22%3E%3Cscript%3E");
   assert.equal(safeHref("javascript:1"), null);
@@ -176,7 +177,7 @@ function measure(node, depth = 0) {
 test("text that asks for work or depth gets little of both", () => {
   const many = 30_000;
   const texts = [
-    ...["*", "_", "~~", "`", "[", "]", "(", "[a](", "![", "<", "> ", "- ", "# ", "|", "\\", "**a ", "h"]
+    ...["*", "_", "~~", "`", "[", "]", "(", "[a](", "![", "<", "> ", "- ", "# ", "|", "\\", "**a "]
       .map((piece) => piece.repeat(many)),
     "https://".repeat(many / 10),
     "> ".repeat(many) + "x",

@@ -31,7 +31,8 @@ test("numbers are short and have units", () => {
     ["0", "20 µs", "3.1 ms", "250 ms", "1.23 s", "12.3 s", "119 s", "10 min"]);
   assert.deepEqual([0, 0.5, 59, 61, 3600, 90061].map(span),
     ["0 s", "0 s", "59 s", "1 min 1 s", "1 h 0 min", "1 d 1 h"]);
-  assert.deepEqual([0, 1536, 98e6, 2 ** 60].map(bytes), ["0 B", "1.5 KiB", "93.5 MiB", "1048576 TiB"]);
+  assert.deepEqual([0, 1536, 98e6, 2 ** 60].map(bytes),
+    ["0 B", "1.5 KiB", "93.5 MiB", "1048576 TiB"]);
   assert.deepEqual([0, 0.416, 1, 0 / 0].map(percent), ["0 %", "41.6 %", "100 %", "–"]);
   assert.equal(short(1234.5), "1235");
 });

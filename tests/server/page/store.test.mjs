@@ -41,7 +41,8 @@ class Storage {
 }
 
 function conversation(title, updated, ...contents) {
-  const messages = contents.map((content, idx) => ({ role: ["user", "assistant"][idx % 2], content }));
+  const roles = ["user", "assistant"];
+  const messages = contents.map((content, idx) => ({ role: roles[idx % 2], content }));
   return { ...newConversation(), title, updated, messages };
 }
 
@@ -91,6 +92,7 @@ test("files that hold something else are refused, and nothing is changed", () =>
   const file = (conversations) =>
     JSON.stringify({ format: "bespoke-conversations", version: 1, conversations });
   const good = { title: "t", updated: 1, messages: [{ role: "user", content: "a" }] };
+  const long = "x".repeat(IMPORT_MAX.chars + 1);
   const refused = [
     ["{", /not JSON/],
     ["null", /no conversations/],
@@ -99,7 +101,7 @@ test("files that hold something else are refused, and nothing is changed", () =>
     [file("x"), /no conversations/],
     [file([good, {}]), /Conversation 2/],
     [file([good, { messages: [{ role: "system", content: "x" }] }]), /Conversation 2/],
-    [file([{ messages: [{ role: "user", content: "x".repeat(IMPORT_MAX.chars + 1) }] }]), /Conversation 1/],
+    [file([{ messages: [{ role: "user", content: long }] }]), /Conversation 1/],
     [file(new Array(IMPORT_MAX.conversations + 1).fill(good)), /more than/],
   ];
   for (const [text, message] of refused) {
@@ -127,10 +129,12 @@ test("a title is the first line, not too long", () => {
 test("settings are kept; those out of bounds are not believed", () => {
   const storage = new Storage();
   assert.deepEqual(loadSettings(storage), initialSettings());
-  const settings = { ...initialSettings(), temperature: 0, top_k: 40, seed: 7, system: "s", json: true };
+  const changes = { temperature: 0, top_k: 40, seed: 7, system: "s", json: true };
+  const settings = { ...initialSettings(), ...changes };
   assert.ok(saveSettings(storage, settings));
   assert.deepEqual(loadSettings(storage), settings);
-  storage.setItem("bespoke.settings", '{"temperature":9,"top_k":1.5,"seed":"x","system":3,"json":1}');
+  const wrong = '{"temperature":9,"top_k":1.5,"seed":"x","system":3,"json":1}';
+  storage.setItem("bespoke.settings", wrong);
   assert.deepEqual(loadSettings(storage), initialSettings());
   storage.setItem("bespoke.settings", "{");
   assert.deepEqual(loadSettings(storage), initialSettings());

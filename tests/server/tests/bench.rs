@@ -127,7 +127,7 @@ impl State {
             reader.read_exact(&mut body)?;
             self.heads.lock().unwrap().push(head.clone());
             if head.starts_with("GET ") {
-                write(&stream, "200 OK", &MODELS.to_string())?;
+                write(&stream, "200 OK", MODELS)?;
                 continue;
             }
             let idx = self.num_requests.fetch_add(1, Ordering::SeqCst);

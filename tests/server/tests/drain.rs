@@ -1,6 +1,7 @@
 //! The end of a server: told to stop, its engine dead or hanging.
 
-use std::thread;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use bespoke::backend::null::{Fault, NullOptions};
@@ -80,37 +81,71 @@ fn assert_draining(client: &Client) {
 fn many_streams() -> Setup {
     let mut setup = Setup::default();
     setup.engine.max_sequences = NUM_STREAMS;
-    setup.engine.max_batch_tokens = 512;
+    // Room for all prompts in one step.
+    setup.engine.max_batch_tokens = 4 * NUM_STREAMS;
     setup.engine.num_pages = Some(NUM_STREAMS * 256);
     setup.server.limits.connections_per_client_max = 1024;
     setup
 }
 
+/// Starts streams of which each has had its first token, and holds the engine there until what is
+/// given with them is dropped.
+fn start_and_hold(
+    server: &Server,
+    client: &Client,
+    max_tokens: usize,
+) -> (Vec<JoinHandle<Reader>>, Sender<()>) {
+    let first = hang(server);
+    let start = |seed: usize| {
+        let client = client.clone();
+        thread::spawn(move || client.stream("/v1/completions", &completion(seed, max_tokens)))
+    };
+    let readers: Vec<_> = (0..NUM_STREAMS).map(start).collect();
+    let stats = || server.app().handle.stats();
+    wait_until("all wait", || stats().num_waiting == NUM_STREAMS);
+    // Taken up after one step, or a few.
+    let (release, has_started) = queue_hang(server);
+    drop(first);
+    has_started.recv().expect("the engine takes the call");
+    assert_eq!(stats().num_running, NUM_STREAMS);
+    (readers, release)
+}
+
+fn join(readers: Vec<JoinHandle<Reader>>) -> Vec<Reader> {
+    readers.into_iter().map(|thread| thread.join().expect("a stream")).collect()
+}
+
 #[test]
 fn streams_that_fit_in_the_drain_come_to_their_end() {
+    const NUM_TOKENS: usize = 200;
     let server = many_streams().start();
     let client = client(&server);
-    let readers = start_streams(&client, NUM_STREAMS, 500);
+    let (readers, held) = start_and_hold(&server, &client, NUM_TOKENS);
     server.start_drain();
     assert_draining(&client);
-    for (end, _) in read_all(readers) {
-        assert_eq!(end, End::Done);
+    drop(held);
+    for (end, num) in read_all(join(readers)) {
+        // Tokens that end no character have no event, and the end has one.
+        assert!(end == End::Done && num <= NUM_TOKENS + 1, "{end:?} {num}");
     }
     assert_eq!(server.wait_timeout(LONG), Some(Ended::Drained));
+    assert_eq!(server.app().handle.stats().counts.num_finished, NUM_STREAMS as u64);
 }
 
 #[test]
 fn streams_that_outlast_the_drain_are_told() {
     let mut setup = many_streams();
-    setup.server.timeouts.drain = Duration::from_millis(50);
+    setup.server.timeouts.drain = Duration::ZERO;
     let server = setup.start();
     let client = client(&server);
-    let readers = start_streams(&client, NUM_STREAMS, 4000);
+    let (readers, held) = start_and_hold(&server, &client, 4000);
     server.start_drain();
-    let ends = read_all(readers);
-    assert!(ends.iter().all(|(end, _)| *end != End::Cut), "{ends:?}");
-    assert!(ends.iter().any(|(end, _)| *end == End::Error), "{ends:?}");
+    drop(held);
+    for (end, _) in read_all(join(readers)) {
+        assert_eq!(end, End::Error);
+    }
     assert_eq!(server.wait_timeout(LONG), Some(Ended::Drained));
+    assert_eq!(server.app().handle.stats().counts.num_cancelled, NUM_STREAMS as u64);
 }
 
 #[test]
@@ -158,18 +193,27 @@ fn a_step_that_hangs_ends_the_server() {
 }
 
 /// Holds the engine until what is given is dropped.
-fn hang(server: &Server) -> std::sync::mpsc::Sender<()> {
-    let (release, held) = std::sync::mpsc::channel::<()>();
-    let (started, has_started) = std::sync::mpsc::channel();
+fn hang(server: &Server) -> Sender<()> {
+    let (release, has_started) = queue_hang(server);
+    has_started.recv().expect("the engine takes the call");
+    release
+}
+
+/// As [`hang`], from when the engine says so.
+fn queue_hang(server: &Server) -> (Sender<()>, Receiver<()>) {
+    let (release, held) = channel::<()>();
+    let (started, has_started) = channel();
     let handle = server.app().handle.clone();
+    let (asked, has_asked) = channel();
     thread::spawn(move || {
+        let _ = asked.send(());
         handle.call(move |_| {
             let _ = started.send(());
             let _ = held.recv();
         })
     });
-    has_started.recv().expect("the engine takes the call");
-    release
+    has_asked.recv().expect("the thread runs");
+    (release, has_started)
 }
 
 fn process(drain: &str) -> ServerProcess {
@@ -183,7 +227,7 @@ fn signals_drain_the_process() {
     for name in ["TERM", "INT", "HUP"] {
         let mut server = process("30");
         let client = server.client();
-        let readers = start_streams(&client, 16, 3000);
+        let readers = start_streams(&client, 16, 500);
         server.signal(name);
         wait_until("it drains", || server.log().contains("draining"));
         for (end, _) in read_all(readers) {

@@ -132,7 +132,9 @@ fn a_reader_that_takes_nothing_is_given_up() {
 
 /// Has asked for more than the system holds for it, and reads nothing.
 fn stalled_reader(server: &Server, client: &Client) -> TcpStream {
-    let body = completion(4000).to_string();
+    let mut body = completion(4000);
+    body["logprobs"] = 5.into();
+    let body = body.to_string();
     let headers = [("content-type", "application/json")];
     let head = client.head("POST", "/v1/completions", &headers, body.len());
     let mut stream = narrow(server.address());
@@ -292,7 +294,8 @@ fn connections_are_bounded_in_all_and_by_client() {
 /// 1,000 sockets that keep the server waiting, in every way there is, beside clients that behave.
 #[test]
 fn a_thousand_hostile_sockets_do_no_harm() {
-    const NUM_EACH: usize = 250;
+    const NUM_EACH: usize = 317;
+    const NUM_STALLED: usize = 49;
     let (server, client) = start(|options| {
         options.limits.connections_max = 2048;
         options.limits.connections_per_client_max = 2048;
@@ -314,9 +317,9 @@ fn a_thousand_hostile_sockets_do_no_harm() {
         let mut half = client.connect();
         half.write_all(half_body.as_bytes()).unwrap();
         hostile.push(half);
-        // One that reads nothing of a long answer.
-        hostile.push(stalled_reader(&server, &client));
     }
+    // And those who read nothing of a long answer.
+    hostile.extend((0..NUM_STALLED).map(|_| stalled_reader(&server, &client)));
     let rss_during = bespoke::memory::rss_bytes();
     let expected = good_text();
     thread::scope(|scope| {
@@ -327,17 +330,20 @@ fn a_thousand_hostile_sockets_do_no_harm() {
                 }
             });
         }
-        for idx in 0..hostile.len() / 4 {
+        for idx in 0..NUM_EACH {
             // Those that were given up already cannot take it.
-            let _ = (&hostile[idx * 4 + 1]).write_all(b"x");
+            let _ = (&hostile[idx * 3 + 1]).write_all(b"x");
         }
     });
     if let (Some(before), Some(during)) = (rss_before, rss_during) {
-        let per_socket = during.saturating_sub(before) / (4 * NUM_EACH as u64);
+        let per_socket = during.saturating_sub(before) / hostile.len() as u64;
         assert!(per_socket <= 64 << 10, "{per_socket} bytes of memory for each hostile socket");
     }
     wait_until("silent and dribbling ones are given up", || {
         metric(&server, &ended("header_timeout")) == 2.0 * NUM_EACH as f64
+    });
+    wait_until("stalled ones are given up", || {
+        metric(&server, &ended("write_timeout")) == NUM_STALLED as f64
     });
     drop(hostile);
     wait_until("no connection is left", || metric(&server, "bespoke_connections") == 0.0);

@@ -1,7 +1,7 @@
 // The chat: which conversation is open, and the answers that are being written.
 
 import { Answer } from "./answer.js";
-import { ClientError, json } from "./client.js";
+import { ClientError, json, shortName } from "./client.js";
 import { Composer } from "./composer.js";
 import { Conversation } from "./conversation.js";
 import { askForKey, wireDialogs } from "./dialogs.js";
@@ -59,11 +59,9 @@ async function connect() {
     model = data[0]?.id ?? null;
     if (!model) throw new ClientError("The server serves no model.", 0);
     notice(null);
-    // Of a folder or a repository, the last name says enough.
-    const name = model.split("/").filter(Boolean).at(-1) ?? model;
-    byId("model").textContent = name;
+    byId("model").textContent = shortName(model);
     byId("model").title = model;
-    composer.setModel(name);
+    composer.setModel(shortName(model));
   } catch (error) {
     await failed(error, connect);
   }
@@ -78,8 +76,9 @@ async function failed(error, again) {
 function notice(text, again) {
   const element = byId("notice");
   element.hidden = !text;
-  const retry = again ? h("button", { type: "button", class: "plain", onclick: again }, "Try again") : null;
-  element.replaceChildren(...(text ? [h("span", {}, text), retry ?? ""] : []));
+  const props = { type: "button", class: "plain", onclick: again };
+  const retry = again ? h("button", props, "Try again") : "";
+  element.replaceChildren(...(text ? [h("span", {}, text), retry] : []));
 }
 
 function openFromAddress() {
@@ -175,7 +174,6 @@ function edit(message, text) {
 
 async function answer(conversation) {
   conversation.updated = Date.now();
-  const request = toRequest(model ?? "", settings, conversation.messages);
   const answer = new Answer(conversation, {
     save: () => save(conversation),
     grown: (message) => open === conversation && view.grown(message),
@@ -188,7 +186,8 @@ async function answer(conversation) {
   show(conversation);
   view.toEnd();
   announce("The answer is being written");
-  const error = await answer.run(request);
+  if (!model) await connect();
+  const error = await answer.run(toRequest(model ?? "", settings, conversation.messages));
   if (answers.get(conversation.id) !== answer) return; // deleted meanwhile
   answers.delete(conversation.id);
   save(conversation);

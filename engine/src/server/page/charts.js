@@ -22,7 +22,8 @@ export function timeChart(container, { label, series, num_samples, least, format
   const x = (idx) => (idx / (num_samples - 1)) * WIDTH;
   const y = (value) => HEIGHT - (value / max) * HEIGHT;
   const drawing = svg("svg", {
-    viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": label,
+    viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none",
+    role: "img", "aria-label": label,
   });
   for (const part of [0, 1, 2]) {
     const at = (HEIGHT * part) / 2;
@@ -116,7 +117,10 @@ export function pageGrid(container, { active, cached, total }, cells_max, column
   return per_cell;
 }
 
-/** A column for each bucket from the first to the last that is not empty; `marks` are `[text, value]`. */
+/**
+ * A column for each bucket from the first to the last that is not empty. `marks`, below, are
+ * `[text, value]`.
+ */
 export function histogram(container, { label, bounds, counts, format, marks }) {
   const first = counts.findIndex((count) => count > 0);
   if (first < 0) {

@@ -46,6 +46,11 @@ export async function json(method, path, options) {
   return response.status === 204 ? null : response.json();
 }
 
+/** Of a model that is named as a folder or a repository, the last part. */
+export function shortName(model) {
+  return model.split("/").filter(Boolean).at(-1) ?? model;
+}
+
 async function refusal(response) {
   const { error } = await response.json().catch(() => ({}));
   const wait = Number(response.headers.get("Retry-After"));

@@ -1,7 +1,7 @@
 // The dashboard: asks for the numbers each second and draws them.
 
 import { bar, histogram, pageGrid, timeChart } from "./charts.js";
-import { json } from "./client.js";
+import { json, shortName } from "./client.js";
 import { askForKey, wireDialogs } from "./dialogs.js";
 import { byId, h, placeIcons, wireThemeButton } from "./dom.js";
 import { bytes, count, duration, percent, quantile, short, since, span } from "./statistics.js";
@@ -83,9 +83,9 @@ function keep(sample) {
 function draw() {
   const { data } = samples.at(-1);
   setState(data.state);
-  const name = data.model.split("/").filter(Boolean).at(-1) ?? data.model;
   byId("served").title = data.model;
-  byId("served").textContent = `${name} · ${data.backend} · version ${data.version}`;
+  const served = [shortName(data.model), data.backend, `version ${data.version}`];
+  byId("served").textContent = served.join(" · ");
   byId("uptime").textContent = `${span(data.uptime_s)} ago`;
   drawTiles();
   drawCharts();
@@ -172,7 +172,8 @@ function readout(chart, idx) {
   const when = idx === null ? "" : `${ago} s ago: `;
   const texts = {
     throughput: ({ rate }) => `${short(rate ?? NaN)} tokens/s`,
-    batch: ({ running, waiting }) => `${count(running ?? NaN)} running, ${count(waiting ?? NaN)} waiting`,
+    batch: ({ running, waiting }) =>
+      `${count(running ?? NaN)} running, ${count(waiting ?? NaN)} waiting`,
   };
   byId(`${chart}-readout`).textContent = sample ? when + texts[chart](sample) : "nothing yet";
 }
@@ -226,7 +227,8 @@ function drawLatencies() {
     const at = (share) => seconds(quantile(bounds, counts, share), bounds);
     const marks = [["median", at(0.5)], ["95 %", at(0.95)], ["99 %", at(0.99)]];
     const label = `${title}: ${marks.map((mark) => mark.join(" ")).join(", ")}`;
-    histogram(byId(`latency-${name}`).lastChild, { label, bounds, counts, format: duration, marks });
+    const place = byId(`latency-${name}`).lastChild;
+    histogram(place, { label, bounds, counts, format: duration, marks });
   }
   byId("latency-readout").textContent = isRecent ? "last five minutes" : "since the start";
 }

@@ -170,11 +170,12 @@ const PUNCTUATION = /[!-/:-@[-`{-~]/;
 const WORD = /[\p{L}\p{N}]/u;
 const ADDRESS = /https?:\/\/[^\s<>"`]{1,2000}/y;
 const ANGLE_ADDRESS = /<((?:https?:\/\/|mailto:)[^\s<>]{1,2000})>/y;
-const TARGET = /\([ \n]{0,4}<?([^\s<>]{0,2000}?)>?(?:[ \n]{1,4}["'][^"'\n]{0,500}["'])?[ \n]{0,4}\)/y;
+const TARGET =
+  /\([ \n]{0,4}<?([^\s<>]{0,2000}?)>?(?:[ \n]{1,4}["'][^"'\n]{0,500}["'])?[ \n]{0,4}\)/y;
 
 /**
- * Text of one block → spans: strings, and `{type, …}` with `children`, of type `strong`, `emphasis`,
- * `deleted`, `code` (with `text`), `link` (with `href`) or `break`.
+ * Text of one block → spans: strings, and `{type, …}` with `children`, of type `strong`,
+ * `emphasis`, `deleted`, `code` (with `text`), `link` (with `href`) or `break`.
  */
 export function inline(text) {
   return new Inline(text, true).parse();
@@ -292,7 +293,8 @@ class Inline {
     const address = isAngle ? found[1] : trimAddress(found[0]);
     const href = safeHref(address);
     if (!href) return false;
-    this.put({ type: "link", href, children: [address] }, isAngle ? found[0].length : address.length);
+    const width = isAngle ? found[0].length : address.length;
+    this.put({ type: "link", href, children: [address] }, width);
     return true;
   }
 

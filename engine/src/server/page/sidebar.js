@@ -106,7 +106,8 @@ export class Sidebar {
       onclick: select,
     };
     const row = h("li", { class: isOpen ? "open" : "", "data-id": id });
-    const state = writing.has(id) ? h("span", { class: "dot", role: "img", "aria-label": "is being answered" }) : null;
+    const dot = { class: "dot", role: "img", "aria-label": "is being answered" };
+    const state = writing.has(id) ? h("span", dot) : null;
     row.append(
       h("button", props, h("span", {}, title || "Untitled"), state),
       iconButton("edit", `Rename ${title}`, () => this.#rename(row, conversation)),

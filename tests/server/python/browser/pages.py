@@ -65,7 +65,8 @@ def browser():
     """Chromium: the machine's, or Playwright's own, which is fetched where it is not there."""
     # NOTE: Chromium's sandbox does not work for root, and a container often has no other user.
     options = {"args": ["--no-sandbox"] if os.geteuid() == 0 else []}
-    found = os.environ.get("BESPOKE_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    found = os.environ.get("BESPOKE_CHROMIUM") or found
     if found:
         return driver().chromium.launch(executable_path=found, **options)
     try:

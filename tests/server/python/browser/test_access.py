@@ -77,7 +77,8 @@ CONTRAST = """() => {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const element = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || !element.checkVisibility({ opacityProperty: true })) continue;
+    const isShown = element.checkVisibility({ opacityProperty: true });
+    if (!walker.currentNode.data.trim() || !isShown) continue;
     if (element.closest('.unseen, .skip, noscript, script')) continue;
     num_texts += 1;
     const back = behind(element);
@@ -154,7 +155,8 @@ class AccessTest(PageCase):
             if name not in ("prompt", "scroll", "body"):
                 self.assertTrue(is_outlined, f"focus on {name!r} is not seen")
             seen.add(name)
-        for name in ["new", "Search conversations", "settings-open", "prompt", "Copy the answer", "Answer again",
+        for name in ["new", "Search conversations", "settings-open", "prompt", "Copy the answer",
+                "Answer again",
                 "Edit and send again", "Rename Hello", "Delete Hello"]:
             self.assertIn(name, seen)
 

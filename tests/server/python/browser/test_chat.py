@@ -76,7 +76,8 @@ class ChatTest(PageCase):
         expect(body).to_have_text(re.compile(".{40}", re.DOTALL))
         early = body.inner_text()
         page.reload()
-        expect(page.locator(".message.assistant .note")).to_contain_text(re.compile("broken? off", re.I))
+        note = page.locator(".message.assistant .note")
+        expect(note).to_contain_text(re.compile("broken? off", re.I))
         kept = page.locator(".message.assistant .body").inner_text()
         self.assertTrue(kept.startswith(early[:30]), f"{early!r} … {kept!r}")
 
