@@ -94,7 +94,10 @@ fn stop_tokens_end_the_answer_and_are_no_part_of_it() {
     assert_eq!(answer["usage"]["completion_tokens"], num + 1);
     let bytes: Vec<u8> =
         tokens[..num].iter().filter_map(|token| byte(token)).map(|byte| byte as u8).collect();
-    assert_eq!(answer["choices"][0]["message"]["content"], String::from_utf8_lossy(&bytes).as_ref());
+    assert_eq!(
+        answer["choices"][0]["message"]["content"],
+        String::from_utf8_lossy(&bytes).as_ref()
+    );
 }
 
 #[test]
