@@ -6,6 +6,7 @@ mod drain;
 mod faults;
 mod frame;
 mod grammar;
+mod kills;
 mod numbers;
 mod openai;
 mod page;
