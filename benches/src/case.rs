@@ -279,7 +279,7 @@ fn paged_attention(
     run: Run<PagedAttentionArgs>,
     rows: usize,
 ) -> Made {
-    let KernelSpec::PagedAttention { num_heads, num_kv_heads, head_dim, window, kv, page_size } =
+    let KernelSpec::PagedAttention { num_heads, num_kv_heads, head_dim, kv, page_size, .. } =
         kernel.spec
     else {
         wrong_spec(kernel)
