@@ -115,7 +115,8 @@ async fn plan(
     };
     if num_prompts * counts.best_of > ANSWERS_MAX {
         let message = format!(
-            "{num_prompts} prompts with {} answers each; at most {ANSWERS_MAX} answers are possible",
+            "{num_prompts} prompts with {} answers each; at most {ANSWERS_MAX} answers are \
+             possible",
             counts.best_of
         );
         return Err(ApiError::bad_request("prompt".to_owned(), message));

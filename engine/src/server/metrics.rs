@@ -57,7 +57,10 @@ trait LabelName: Copy {
 }
 
 macro_rules! labels {
-    ($(#[$doc:meta])* $kind:ident { $($(#[$variant_doc:meta])* $variant:ident => $name:literal,)* }) => {
+    (
+        $(#[$doc:meta])*
+        $kind:ident { $($(#[$variant_doc:meta])* $variant:ident => $name:literal,)* }
+    ) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum $kind { $($(#[$variant_doc])* $variant,)* }
