@@ -243,7 +243,7 @@ fn log_probabilities_are_the_models_own() {
 #[test]
 fn any_json_object_is_one() {
     let grammar = compile(GrammarSpec::JsonObject);
-    let requests = (0..200).map(|seed| request(Some(&grammar), seed)).collect();
+    let requests = (0..60).map(|seed| request(Some(&grammar), seed)).collect();
     let mut num_whole = 0;
     for generation in run(&mut engine(510), requests).into_iter().flatten() {
         let text = text(&generation);
@@ -257,7 +257,7 @@ fn any_json_object_is_one() {
             num_whole += 1;
         }
     }
-    assert!(num_whole > 20, "{num_whole} of 200");
+    assert!(num_whole > 5, "{num_whole} of 60");
 }
 
 #[test]
