@@ -7,6 +7,7 @@
 
 import json
 import pathlib
+import re
 import sys
 
 ROWS = [1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192]
@@ -146,11 +147,9 @@ def report(folder):
     for record in records:
         problem, time = record["problem"], record["time"]
         symbol = record["variant"]["symbol"] or "copy"
-        words = {word[0]: word[1:] for word in symbol.split("_")}
+        sizes = re.match(r"(?:awq_)?gemm_n(\d+)_k(\d+)_", symbol)
         rows = problem["case"].split()[0]
-        peer = None
-        if problem["op"] in ("gemm", "awq_gemm") and words["n"].isdigit() and words["k"].isdigit():
-            peer = peers.get((int(words["n"]), int(words["k"]), int(rows)))
+        peer = peers.get((*map(int, sizes.groups()), int(rows))) if sizes else None
         versus = f"{peer / time['us'][1]:.2f}" if peer else ""
         lines.append(f"{symbol:64} {problem['case']:34} {time['us'][1]:9.1f} "
                      f"{time['gb_per_s']:7.0f} {100 * time['gb_per_s'] / read:7.1f} "

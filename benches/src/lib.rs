@@ -3,8 +3,6 @@
 
 #![allow(clippy::print_stdout, reason = "a bench reports to its terminal")]
 
-use std::path::{Path, PathBuf};
-
 use bespoke::Error;
 use bespoke::backend::cpu::limits::Limits;
 use bespoke::backend::cpu::team::Team;
@@ -55,13 +53,6 @@ impl Bench {
         }
         let again = Limits::measure(&mut self.team, STREAM_BYTES)?;
         self.report.limits = self.report.limits.or_higher(again);
-        println!("{}", self.report.text());
-        let Some(folder) = std::env::var_os("BESPOKE_BENCH_OUT") else { return Ok(()) };
-        // Cargo starts benches in their package, people think from the repository's root.
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
-        let folder = root.join(PathBuf::from(folder));
-        let path = self.report.write(&folder, file).map_err(|error| Error::io(&folder, error))?;
-        println!("written: {}", path.display());
-        Ok(())
+        report::publish(file, &self.report.text())
     }
 }

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use bespoke::Error;
 use bespoke::backend::cpu::limits::Limits;
 use bespoke::backend::cpu::work::Work;
 
@@ -105,16 +106,24 @@ impl Report {
         }
         text
     }
+}
 
-    /// Writes the report to `<folder>/<date>-<device>/<file>` and returns that path.
-    pub fn write(&self, folder: &Path, file: &str) -> std::io::Result<PathBuf> {
-        let device = device();
-        let run = folder.join(format!("{}-{}", date(SystemTime::now()), folder_name(&device)));
-        std::fs::create_dir_all(&run)?;
-        let path = run.join(file);
-        std::fs::write(&path, format!("# {device}\n\n{}", self.text()))?;
-        Ok(path)
-    }
+/// Prints a report and writes it to `<folder>/<date>-<device>/<file>`, where `BESPOKE_BENCH_OUT`
+/// names a folder.
+pub fn publish(file: &str, text: &str) -> Result<(), Error> {
+    println!("{text}");
+    let Some(folder) = std::env::var_os("BESPOKE_BENCH_OUT") else { return Ok(()) };
+    // Cargo starts benches in their package, people think from the repository's root.
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
+    let folder = root.join(PathBuf::from(folder));
+    let device = device();
+    let run = folder.join(format!("{}-{}", date(SystemTime::now()), folder_name(&device)));
+    let path = run.join(file);
+    std::fs::create_dir_all(&run)
+        .and_then(|()| std::fs::write(&path, format!("# {device}\n\n{text}")))
+        .map_err(|error| Error::io(&path, error))?;
+    println!("written: {}", path.display());
+    Ok(())
 }
 
 /// The processor by its own account.

@@ -32,11 +32,13 @@ pub(crate) enum Fault {
     PreemptsTheNeedy,
     /// Rewinding a session keeps the pages of what was cut off.
     RewindKeepsPages,
+    /// A grammar goes on as if some tokens had not been there.
+    GrammarMissesToken,
 }
 
 #[cfg(test)]
 impl Fault {
-    pub(crate) const ALL: [Fault; 13] = [
+    pub(crate) const ALL: [Fault; 14] = [
         Fault::HashIgnoresParent,
         Fault::NamespaceIgnored,
         Fault::StaleHash,
@@ -50,6 +52,7 @@ impl Fault {
         Fault::PageFullTooEarly,
         Fault::PreemptsTheNeedy,
         Fault::RewindKeepsPages,
+        Fault::GrammarMissesToken,
     ];
 }
 

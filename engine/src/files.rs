@@ -3,7 +3,6 @@
 //! [`StagedDir`] collects files in a temporary folder beside the target and renames it once at the
 //! end. A lock on a sidecar file tells a temporary folder in use from one left by a killed process.
 
-use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -62,22 +61,27 @@ impl StagedDir {
         sync_dir(&parent)
     }
 
-    /// The old folder moves aside before the new one takes its name, and goes last.
+    /// New and old change places in one step, so that the target is always one of them, whole; then
+    /// the old one goes. Where the file system cannot do that the old one moves aside first, and
+    /// [`remove_stale`] moves it back if the process is killed before the new one has its name.
     fn replace(&self) -> Result<(), Error> {
-        let mut old = self.temp.clone().into_os_string();
-        old.push(".old");
-        let old = PathBuf::from(old);
-        let had_old = self.target.symlink_metadata().is_ok();
-        if had_old {
-            rename(&self.target, &old)?;
+        if self.target.symlink_metadata().is_err() {
+            return rename(&self.temp, &self.target);
         }
+        let (parent, _) = split_target(&self.target)?;
+        if exchange(&self.temp, &self.target)? {
+            // The old folder may go only when the new one's name is sure to last.
+            sync_dir(&parent)?;
+            return remove_any(&self.temp);
+        }
+        let old = aside(&self.temp);
+        rename(&self.target, &old)?;
         if let Err(error) = rename(&self.temp, &self.target) {
-            if had_old {
-                rename(&old, &self.target)?;
-            }
+            rename(&old, &self.target)?;
             return Err(error);
         }
-        if had_old { remove_any(&old) } else { Ok(()) }
+        sync_dir(&parent)?;
+        remove_any(&old)
     }
 }
 
@@ -172,10 +176,10 @@ pub fn remove_stale(parent: &Path, prefix: &str) -> Result<(), Error> {
         let lock_path = parent.join(&name);
         // A lock that cannot even be opened belongs to somebody else.
         if let Ok(Some(lock)) = SidecarLock::try_acquire(&lock_path) {
-            let mut old = OsString::from(temp);
-            old.push(".old");
-            remove_any(&parent.join(temp))?;
-            remove_any(&parent.join(old))?;
+            let temp = parent.join(temp);
+            restore(&temp)?;
+            remove_any(&temp)?;
+            remove_any(&aside(&temp))?;
             let _ = fs::remove_file(&lock.path);
         }
     }
@@ -317,6 +321,46 @@ fn rename(from: &Path, to: &Path) -> Result<(), Error> {
         }
         _ => write_error(to, 0, e),
     })
+}
+
+/// Where [`StagedDir::replace`] keeps an old folder while it has no name.
+fn aside(temp: &Path) -> PathBuf {
+    let mut old = temp.to_owned().into_os_string();
+    old.push(".old");
+    PathBuf::from(old)
+}
+
+/// Gives a folder that was moved aside its name back, if nothing has taken that since.
+fn restore(temp: &Path) -> Result<(), Error> {
+    let name = temp.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let Some((target, _)) = name.strip_prefix('.').and_then(|name| name.rsplit_once(".tmp-"))
+    else {
+        return Ok(());
+    };
+    let (target, old) = (temp.with_file_name(target), aside(temp));
+    match old.symlink_metadata().is_ok() && target.symlink_metadata().is_err() {
+        true => rename(&old, &target),
+        false => Ok(()),
+    }
+}
+
+/// Lets two folders change their names in one step; false where that is not possible here.
+fn exchange(a: &Path, b: &Path) -> Result<bool, Error> {
+    #[cfg(any(target_os = "linux", target_os = "macos"))]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        use rustix::io::Errno;
+        match renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE) {
+            Ok(()) => Ok(true),
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => Ok(false),
+            Err(error) => Err(write_error(b, 0, error.into())),
+        }
+    }
+    #[cfg(not(any(target_os = "linux", target_os = "macos")))]
+    {
+        let _ = (a, b);
+        Ok(false)
+    }
 }
 
 fn sync_tree(dir: &Path) -> Result<(), Error> {

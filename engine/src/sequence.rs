@@ -130,6 +130,14 @@ impl Sequence {
         }
     }
 
+    /// Lets the grammar go on behind `token`; returns how the answer ends, if it does.
+    fn advance_grammar(&mut self, token: u32) -> Option<FinishReason> {
+        if is_planted(Fault::GrammarMissesToken) && token % 8 == 7 {
+            return None;
+        }
+        self.grammar.as_mut()?.push(token)
+    }
+
     /// Works out which tokens the grammar allows next.
     pub(crate) fn fill_mask(&mut self) {
         if let Some(grammar) = &mut self.grammar {
@@ -150,8 +158,7 @@ impl Sequence {
         let is_stopped = self.stop_check.as_mut().is_some_and(|check| check(*token));
         if is_stopped || self.stop_token_ids.contains(token) {
             self.finish_reason = Some(FinishReason::Stop);
-        } else if let Some(reason) = self.grammar.as_mut().and_then(|grammar| grammar.push(*token))
-        {
+        } else if let Some(reason) = self.advance_grammar(*token) {
             self.finish_reason = Some(reason);
         } else if self.tokens.len() >= self.len_max {
             self.finish_reason = Some(FinishReason::Length);

@@ -77,6 +77,13 @@ const RULES: &[Rule] = &[
         why: "only server knows HTTP",
     },
     Rule {
+        names: &[Name::Path("hyper"), Name::Path("hyper_util"), Name::Path("http_body_util")],
+        within: CRATES,
+        except: &["engine/src/server", "engine/src/cli/bench/serving"],
+        allowed: &[],
+        why: "only server and the client that measures it know HTTP",
+    },
+    Rule {
         names: &[Name::Path("cudarc")],
         within: CRATES,
         except: &["engine/src/backend/cuda"],
@@ -138,6 +145,14 @@ const RULES: &[Rule] = &[
         except: &["kernel-gen/src/cuda/commands.rs", "kernel-gen/src/cuda/process.rs"],
         allowed: &["std::time::Duration"],
         why: "generated output depends on its input alone: no clock, no hash order",
+    },
+    Rule {
+        names: &[Name::Path("std::time::SystemTime")],
+        within: &["engine/src/handle", "engine/src/server"],
+        // What is shown to people, and the chat template's date.
+        except: &["engine/src/server/mod.rs", "engine/src/server/language.rs"],
+        allowed: &[],
+        why: "time-outs and idle times are on a clock that nobody sets",
     },
     Rule {
         names: &[Name::Macro("todo"), Name::Macro("unimplemented"), Name::Macro("dbg")],
@@ -291,6 +306,8 @@ fn rules_find_what_they_forbid() {
     check("engine/src/scheduler.rs", "use crate::backend_names::Backend;", 0);
     check("engine/src/model/mod.rs", "use crate::cli::run;", 1);
     check("engine/src/model/mod.rs", "use axum::Router;", 1);
+    check("engine/src/cli/bench/mod.rs", "use hyper::Uri;", 1);
+    check("engine/src/cli/bench/serving/url.rs", "use hyper::Uri;", 0);
     check("templates/rope/rope.rs", "use crate::batch::Batch;", 1);
     check("kernel-gen/src/plan.rs", "use std::collections::HashMap;", 1);
     check("kernel-gen/src/plan.rs", "fn f() { quote! { use std::collections::HashMap; } }", 0);

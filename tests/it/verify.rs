@@ -24,7 +24,7 @@ fn shapes() -> Vec<ModelShape> {
 
 #[test]
 fn all_kernels_agree_with_the_reference() {
-    let table = bespoke_tests::table();
+    let table = bespoke_tests::tiny_kernels();
     let mut report = Report::default();
     cpu(&table, &shapes(), &mut report, &mut |_| {}).unwrap();
     let failures: Vec<_> = report.failures().collect();
@@ -52,7 +52,7 @@ fn a_kernel_that_does_nothing_is_named() {
         shapes().into_iter().filter(|shape| shape.name == "llama-awq-g32").collect();
     assert_eq!(shapes.len(), 1);
     let mut report = Report::default();
-    cpu(&broken(&bespoke_tests::table()), &shapes, &mut report, &mut |_| {}).unwrap();
+    cpu(&broken(&bespoke_tests::tiny_kernels()), &shapes, &mut report, &mut |_| {}).unwrap();
     let mut failures = report.failures().peekable();
     assert!(failures.peek().is_some());
     for failure in failures {

@@ -7,6 +7,7 @@ use anyhow::bail;
 use serde::Serialize;
 
 use super::console::Console;
+use super::grammar::GrammarArgs;
 use super::model::{ModelArgs, ModelFiles};
 use super::prompt::PromptArgs;
 use super::sampling::SamplingArgs;
@@ -33,6 +34,8 @@ pub(super) struct Args {
     max_tokens: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    grammar: GrammarArgs,
     /// Text that ends the answer and is not part of it; may be repeated
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
@@ -216,6 +219,7 @@ fn request(args: &Args, files: &ModelFiles, prompt_ids: Vec<u32>) -> anyhow::Res
         max_tokens: args.max_tokens,
         num_choices,
         sampling: args.sampling.params(files)?,
+        grammar: args.grammar.compile(files)?,
         ignore_eos: args.ignore_eos,
         stop_token_ids: if args.ignore_eos { Vec::new() } else { files.eos_ids() },
         ..Request::default()
@@ -323,7 +327,7 @@ fn answers(
     files: &ModelFiles,
 ) -> anyhow::Result<Vec<Answer>> {
     if !args.stop.is_empty() {
-        engine.set_tokenizer(files.tokenizer()?.clone());
+        files.tokenizer()?;
         request.stop_strings.clone_from(&args.stop);
     }
     let num_prompt = request.prompt_ids.len();

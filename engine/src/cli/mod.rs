@@ -7,11 +7,14 @@ mod console;
 mod doctor;
 mod elf;
 mod generate;
+mod grammar;
 mod import;
 mod kernels;
 mod logits;
 mod model;
 mod perplexity;
+#[cfg(feature = "server")]
+mod probation;
 mod progress;
 mod prompt;
 mod pull;
@@ -81,6 +84,9 @@ enum Command {
     Verify(verify::Args),
     Tune(tune::Args),
     Doctor(doctor::Args),
+    #[cfg(feature = "server")]
+    #[command(hide = true)]
+    ProbeTemplate(probation::Args),
 }
 
 /// Runs the command line `args`, whose first is the program's name.
@@ -114,6 +120,8 @@ where
         Command::Verify(args) => verify::run(&args, console),
         Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
+        #[cfg(feature = "server")]
+        Command::ProbeTemplate(args) => probation::run(&args),
     })
 }
 

@@ -23,9 +23,12 @@ use crate::quantize::{self, RtnOptions};
 pub(super) struct Args {
     /// Model folder, name of a cached model, or preset
     model: String,
-    /// Folder to make; it must not be there yet
+    /// Folder to make; without --overwrite it must not be there yet
     #[arg(long, short, value_name = "DIR")]
     output: PathBuf,
+    /// Replace the folder if it is there; it stays whole until the new one is
+    #[arg(long)]
+    overwrite: bool,
     /// How the 4-bit values are chosen
     #[arg(long, value_enum, default_value_t = Method::Rtn)]
     method: Method,
@@ -82,7 +85,8 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
         Some(group) => group.size(),
         None => default_group_size(&model)?,
     };
-    rtn(&model, &args.output, group_size, console)?;
+    let if_exists = if args.overwrite { IfExists::Replace } else { IfExists::Refuse };
+    rtn(&model, &args.output, &RtnOptions { group_size, if_exists }, console)?;
     let group_size = group_size.to_string();
     match args.json {
         true => console.print_json(&Report {
@@ -100,12 +104,11 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
 pub(super) fn rtn(
     model: &Path,
     output: &Path,
-    group_size: GroupSize,
+    options: &RtnOptions,
     console: &mut Console<'_>,
 ) -> anyhow::Result<()> {
     let mut meter = Meter::new(console);
-    let options = RtnOptions { group_size, if_exists: IfExists::Refuse };
-    Ok(quantize::rtn(model, output, &options, &mut |progress| meter.show(progress))?)
+    Ok(quantize::rtn(model, output, options, &mut |progress| meter.show(progress))?)
 }
 
 /// The largest usual group that divides the input size of every linear.

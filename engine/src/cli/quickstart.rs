@@ -13,8 +13,9 @@ use super::generate::{TextWriter, answer};
 use super::model::{ModelFiles, RunArgs};
 use super::{perplexity, prompt, pull, quantize};
 use crate::engine::Engine;
-use crate::files::human_bytes;
+use crate::files::{IfExists, human_bytes};
 use crate::import::cache::is_model_dir;
+use crate::quantize::RtnOptions;
 use crate::request::Request;
 use crate::tokenizer::chat::Message;
 
@@ -64,7 +65,8 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let dir = pull::pull(MODEL, console)?;
     let quantized = console.cache()?.models_dir().join(QUANTIZED);
     if !is_model_dir(&quantized) {
-        let result = quantize::rtn(&dir, &quantized, GroupSize::Of(64), console);
+        let options = RtnOptions { group_size: GroupSize::Of(64), if_exists: IfExists::Refuse };
+        let result = quantize::rtn(&dir, &quantized, &options, console);
         // Another quickstart may have been faster.
         result.or_else(|error| if is_model_dir(&quantized) { Ok(()) } else { Err(error) })?;
     }

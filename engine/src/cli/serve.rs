@@ -4,16 +4,22 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::panic;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use clap::ValueEnum;
 
 use super::console::Console;
-use super::model::{ModelArgs, ModelFiles};
+use super::model::{self, ModelArgs, ModelFiles};
+use super::probation::Probation;
 use crate::config::EngineOptions;
+use crate::engine::Engine;
 use crate::handle::{EngineHandle, HandleLimits};
-use crate::server::{Ended, Keys, ServedModel, Server, ServerLimits, ServerOptions, Timeouts};
+use crate::server::{
+    Ended, Keys, Language, ServedModel, Server, ServerLimits, ServerOptions, Timeouts,
+};
 
 /// Serve a model over HTTP, as OpenAI's API
 ///
@@ -107,19 +113,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let options = server_options(args)?;
     options.check()?;
     start_log(args.log_format);
-    let files = ModelFiles::open(&args.model.model, console)?;
-    let tokenizer = files.tokenizer()?.clone();
-    let engine_options = EngineOptions {
-        max_sequences: args.max_sequences,
-        max_context: args.max_context,
-        max_sessions: args.max_sessions,
-        max_batch_tokens: args.max_sequences.max(512),
-        ..files.options(&args.model.run, 0, console)
-    };
-    let limits = HandleLimits { waiting_requests_max: args.max_waiting, ..HandleLimits::default() };
-    let handle = EngineHandle::start(move || files.load_quietly(&engine_options), limits)?;
-    let name = args.served_model_name.clone().unwrap_or_else(|| args.model.model.clone());
-    let model = handle.call(move |engine| ServedModel::of(engine, &name, tokenizer))?;
+    let (handle, model) = load(args, console)?;
     let server = Server::start(handle, model, options)?;
     server.drain_on_signals()?;
     console.report(&format!("listening on http://{}\n", server.address()));
@@ -127,6 +121,35 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
         console.report(&format!("metrics on http://{address}/metrics\n"));
     }
     end(server.wait())
+}
+
+/// The engine, and what it serves. Weights and tokenizer are read at once.
+fn load(args: &Args, console: &mut Console<'_>) -> anyhow::Result<(EngineHandle, ServedModel)> {
+    let dir = console.resolve(&args.model.model)?;
+    let config = ModelFiles::read_config(&dir)?;
+    let probation = Probation::start(&dir)?;
+    let vocab_size = config.vocab_size;
+    let of_language = dir.clone();
+    let language = thread::spawn(move || {
+        let files = ModelFiles::open_dir(of_language)?;
+        anyhow::Ok(Arc::new(Language::new(files.tokenizer()?, vocab_size)))
+    });
+    let engine_options = EngineOptions {
+        max_sequences: args.max_sequences,
+        max_context: args.max_context,
+        max_sessions: args.max_sessions,
+        max_batch_tokens: args.max_sequences.max(512),
+        ..model::options(&config, &args.model.run, 0, console)
+    };
+    let limits = HandleLimits { waiting_requests_max: args.max_waiting, ..HandleLimits::default() };
+    let load = move || Engine::load(&dir, &engine_options, &mut |_| {});
+    let handle = EngineHandle::start(load, limits)?;
+    let language =
+        language.join().map_err(|_| anyhow!("reading the tokenizer panicked; this is a bug"))??;
+    let name = args.served_model_name.clone().unwrap_or_else(|| args.model.model.clone());
+    let model = handle.call(move |engine| ServedModel::of(engine, &name, language))?;
+    probation.finish()?;
+    Ok((handle, model))
 }
 
 /// The end of the process: an engine that hangs, or an impatient user, is not waited for.

@@ -59,7 +59,7 @@ struct Summary {
 struct Mismatch {
     kernels: Vec<String>,
     case: String,
-    /// As a share of what is allowed.
+    /// As a share of what is allowed; null where it is no finite number.
     error: f32,
     problem: Option<String>,
 }

@@ -301,8 +301,9 @@ impl Engine {
         on_decoder!(&mut self.model, decoder => decoder.kernel_usage())
     }
 
-    /// Lets requests have stop strings.
+    /// Lets requests have stop strings, and never chooses a token that the tokenizer lacks.
     pub fn set_tokenizer(&mut self, tokenizer: Arc<Tokenizer>) {
+        self.sampler.limit(tokenizer.num_ids());
         self.tokenizer = Some(tokenizer);
     }
 
@@ -405,7 +406,9 @@ impl Engine {
         let vocab_size = self.shape.vocab_size;
         let mut fetched = 0..0;
         for (row, (sequence, stats)) in self.scheduler.sampled().zip(&self.stats).enumerate() {
-            if needs_logits(&sequence.sampling, &sequence.history(), stats) {
+            if needs_logits(&sequence.sampling, &sequence.history(), stats)
+                || !self.sampler.knows(stats)
+            {
                 fetched = if fetched.is_empty() { row..row + 1 } else { fetched.start..row + 1 };
             }
         }

@@ -209,7 +209,7 @@ fn json_grammar(schema: Value) -> Result<TopLevelGrammar, String> {
 fn regex_grammar(regex: &str) -> Result<TopLevelGrammar, String> {
     let regex = regex.strip_prefix('^').unwrap_or(regex);
     let regex = match regex.strip_suffix('$') {
-        Some(rest) if num_backslashes(rest) % 2 == 0 => rest,
+        Some(rest) if num_backslashes(rest).is_multiple_of(2) => rest,
         _ => regex,
     };
     match regex.is_empty() {

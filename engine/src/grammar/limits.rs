@@ -117,12 +117,12 @@ fn check_keyword(place: Place, key: &str, value: &Value) -> Result<Place, Error>
         "properties" | "$defs" | "definitions" => return Ok(Place::Named),
         "patternProperties" => return Ok(Place::Patterned),
         "pattern" => value.as_str().map_or(Ok(()), check_regex)?,
-        "minItems" | "maxItems" | "minLength" | "maxLength" | "minProperties" | "maxProperties" => {
-            if value.as_f64().is_some_and(|count| count > COUNT_MAX as f64) {
-                return refuse(format!(
-                    "the JSON schema has {key} {value}; the largest count is {COUNT_MAX}"
-                ));
-            }
+        "minItems" | "maxItems" | "minLength" | "maxLength" | "minProperties" | "maxProperties"
+            if value.as_f64().is_some_and(|count| count > COUNT_MAX as f64) =>
+        {
+            return refuse(format!(
+                "the JSON schema has {key} {value}; the largest count is {COUNT_MAX}"
+            ));
         }
         "multipleOf" if value.as_f64().is_some_and(|step| digits(step) > MULTIPLE_OF_MAX) => {
             return refuse(format!(
@@ -157,11 +157,9 @@ fn check_regex(regex: &str) -> Result<(), Error> {
     let mut chars = regex.chars();
     while let Some(char) = chars.next() {
         match char {
-            '\\' => {
-                if chars.next().is_none() {
-                    return refuse("a regular expression ends with a lone \\".to_owned());
-                }
-            }
+            // The next character stands for itself.
+            '\\' if chars.next().is_some() => {}
+            '\\' => return refuse("a regular expression ends with a lone \\".to_owned()),
             '[' => num_classes += 1,
             ']' if num_classes > 0 => num_classes -= 1,
             '(' if num_classes == 0 => num_groups += 1,

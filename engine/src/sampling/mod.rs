@@ -52,6 +52,8 @@ pub struct TokenLogprob {
 /// Chooses tokens; holds scratch memory for one row.
 #[derive(Clone, Debug)]
 pub struct Sampler {
+    /// Tokens from here on are never chosen.
+    num_tokens: usize,
     adjusted: AdjustedLogits,
     candidates: Candidates,
     sums: Vec<f64>,
@@ -78,10 +80,22 @@ impl Sampler {
     /// For rows of `vocab_size` logits.
     pub fn new(vocab_size: usize) -> Sampler {
         Sampler {
+            num_tokens: vocab_size,
             adjusted: AdjustedLogits::new(vocab_size),
             candidates: Candidates::new(vocab_size),
             sums: Vec::with_capacity(Softmax::num_sums(vocab_size)),
         }
+    }
+
+    /// Never chooses a token from `num_tokens` on: vocabularies are padded, and the tokenizer knows
+    /// nothing of the rest.
+    pub fn limit(&mut self, num_tokens: usize) {
+        self.num_tokens = num_tokens;
+    }
+
+    /// Whether a row's likeliest token may be chosen.
+    pub fn knows(&self, stats: &LogitStats) -> bool {
+        (stats.argmax as usize) < self.num_tokens
     }
 
     /// The token that follows `history`. `None` where no token that is not banned has a logit above
@@ -96,12 +110,13 @@ impl Sampler {
         logits: &[f32],
         stats: &LogitStats,
     ) -> Option<Sample> {
-        let token = self.choose(params, history, logits, stats)?;
+        let known = &logits[..self.num_tokens.min(logits.len())];
+        let token = self.choose(params, history, known, stats)?;
         let log_sum_exp = log_sum_exp(logits, stats);
         let logprob = logprob(logits[token as usize], log_sum_exp);
         let top_logprobs = match params.num_top_logprobs {
             0 => Vec::new(),
-            num_top => self.top_logprobs(num_top, logits, log_sum_exp),
+            num_top => self.top_logprobs(num_top, known, log_sum_exp),
         };
         Some(Sample { token, logprob, top_logprobs })
     }
@@ -113,12 +128,14 @@ impl Sampler {
         logits: &[f32],
         stats: &LogitStats,
     ) -> Option<u32> {
+        let is_known = self.knows(stats);
         let (logits, max, token) = match self.adjusted.fill(params, history, logits) {
-            None => (logits, stats.max, stats.argmax),
-            Some(adjusted) => {
-                let max = max(adjusted);
-                let token = adjusted.iter().position(|logit| *logit == max)?;
-                (adjusted, max, token as u32)
+            None if is_known => (logits, stats.max, stats.argmax),
+            adjusted => {
+                let logits = adjusted.unwrap_or(logits);
+                let max = max(logits);
+                let token = logits.iter().position(|logit| *logit == max)?;
+                (logits, max, token as u32)
             }
         };
         if max == f32::NEG_INFINITY {

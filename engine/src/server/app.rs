@@ -1,7 +1,6 @@
 //! What handlers share.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use tokio::sync::Semaphore;
 
@@ -12,6 +11,7 @@ use super::language::Language;
 use super::metrics::Metrics;
 use super::options::ServerOptions;
 use super::sessions::Claims;
+use super::unix_seconds;
 use super::workers::Workers;
 use crate::engine::Engine;
 use crate::error::Error;
@@ -26,7 +26,6 @@ pub struct App {
     pub metrics: Metrics,
     pub workers: Workers,
     pub lifecycle: Lifecycle,
-    /// What the model's tokenizer and template say.
     pub language: Arc<Language>,
     /// The sessions that requests work on.
     pub sessions: Claims,
@@ -47,6 +46,8 @@ pub struct ServedModel {
     /// Width of the logits.
     pub vocab_size: usize,
     pub tokenizer: Arc<Tokenizer>,
+    /// What the tokenizer and the chat template say.
+    pub language: Arc<Language>,
     /// Equal fingerprints and seeds give equal tokens.
     pub fingerprint: String,
     pub backend: &'static str,
@@ -56,18 +57,19 @@ pub struct ServedModel {
 const CALLS_MAX: usize = 32;
 
 impl ServedModel {
-    /// What `engine` serves under `name`. Its end tokens become the engine's, which then ends
-    /// answers at them and at stop strings.
-    pub fn of(engine: &mut Engine, name: &str, tokenizer: Arc<Tokenizer>) -> ServedModel {
+    /// What `engine` serves under `name`. The end tokens of the language become the engine's, which
+    /// then ends answers at them and at stop strings.
+    pub fn of(engine: &mut Engine, name: &str, language: Arc<Language>) -> ServedModel {
+        let tokenizer = Arc::clone(&language.tokenizer);
         engine.set_tokenizer(Arc::clone(&tokenizer));
         engine.add_eos_ids(tokenizer.eos_ids());
-        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         ServedModel {
             name: name.to_owned(),
-            created: since_epoch.map_or(0, |time| time.as_secs()),
+            created: unix_seconds(),
             max_context: engine.max_context(),
             vocab_size: engine.shape().vocab_size,
             tokenizer,
+            language,
             fingerprint: engine.fingerprint(),
             backend: engine.backend_name(),
         }
@@ -94,7 +96,7 @@ impl App {
             metrics,
             workers,
             lifecycle: Lifecycle::default(),
-            language: Arc::new(Language::new(&model.tokenizer, model.vocab_size)),
+            language: Arc::clone(&model.language),
             sessions: Claims::default(),
             model,
             bodies: Bodies::new(limits.body_bytes_max, limits.all_bodies_bytes_max),

@@ -1,5 +1,6 @@
 //! `/v1/chat/completions`: from a conversation to its next messages.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use axum::extract::State;
@@ -86,11 +87,7 @@ enum ToolUse {
     Must(answer::ToolChoice),
 }
 
-async fn plan(
-    app: &Arc<App>,
-    caller: &Caller,
-    mut chat: ChatRequest,
-) -> Result<Plan, ApiError> {
+async fn plan(app: &Arc<App>, caller: &Caller, mut chat: ChatRequest) -> Result<Plan, ApiError> {
     app.check_model(&chat.model)?;
     check_len("messages", chat.messages.len(), 1..=MESSAGES_MAX)?;
     let tools = chat.tools.take().unwrap_or_default();
@@ -112,6 +109,7 @@ async fn plan(
         None => Tools::InText,
     };
     let mut request = request(caller, &mut chat, num_top)?;
+    app.check_tokens(&request)?;
     let (language, messages) = (Arc::clone(&app.language), std::mem::take(&mut chat.messages));
     let kwargs = chat.chat_template_kwargs.take().unwrap_or_default();
     let rendering = move || {
@@ -203,6 +201,11 @@ fn tool_use(chat: &ChatRequest, tools: &[Tool]) -> Result<(ToolUse, Vec<ToolSpec
         })
     };
     let specs: Vec<ToolSpec> = tools.iter().enumerate().map(spec).collect::<Result<_, _>>()?;
+    let mut names = BTreeSet::new();
+    if let Some(double) = specs.iter().find(|spec| !names.insert(spec.name())) {
+        let message = format!("tools: two have the name {:?}", double.name());
+        return Err(ApiError::bad_request("tools".to_owned(), message));
+    }
     let is_parallel = chat.parallel_tool_calls.unwrap_or(true);
     let tool_use = match &chat.tool_choice {
         Some(ToolChoice::Mode(ToolMode::None)) => ToolUse::Never,
@@ -370,7 +373,7 @@ impl Answers {
     fn push(&mut self, output: &RequestOutput) -> Result<(), ApiError> {
         let choice = &mut self.choices[output.choice_idx];
         let text = choice.text.push(output)?;
-        if let (Some(logprobs), Some(token)) = (&mut choice.logprobs, output.token) {
+        if let (Some(logprobs), Some(token)) = (&mut choice.logprobs, choice.text.token(output)) {
             let language = &self.app.language;
             logprobs.content.push(ChatLogprob {
                 token: language.logprob(token, output.logprob),

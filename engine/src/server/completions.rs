@@ -115,7 +115,7 @@ async fn plan(
     };
     if num_prompts * counts.best_of > ANSWERS_MAX {
         let message = format!(
-            "{num_prompts} prompts with {} answers each; at most {ANSWERS_MAX} answers are possible",
+            "{num_prompts} prompts with {} answers each; at most {ANSWERS_MAX} are possible",
             counts.best_of
         );
         return Err(ApiError::bad_request("prompt".to_owned(), message));
@@ -134,6 +134,7 @@ async fn plan(
         app.check_prompt_len(prompt.ids.len(), "prompt")?;
     }
     let request = request(caller, &mut of, counts)?;
+    app.check_tokens(&request)?;
     let max_tokens = request.max_tokens.min(app.model.max_context);
     let request = Request { max_tokens, ..request };
     let rules = TextRules::of(&app.language.tokenizer, &request);
@@ -280,9 +281,11 @@ impl Answers {
         let choice = &mut self.choices[prompt_idx * self.counts.best_of + output.choice_idx];
         choice.new_text.push_str(&choice.text.push(output)?);
         choice.finish_reason = output.finish_reason.map(|reason| reason.name());
-        if let Some(token) = output.token {
+        if output.token.is_some() {
             choice.sum_logprobs += f64::from(output.logprob);
             choice.num_tokens += 1;
+        }
+        if let Some(token) = choice.text.token(output) {
             choice.push_logprob(&self.app.language, token, output);
         }
         Ok(())
@@ -322,8 +325,9 @@ impl ChoiceAnswer {
     fn push_logprob(&mut self, language: &Language, token: u32, output: &RequestOutput) {
         let Some(logprobs) = &mut self.logprobs else { return };
         let own = language.logprob(token, output.logprob);
-        let top = language.logprobs(&output.top_logprobs);
-        let top = top.into_iter().map(|top| (top.token, top.logprob.into())).collect();
+        // The token itself is among them in any case.
+        let top = language.logprobs(&output.top_logprobs).into_iter().chain([own.clone()]);
+        let top = top.map(|top| (top.token, top.logprob.into())).collect();
         logprobs.text_offset.push(self.num_chars);
         self.num_chars += own.token.chars().count();
         logprobs.tokens.push(own.token);

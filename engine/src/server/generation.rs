@@ -40,8 +40,6 @@ pub(super) struct Generation {
     has_output: bool,
     /// `None` once the outcome is counted.
     meter: Option<RequestMeter>,
-    /// When the client was last given something, until it asks for more.
-    given: Option<Instant>,
 }
 
 /// What [`Generation::next`] found.
@@ -90,7 +88,6 @@ impl Generation {
             request_deadline: now + timeouts.request,
             has_output: false,
             meter: Some(meter),
-            given: None,
         };
         for (idx, request) in requests.into_iter().enumerate() {
             let sender = sender.clone();
@@ -109,7 +106,6 @@ impl Generation {
     /// Waits for news, and puts all outputs that are there into `outputs`.
     pub(super) async fn next(&mut self, outputs: &mut Outputs) -> Result<News, ApiError> {
         outputs.clear();
-        self.given = None;
         if self.num_open == 0 {
             self.end(Outcome::Finished);
             return Ok(News::Finished);
@@ -127,11 +123,7 @@ impl Generation {
                 }
             }
         }
-        let news = self.sort(outputs);
-        if news.is_ok() && !outputs.is_empty() {
-            self.given = Some(Instant::now());
-        }
-        news
+        self.sort(outputs)
     }
 
     /// Counts of tokens so far.
@@ -251,9 +243,7 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        let write_max = self.app.options.timeouts.write;
-        let is_slow = self.given.is_some_and(|given| given.elapsed() >= write_max);
-        self.end(if is_slow { Outcome::SlowReader } else { Outcome::Disconnected });
+        self.end(Outcome::Disconnected);
         if self.num_open > 0 {
             self.cancel();
         }
@@ -275,14 +265,15 @@ fn engine_gone() -> ApiError {
     ApiError::unavailable("engine_unavailable", "the engine does not run any more")
 }
 
+/// The same request would fail again.
 fn failed(failure: Failure) -> ApiError {
-    match failure {
+    let error = match failure {
         Failure::NoFiniteLogit => ApiError::internal().with_message(failure.message()),
         Failure::NoAllowedToken | Failure::GrammarTooComplex => {
             ApiError::bad_request("response_format".to_owned(), failure.message())
         }
-    }
-    .with_code("generation_failed")
+    };
+    ApiError { should_retry: Some(false), ..error.with_code("generation_failed") }
 }
 
 /// How a request that fails with `error` is counted.
@@ -340,11 +331,15 @@ impl TextRules {
 }
 
 impl ChoiceText {
+    /// The output's token, where it is a part of the answer and not what ended it.
+    pub(super) fn token(&self, output: &RequestOutput) -> Option<u32> {
+        let is_stop = output.finish_reason == Some(FinishReason::Stop);
+        output.token.filter(|token| !(is_stop && self.end_tokens.contains(token)))
+    }
+
     /// The text that is certain with this output: whole characters, and no part of a stop string.
     pub(super) fn push(&mut self, output: &RequestOutput) -> Result<String, ApiError> {
-        let is_stop = output.finish_reason == Some(FinishReason::Stop);
-        let token = output.token.filter(|token| !(is_stop && self.end_tokens.contains(token)));
-        let mut text = match token {
+        let mut text = match self.token(output) {
             Some(token) => self.text.push(token)?,
             None => String::new(),
         };

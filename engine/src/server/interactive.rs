@@ -26,7 +26,7 @@ use super::openai::interactive::{
     InteractiveRequest, InteractiveResponse, SessionName, TurnPrompt,
 };
 use super::openai::sampling::{Ending, Sampling, random_id};
-use super::sessions::Claim;
+use super::sessions::{CANCEL_STEPS, Claim};
 use super::stream::{self, EventWriter, Events};
 use super::workers::Work;
 use super::{Access, Route};
@@ -121,9 +121,8 @@ async fn plan(
     };
     let id = session_id(caller, &name)?;
     let claim = app.sessions.claim(id.clone())?;
-    let find = id.clone();
-    let History { exists, has_room, len: history_len, last_token } =
-        app.call(move |engine| History::of(engine, &find)).await?;
+    let History { exists, has_room, len: history_len, last_token, .. } =
+        History::of(app, &id).await?;
     let mut request = request(caller, &of)?;
     let is_kept = of.interactive_mode.unwrap_or(false);
     // NOTE: a conversation of one turn needs no session.
@@ -173,6 +172,7 @@ async fn plan(
 /// What the engine keeps of a conversation.
 struct History {
     exists: bool,
+    is_running: bool,
     /// For one session more.
     has_room: bool,
     /// In tokens.
@@ -181,14 +181,28 @@ struct History {
 }
 
 impl History {
-    fn of(engine: &mut Engine, id: &SessionId) -> History {
-        let has_room = engine.has_session_room();
-        match engine.session_tokens(id) {
-            Ok(tokens) => {
-                let last_token = tokens.last().copied();
-                History { exists: true, has_room, len: tokens.len(), last_token }
+    /// Of a claimed session: what still runs on it has been called off, and ends with the step.
+    async fn of(app: &App, id: &SessionId) -> Result<History, ApiError> {
+        for _ in 0..CANCEL_STEPS {
+            let id = id.clone();
+            let history = app.call(move |engine| History::read(engine, &id)).await?;
+            if !history.is_running {
+                return Ok(history);
             }
-            Err(_) => History { exists: false, has_room, len: 0, last_token: None },
+        }
+        let message = format!("session {id} has a request running; wait for its end or cancel it");
+        Err(ApiError::conflict(message).with_param("session_id"))
+    }
+
+    fn read(engine: &Engine, id: &SessionId) -> History {
+        let tokens = engine.session_tokens(id).unwrap_or_default();
+        let info = engine.session_info(id);
+        History {
+            exists: info.is_some(),
+            is_running: info.is_some_and(|info| info.is_running),
+            has_room: engine.has_session_room(),
+            len: tokens.len(),
+            last_token: tokens.last().copied(),
         }
     }
 }

@@ -75,8 +75,9 @@ impl Language {
 
     /// Compiles what an answer is held to, which the field `param` asks for.
     pub fn compile(&self, spec: &GrammarSpec, param: &str) -> Result<Grammar, ApiError> {
-        let refuse =
-            |message: String| ApiError::bad_request(param.to_owned(), format!("{param}: {message}"));
+        let refuse = |message: String| {
+            ApiError::bad_request(param.to_owned(), format!("{param}: {message}"))
+        };
         let compiler = self.grammars.as_ref().map_err(|reason| refuse(reason.clone()))?;
         compiler.compile(spec).map_err(|error| match error {
             Error::Request(message) | Error::Unsupported(message) => refuse(message),

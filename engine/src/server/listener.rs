@@ -20,11 +20,14 @@ use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tower::Service;
 
-use self::stream::{Activity, TrackedBody, WatchedStream};
+use self::stream::{CONNECTION, TrackedBody, WatchedStream};
+
 use super::app::App;
 use super::drain::Phase;
 use super::metrics::ConnectionEnd;
 use crate::error::Error;
+
+pub(super) use self::stream::Activity;
 
 /// The address of a client, an extension of its requests.
 #[derive(Clone, Copy, Debug)]
@@ -125,7 +128,9 @@ fn admit(
     match connections.enter(app, peer.ip()) {
         Ok(ticket) => {
             let router = router.clone();
-            tokio::spawn(connection(stream, peer, router, ticket));
+            let activity = Arc::new(Activity::default());
+            let served = connection(stream, peer, router, ticket, Arc::clone(&activity));
+            tokio::spawn(CONNECTION.scope(activity, served));
         }
         Err(reason) => {
             app.metrics.connection_ended(reason);
@@ -135,11 +140,16 @@ fn admit(
     }
 }
 
-async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, ticket: Ticket) {
+async fn connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    router: Router,
+    ticket: Ticket,
+    activity: Arc<Activity>,
+) {
     // Fails only for sockets that are gone already.
     let _ = stream.set_nodelay(true);
     let app = &ticket.app;
-    let activity = Arc::new(Activity::default());
     let io = WatchedStream::new(stream, Arc::clone(app), Arc::clone(&activity));
     let for_bodies = Arc::clone(app);
     let service = service_fn(move |request: hyper::Request<Incoming>| {
@@ -163,17 +173,13 @@ async fn connection(stream: TcpStream, peer: SocketAddr, router: Router, ticket:
         .writev(false);
     let mut served = pin!(builder.serve_connection(TokioIo::new(io), service));
     let closing = pin!(app.lifecycle.reached(Phase::Closing));
-    let result = match select(served.as_mut(), closing).await {
-        Either::Left((result, _)) => result,
+    // NOTE: what breaks a connection off was counted where it was noticed.
+    match select(served.as_mut(), closing).await {
+        Either::Left(_) => {}
         Either::Right(_) => {
             served.as_mut().graceful_shutdown();
-            served.await
+            let _ = served.await;
         }
-    };
-    if let Err(error) = result
-        && error.is_parse()
-    {
-        app.metrics.connection_ended(ConnectionEnd::Malformed);
     }
 }
 

@@ -15,7 +15,11 @@ pub(super) enum Tools {
 }
 
 /// The messages that the template is given.
-pub(super) fn template_messages(messages: &[Message], tools: &[Tool], by: Tools) -> Vec<chat::Message> {
+pub(super) fn template_messages(
+    messages: &[Message],
+    tools: &[Tool],
+    by: Tools,
+) -> Vec<chat::Message> {
     let mut out: Vec<_> = messages.iter().map(|message| template_message(message, by)).collect();
     if by == Tools::InText && !tools.is_empty() {
         let text = description(tools);

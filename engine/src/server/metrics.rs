@@ -21,6 +21,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::app::{App, ServedModel};
+use super::listener::Activity;
 use super::workers::Work;
 use super::{Access, Route};
 use crate::handle::{EngineHandle, StepTimes};
@@ -56,7 +57,10 @@ trait LabelName: Copy {
 }
 
 macro_rules! labels {
-    ($(#[$doc:meta])* $kind:ident { $($(#[$variant_doc:meta])* $variant:ident => $name:literal,)* }) => {
+    (
+        $(#[$doc:meta])*
+        $kind:ident { $($(#[$variant_doc:meta])* $variant:ident => $name:literal,)* }
+    ) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum $kind { $($(#[$variant_doc])* $variant,)* }
@@ -217,6 +221,8 @@ pub struct RequestMeter {
     has_token: bool,
     counts: TokenCounts,
     outcome: Outcome,
+    /// What the answer is sent on.
+    connection: Option<Arc<Activity>>,
 }
 
 /// Upper bounds of buckets, in seconds.
@@ -265,6 +271,7 @@ impl Metrics {
             has_token: false,
             counts: TokenCounts::default(),
             outcome: Outcome::Disconnected,
+            connection: Activity::current(),
         }
     }
 
@@ -419,7 +426,12 @@ impl RequestMeter {
 impl Drop for RequestMeter {
     fn drop(&mut self) {
         let inner = &self.metrics.inner;
-        let labels = OutcomeLabels { endpoint: self.endpoint, outcome: self.outcome };
+        let has_stalled = self.connection.as_ref().is_some_and(|of| of.has_stalled());
+        let outcome = match self.outcome {
+            Outcome::Disconnected if has_stalled => Outcome::SlowReader,
+            outcome => outcome,
+        };
+        let labels = OutcomeLabels { endpoint: self.endpoint, outcome };
         inner.requests.get_or_create(&labels).inc();
         inner.requests_open.dec();
         inner.prompt_tokens.inc_by(self.counts.prompt as u64);

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 
 use super::app::App;
 use super::error::ApiError;
 use super::openai::models::{Model, ModelList};
+use super::sessions::Name;
 use super::{Access, Route};
+use crate::request::Request;
 
 pub(super) fn routes() -> Vec<Route> {
     vec![
@@ -42,7 +44,7 @@ pub(super) async fn list_models(State(app): State<Arc<App>>) -> Json<ModelList> 
 )]
 pub(super) async fn get_model(
     State(app): State<Arc<App>>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Json<Model>, ApiError> {
     app.check_model(&id)?;
     Ok(Json(app.model_card()))
@@ -67,6 +69,22 @@ impl App {
                 let message =
                     format!("there is no model {name:?}; this server serves {:?}", self.model.name);
                 Err(ApiError::not_found(message).with_param("model").with_code("model_not_found"))
+            }
+        }
+    }
+
+    /// Refuses tokens that the model does not have.
+    pub(super) fn check_tokens(&self, request: &Request) -> Result<(), ApiError> {
+        let vocab_size = self.model.vocab_size;
+        let biased = request.sampling.logit_bias.iter().map(|(id, _)| ("logit_bias", *id));
+        let stops = request.stop_token_ids.iter().map(|id| ("stop_token_ids", *id));
+        match biased.chain(stops).find(|(_, id)| *id as usize >= vocab_size) {
+            None => Ok(()),
+            Some((param, id)) => {
+                let message = format!(
+                    "{param}: token id {id} is outside the vocabulary of {vocab_size} tokens"
+                );
+                Err(ApiError::bad_request(param.to_owned(), message))
             }
         }
     }

@@ -1,5 +1,4 @@
-//! `/openapi.json`, the description of the API that its types give, and `/docs`, a page that shows
-//! it.
+//! `/openapi.json`: the description of the API that its types give. The page `/docs` shows it.
 
 use std::sync::Arc;
 
@@ -38,6 +37,7 @@ pub(super) fn routes() -> Vec<Route> {
         super::tokens::decode,
         super::tokens::embed,
     ),
+    components(schemas(ErrorResponse)),
     security(("key" = [])),
     modifiers(&Key),
 )]
@@ -76,6 +76,7 @@ errors!(
         Unauthorized = 401: "No valid key",
         Misdirected = 421: "The server does not go by this name",
         Overloaded = 429: "Too much waits already; see `Retry-After`",
+        HeadTooLarge = 431: "The head of the request is too large",
         Internal = 500: "A bug",
         Unavailable = 503: "The server ends, or is short of something; see `Retry-After`",
     }
@@ -91,6 +92,7 @@ errors!(
         NotJson = 415: "The body is no JSON",
         Misdirected = 421: "The server does not go by this name",
         Overloaded = 429: "Too much waits already; see `Retry-After`",
+        HeadTooLarge = 431: "The head of the request is too large",
         Internal = 500: "A bug",
         Unavailable = 503: "The server ends, or is short of something; see `Retry-After`",
     }
@@ -108,6 +110,7 @@ errors!(
         NotJson = 415: "The body is no JSON",
         Misdirected = 421: "The server does not go by this name",
         Overloaded = 429: "Too much waits already; see `Retry-After`",
+        HeadTooLarge = 431: "The head of the request is too large",
         Internal = 500: "A bug, or a model whose logits are not finite",
         Unavailable = 503: "The server ends, or is short of something; see `Retry-After`",
     }
@@ -133,6 +136,12 @@ pub(super) fn description(app: &App) -> Value {
     schemas["TokenId"]["maximum"] = json!(app.model.vocab_size.saturating_sub(1));
     for request in ["ChatRequest", "CompletionRequest"] {
         schemas[request]["properties"]["model"]["enum"] = json!([app.model.name]);
+    }
+    // NOTE: utoipa does not say of variants that they deny unknown fields.
+    for tagged in ["Message", "ResponseFormat"] {
+        for variant in schemas[tagged]["oneOf"].as_array_mut().into_iter().flatten() {
+            variant["additionalProperties"] = json!(false);
+        }
     }
     api
 }

@@ -1,4 +1,4 @@
-//! The web chat and the dashboard's page: files that the binary carries.
+//! The web chat, the dashboard's page and that of the API: files that the binary carries.
 //!
 //! They hold nothing of a server, so everybody gets them; what they show they ask for with the key
 //! that the person at the page gives.
@@ -36,9 +36,11 @@ macro_rules! asset {
 pub const ASSETS: &[Asset] = &[
     asset!("/", "index.html", HTML),
     asset!("/dashboard", "dashboard.html", HTML),
+    asset!("/docs", "docs.html", HTML),
     asset!("base.css", CSS),
     asset!("chat.css", CSS),
     asset!("dashboard.css", CSS),
+    asset!("docs.css", CSS),
     asset!("icon.svg", "image/svg+xml"),
     asset!("answer.js", SCRIPT),
     asset!("app.js", SCRIPT),
@@ -48,6 +50,7 @@ pub const ASSETS: &[Asset] = &[
     asset!("conversation.js", SCRIPT),
     asset!("dashboard.js", SCRIPT),
     asset!("dialogs.js", SCRIPT),
+    asset!("docs.js", SCRIPT),
     asset!("dom.js", SCRIPT),
     asset!("markdown.js", SCRIPT),
     asset!("render.js", SCRIPT),

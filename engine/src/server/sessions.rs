@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use axum::extract::{Path, State};
+use axum::extract::{FromRequestParts, Path, State};
+use axum::http::request::Parts;
 use axum::{Extension, Json};
 
 use super::app::App;
@@ -82,6 +83,20 @@ impl Drop for Claim {
     }
 }
 
+/// The name in a path.
+pub(super) struct Name(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Name {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Name, ApiError> {
+        let name = Path::<String>::from_request_parts(parts, state).await;
+        name.map(|Path(name)| Name(name)).map_err(|_| {
+            ApiError::not_found("the name in the path is no UTF-8, so that nothing has it")
+        })
+    }
+}
+
 /// Lists the caller's sessions by name.
 #[utoipa::path(
     get,
@@ -112,7 +127,7 @@ pub(super) async fn list_sessions(
 pub(super) async fn get_session(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Json<Session>, ApiError> {
     let id = session_id(&caller, &id)?;
     app.call(move |engine| find(engine, &id)).await?.map(Json)
@@ -130,36 +145,27 @@ pub(super) async fn get_session(
 pub(super) async fn delete_session(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Name(id): Name,
 ) -> Result<Json<SessionDeleted>, ApiError> {
     let id = session_id(&caller, &id)?;
     app.sessions.cancel(&id);
     // A cancel takes effect between two steps, behind the calls that wait there.
     for _ in 0..CANCEL_STEPS {
-        let (of, is_gone) = (
-            id.clone(),
-            app.call({
-                let id = id.clone();
-                move |engine: &mut Engine| match find(engine, &id)?.is_running {
-                    true => Ok(false),
-                    false => engine.end_session(&id).map(|()| true).map_err(ApiError::from),
-                }
-            }),
-        );
-        if is_gone.await?? {
-            let deleted = SessionDeleted {
-                id: of.name().to_owned(),
-                object: "session.deleted",
-                deleted: true,
-            };
-            return Ok(Json(deleted));
+        let ended = id.clone();
+        let ending = move |engine: &mut Engine| match find(engine, &ended)?.is_running {
+            true => Ok(false),
+            false => engine.end_session(&ended).map(|()| true).map_err(ApiError::from),
+        };
+        if app.call(ending).await?? {
+            let (id, object) = (id.name().to_owned(), "session.deleted");
+            return Ok(Json(SessionDeleted { id, object, deleted: true }));
         }
     }
     Err(ApiError::conflict(format!("session {id} has a request running; cancel it first")))
 }
 
 /// Steps after which a cancelled request has surely ended.
-const CANCEL_STEPS: usize = 4;
+pub(super) const CANCEL_STEPS: usize = 4;
 
 /// Cuts the history of a session.
 #[utoipa::path(
@@ -174,7 +180,7 @@ const CANCEL_STEPS: usize = 4;
 pub(super) async fn rewind_session(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Name(id): Name,
     ApiJson(request): ApiJson<RewindRequest>,
 ) -> Result<Json<Session>, ApiError> {
     let id = session_id(&caller, &id)?;
@@ -201,7 +207,7 @@ pub(super) async fn rewind_session(
 pub(super) async fn branch_session(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Name(id): Name,
     ApiJson(request): ApiJson<BranchRequest>,
 ) -> Result<Json<Session>, ApiError> {
     let from = session_id(&caller, &id)?;

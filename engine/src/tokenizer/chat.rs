@@ -10,7 +10,7 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Value, context};
 use serde::Serialize;
 use serde_json::{Map, Value as Json};
 
-use super::{json, read_limited, strftime};
+use super::{json, read_limited, read_object, strftime};
 use crate::answer::AnswerFormat;
 use crate::error::Error;
 
@@ -135,6 +135,12 @@ fn parse_message(idx: usize, value: &Json) -> Result<Message, Error> {
 }
 
 impl ChatTemplate {
+    /// The template of the model folder `dir`, where it has one.
+    pub fn read(dir: &Path) -> Result<Option<ChatTemplate>, Error> {
+        let config = read_object(&dir.join("tokenizer_config.json"))?;
+        ChatTemplate::load(dir, config.as_ref())
+    }
+
     /// The template of a model folder: `chat_template.jinja`, else the `chat_template` of
     /// `tokenizer_config.json`.
     pub(super) fn load(

@@ -43,6 +43,7 @@ pub struct Tokenizer {
     /// The same, for which special tokens are text; made when it is first needed.
     plain: OnceLock<tokenizers::Tokenizer>,
     specials: Vec<SpecialToken>,
+    normalizes_specials: bool,
     path: PathBuf,
     /// One more than the largest token id.
     num_ids: usize,
@@ -76,8 +77,18 @@ impl Tokenizer {
         }
         let eos_ids = eos_ids.into_iter().collect();
         let chat_template = ChatTemplate::load(dir, config.as_ref())?;
+        let normalizes_specials = prompt::normalizes_specials(&inner);
         let plain = OnceLock::new();
-        Ok(Tokenizer { inner, plain, specials, path, num_ids, eos_ids, chat_template })
+        Ok(Tokenizer {
+            inner,
+            plain,
+            specials,
+            normalizes_specials,
+            path,
+            num_ids,
+            eos_ids,
+            chat_template,
+        })
     }
 
     /// Reads the tokenizer of `dir`, or `None` where the folder has no `tokenizer.json`.

@@ -39,9 +39,13 @@ pub(super) struct SpecialToken {
 impl Prompt {
     /// The text as the model sees it.
     pub fn text(&self) -> String {
+        self.unmark(&self.marked)
+    }
+
+    fn unmark(&self, text: &str) -> String {
         match self.mark {
-            Some(mark) => self.marked.replace(mark, ""),
-            None => self.marked.clone(),
+            Some(mark) => text.replace(mark, ""),
+            None => text.to_owned(),
         }
     }
 
@@ -83,21 +87,40 @@ impl Tokenizer {
     /// The token ids of a rendered chat. Templates write the special tokens themselves, a BOS
     /// included, so that none is added.
     pub fn encode_prompt(&self, prompt: &Prompt) -> Result<Vec<u32>, Error> {
-        let Some(mark) = prompt.mark else {
-            return self.encode(&prompt.marked, SpecialTokens::Omit);
-        };
+        if prompt.mark.is_none() {
+            let ids = self.encode(&prompt.marked, SpecialTokens::Omit)?;
+            // A normalizer may have made special tokens of what spells none.
+            if !self.normalizes_specials || self.num_special(&ids) == self.num_spelled(prompt) {
+                return Ok(ids);
+            }
+        }
+        // NOTE: in pieces, as the tokenizer itself goes about it around special tokens.
         let mut ids = Vec::new();
         let mut rest = prompt.marked.as_str();
         while let Some((start, special)) = self.next_special(rest) {
             let before = &rest[..start];
             let before = if special.lstrip { before.trim_end() } else { before };
-            self.encode_text(&before.replace(mark, ""), &mut ids)?;
+            self.encode_text(&prompt.unmark(before), &mut ids)?;
             ids.push(special.id);
             rest = &rest[start + special.text.len()..];
             rest = if special.rstrip { rest.trim_start() } else { rest };
         }
-        self.encode_text(&rest.replace(mark, ""), &mut ids)?;
+        self.encode_text(&prompt.unmark(rest), &mut ids)?;
         Ok(ids)
+    }
+
+    fn num_special(&self, ids: &[u32]) -> usize {
+        ids.iter().filter(|id| self.specials.iter().any(|special| special.id == **id)).count()
+    }
+
+    fn num_spelled(&self, prompt: &Prompt) -> usize {
+        let mut rest = prompt.marked.as_str();
+        let mut num = 0;
+        while let Some((start, special)) = self.next_special(rest) {
+            rest = &rest[start + special.text.len()..];
+            num += 1;
+        }
+        num
     }
 
     /// The first special token in `text`, the longest of several.
@@ -123,6 +146,13 @@ impl Tokenizer {
         ids.extend_from_slice(encoding.get_ids());
         Ok(())
     }
+}
+
+/// Whether special tokens are looked for in normalized text too.
+pub(super) fn normalizes_specials(inner: &tokenizers::Tokenizer) -> bool {
+    let added = inner.get_added_tokens_decoder();
+    let is_normalized = added.values().any(|token| token.special && token.normalized);
+    is_normalized && inner.get_normalizer().is_some()
 }
 
 /// The special tokens of a tokenizer, by id.

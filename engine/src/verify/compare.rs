@@ -37,7 +37,7 @@ impl Tolerance {
         let mut outcome = Outcome { error: 0.0, problem: None };
         let rows = found.chunks_exact(width).zip(expected.chunks_exact(width)).enumerate();
         for (row, (found, expected)) in rows {
-            // NOTE: keys and values behind the queries are nobody's business: they are in the cache.
+            // NOTE: keys and values behind the queries are not compared: they are in the cache.
             let compared = match part {
                 Part::Rope => shape.num_heads * shape.head_dim,
                 _ => width,
@@ -47,12 +47,10 @@ impl Tolerance {
                 let (got, want) = (found[idx], expected[idx]);
                 let error = (got - want).abs();
                 let share = if error == 0.0 { 0.0 } else { error / allowed(idx) };
-                // NOTE: also true of NaN.
-                if !(share <= outcome.error) {
+                if is_above(share, outcome.error) {
                     outcome.error = share;
                 }
-                if !(share <= 1.0) && outcome.problem.is_none() {
-                    outcome.error = share;
+                if is_above(share, 1.0) && outcome.problem.is_none() {
                     outcome.problem = Some(format!(
                         "row {row}, element {idx} is {got}, the reference has {want}, an error of \
                          at most {} is allowed",
@@ -76,6 +74,7 @@ impl Tolerance {
         row: &'a [f32],
     ) -> impl Fn(usize) -> f32 + 'a {
         let row_max = row.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
+        let row_rms = root_mean_square(row);
         let head_dim = shape.head_dim;
         let unit = match precision {
             Precision::Float { bits } => 2.0_f32.powi(-bits),
@@ -87,7 +86,7 @@ impl Tolerance {
             let computed = match part {
                 Part::Embed => return 0.0,
                 Part::Norm(_) => FUNCTION * want,
-                Part::Linear(_) => SUM * root_mean_square(row),
+                Part::Linear(_) => SUM * row_rms,
                 // Rotated and, with norms, scaled: rounded once each.
                 Part::Rope => FUNCTION * want + unit * row_max + 1e-6 * row_max,
                 Part::Attention => {
@@ -139,11 +138,16 @@ impl Tolerance {
         let allowed = self.cache_error(precision) * root_mean_square(expected);
         let error = root_mean_square(&errors);
         outcome.error = outcome.error.max(error / allowed);
-        if !(error <= allowed) {
+        if is_above(error, allowed) {
             outcome.problem =
                 Some(format!("the root mean square of errors is {error}, {allowed} is allowed"));
         }
     }
+}
+
+/// Also true of an error that is no number.
+fn is_above(error: f32, limit: f32) -> bool {
+    error.is_nan() || error > limit
 }
 
 fn root_mean_square(values: &[f32]) -> f32 {

@@ -1,9 +1,9 @@
 //! Generated kernels against the reference backend, op by op, on this very machine.
 //!
 //! One layer of a model with random weights is run for several row counts. After each op its output
-//! is compared with the reference's for the same input, and then becomes the reference's as well, so
-//! that errors do not add up. Sequences around the sizes of pages and of attention's chunks follow,
-//! as prompts and as decoded rows. Rows must have the same bits for every row count.
+//! is compared with the reference's for the same input, and then becomes the reference's as well,
+//! so that errors do not add up. Sequences around the sizes of pages and of attention's chunks
+//! follow, as prompts and as decoded rows. Rows must have the same bits for every row count.
 
 mod compare;
 mod side;
@@ -477,7 +477,7 @@ impl<B: Inspect> Pair<'_, B> {
             self.reference.run(part, batch);
         }
         if part == Part::Rope && self.case.kv == KvDType::I4 {
-            // NOTE: its queries are multiplied by a Hadamard matrix; attention shows whether rightly.
+            // NOTE: its queries are multiplied by a Hadamard matrix; attention shows if rightly.
             return;
         }
         let num_rows = batch.num_rows();

@@ -208,12 +208,14 @@ fn a_beginning_that_was_computed_is_found_in_its_namespace() {
 #[test]
 fn stop_strings_end_an_answer_within_the_engine() {
     let mut engine = load(&options());
-    let long = generate(&mut engine, request(30, 60));
     let stopping = |stop: &str| Request { stop_strings: vec![stop.to_owned()], ..request(30, 60) };
     assert_refused(engine.add_request(stopping("x")), &["tokenizer"]);
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("tokenizer.json"), byte_tokenizer().to_string()).unwrap();
     engine.set_tokenizer(Arc::new(Tokenizer::load(dir.path()).unwrap()));
+    let long = generate(&mut engine, request(30, 60));
+    let is_known = |id: &u32| *id < 259;
+    assert!(long.output_ids.iter().all(is_known), "the rest of the vocabulary is padding");
     assert_refused(engine.add_request(stopping("")), &["0 bytes", "1 to 256"]);
     let many = Request { stop_strings: vec!["x".to_owned(); 17], ..request(30, 60) };
     assert_refused(engine.add_request(many), &["17 stop strings", "16"]);

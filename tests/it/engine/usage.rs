@@ -11,7 +11,8 @@ use bespoke_tests::tiny_kernels;
 #[test]
 fn the_kernels_of_a_step_are_timed() {
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden/tiny/llama-awq-g64");
-    let options = EngineOptions { backend: BackendChoice::Cpu, ..EngineOptions::new(tiny_kernels()) };
+    let options =
+        EngineOptions { backend: BackendChoice::Cpu, ..EngineOptions::new(tiny_kernels()) };
     let mut engine = Engine::load(&dir, &options, &mut |_| {}).unwrap();
     assert_eq!(engine.kernel_usage().unwrap(), [], "nothing has run");
 

@@ -5,14 +5,16 @@ pub mod metrics;
 pub mod process;
 pub mod tokenizer;
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use bespoke::backend::null::NullOptions;
 use bespoke::config::EngineOptions;
 use bespoke::engine::Engine;
 use bespoke::handle::{EngineHandle, HandleLimits};
 use bespoke::kernels::KernelTable;
-use bespoke::server::{Route, ServedModel, Server, ServerOptions, routes};
+use bespoke::server::{Language, Route, ServedModel, Server, ServerOptions, routes};
 
 pub use client::{Answer, Client, Reader};
 pub use tokenizer::{END, VOCAB, tokenizer};
@@ -58,8 +60,9 @@ impl Setup {
         let (null, options) = (self.null, self.engine);
         let handle = EngineHandle::start(move || Engine::null(&null, &options), self.limits)
             .expect("the null engine starts");
+        let language = Arc::new(Language::new(&tokenizer(), null.vocab_size));
         let model = handle
-            .call(|engine| ServedModel::of(engine, MODEL, tokenizer()))
+            .call(|engine| ServedModel::of(engine, MODEL, language))
             .expect("the engine runs");
         (handle, model)
     }
@@ -70,6 +73,15 @@ impl Setup {
         let mut all = routes();
         all.extend(self.routes);
         Server::start_with(handle, model, self.server, all).expect("the server starts")
+    }
+}
+
+/// Waits until `holds`, which must come true.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LONG;
+    while !holds() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -30,7 +30,7 @@ pub fn tokenizer() -> Arc<Tokenizer> {
 }
 
 /// Writes the tokenizer's files to a folder.
-pub(crate) fn write(dir: &std::path::Path) {
+pub fn write(dir: &std::path::Path) {
     let added = |(idx, content): (usize, &&str)| {
         json!({
             "id": 256 + idx, "content": content, "single_word": false, "lstrip": false,

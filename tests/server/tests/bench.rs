@@ -9,6 +9,8 @@ use std::thread;
 
 use bespoke::cli::{self, Console, Exit};
 use bespoke::kernels::generated;
+use bespoke::server::Keys;
+use bespoke_server_tests::{MODEL, Setup};
 use serde_json::{Value, json};
 
 /// What a request is answered with.
@@ -125,7 +127,7 @@ impl State {
             reader.read_exact(&mut body)?;
             self.heads.lock().unwrap().push(head.clone());
             if head.starts_with("GET ") {
-                write(&stream, "200 OK", &MODELS.to_string())?;
+                write(&stream, "200 OK", MODELS)?;
                 continue;
             }
             let idx = self.num_requests.fetch_add(1, Ordering::SeqCst);
@@ -479,4 +481,37 @@ fn the_key_of_a_file_is_sent_and_goodput_counted() {
     assert!(heads.len() == 4, "{heads:?}");
     assert!(heads.iter().all(|head| head.contains("authorization: Bearer key-1\r\n")), "{heads:?}");
     assert_eq!(found["goodput_requests_per_s"], 0.0);
+}
+
+/// The real server on the null engine: every token arrives, and is counted as the engine counts it.
+#[test]
+fn our_own_server_is_measured() {
+    let mut setup = Setup::default();
+    setup.server.keys = Keys::parse("bench:a-key-that-is-long-enough-0123456789").unwrap();
+    let server = setup.start();
+    let url = format!("http://{}", server.address());
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "bench:a-key-that-is-long-enough-0123456789\n").unwrap();
+    let key = file.path().to_str().unwrap();
+    let found = |args: &[&str]| -> Value {
+        let common = ["--url", &url, "--api-key-file", key, "--json", "--vocab-size", "250"];
+        let run = bench(&[&common[..], args].concat());
+        assert_eq!(run.exit, Exit::Done, "{}{}", run.out, run.err);
+        serde_json::from_str(&run.out).unwrap()
+    };
+    let lengths = ["--prompt-tokens", "40", "--max-tokens", "30", "--requests", "40"];
+    let closed = found(&[&lengths[..], &["--concurrency", "8,32"]].concat());
+    let open = found(&[&lengths[..], &["--request-rate", "inf,500"]].concat());
+    for point in [&closed, &open].iter().flat_map(|report| report["points"].as_array().unwrap()) {
+        let keys = ["completed_requests", "failed_requests", "total_prompt_tokens"];
+        assert_eq!(keys.map(|key| count(point, key)), [40, 0, 1600], "{point}");
+        assert_eq!(count(point, "total_output_tokens"), 1200);
+    }
+    assert_eq!(closed["model"], MODEL);
+    let chats = found(&[&lengths[..], &["--endpoint", "chat", "--concurrency", "4"]].concat());
+    assert_eq!((count(&chats, "failed_requests"), count(&chats, "total_output_tokens")), (0, 1200));
+    // The template's tokens come on top of the words.
+    assert!(count(&chats, "total_prompt_tokens") > 1600, "{chats}");
+    let run = bench(&["--url", &url]);
+    assert!(run.exit == Exit::Failed && run.err.contains("/v1/models: status 401"), "{}", run.err);
 }

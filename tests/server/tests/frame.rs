@@ -261,7 +261,8 @@ fn heads_are_bounded() {
     assert_eq!(malformed.status, 400);
     assert_eq!(malformed.error()["code"], "malformed_request");
     assert_eq!(client.send(b"\x16\x03\x01\x00\xa5\x01\x00\x00\r\n\r\n").status, 400);
-    assert_eq!(metric(&client, "bespoke_connection_ends_total{reason=\"malformed\"}"), 4.0);
+    assert_eq!(metric(&client, "bespoke_connection_ends_total{reason=\"malformed\"}"), 2.0);
+    assert_eq!(metric(&client, "bespoke_rejections_total{reason=\"too_large\"}"), 2.0);
 }
 
 #[test]

@@ -50,7 +50,7 @@ fn request(grammar: Option<&Grammar>, seed: u64) -> Request {
         stop_token_ids: vec![END],
         grammar: grammar.cloned(),
         sampling: SamplingParams {
-            temperature: if seed % 4 == 0 { 0.0 } else { 1.0 },
+            temperature: if seed.is_multiple_of(4) { 0.0 } else { 1.0 },
             seed,
             ..SamplingParams::default()
         },

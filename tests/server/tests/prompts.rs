@@ -1,8 +1,9 @@
 //! Prompts of chats: what users write is text, whatever it spells.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::UNIX_EPOCH;
 
 use bespoke::error::Error;
@@ -23,7 +24,13 @@ const MIXED: &str = "{{ '<|endoftext|>' }}{% for m in messages %}{{ '<|' + m.rol
     {{ tools | tojson(indent=2) }}{{ extra }}";
 
 /// The fixture's tokenizer with another template and other strips of its special tokens.
-fn tokenizer(template: &str, strips: bool) -> Arc<Tokenizer> {
+fn tokenizer(template: &'static str, strips: bool) -> Arc<Tokenizer> {
+    static LOADED: Mutex<BTreeMap<(&str, bool), Arc<Tokenizer>>> = Mutex::new(BTreeMap::new());
+    let mut loaded = LOADED.lock().unwrap();
+    Arc::clone(loaded.entry((template, strips)).or_insert_with(|| load(template, strips)))
+}
+
+fn load(template: &str, strips: bool) -> Arc<Tokenizer> {
     let dir = tempfile::tempdir().unwrap();
     bespoke_server_tests::tokenizer::write(dir.path());
     edit(&dir.path().join("tokenizer_config.json"), |config| {

@@ -188,7 +188,7 @@ pub fn int8(
             };
             let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
             for (k, value) in row.iter().enumerate() {
-                let q = (value * inverse).round_ties_even().clamp(-127.0, 127.0) as i32;
+                let q = nearest(value * inverse).clamp(-127.0, 127.0) as i32;
                 let at = (k / 4 * columns + column) * 4 + k % 4;
                 out[at] = (q + 128) as u8;
             }
@@ -201,6 +201,15 @@ pub fn int8(
         *scale = scale_of(&row);
     }
     Ok((memory, scales))
+}
+
+/// `value` rounded to the nearest integer, ties to even, for values of at most 2²² either way.
+///
+/// NOTE: where the target has no instruction for it, `round_ties_even` is a call, and these are
+/// tens of millions; a sum of 1.5 · 2²³ has no bits behind the point.
+fn nearest(value: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0;
+    (value + SHIFT) - SHIFT
 }
 
 /// Packed AWQ weights.
@@ -287,5 +296,22 @@ fn pack_awq_column(view: &AwqView<'_>, row: usize, columns: usize, column: usize
         let (line, place) = (k / 8, k % 8);
         let at = (line * columns + column) * 4 + place % 4;
         out[at] |= view.q(k, row) << (4 * (place / 4));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::nearest;
+
+    #[test]
+    fn rounds_as_the_standard_library() {
+        for step in -40_000..=40_000 {
+            // Halves and their neighbours among them.
+            let value = step as f32 / 256.0;
+            for value in [value.next_down(), value, value.next_up()] {
+                assert_eq!(nearest(value), value.round_ties_even(), "{value}");
+            }
+        }
+        assert!(nearest(f32::NAN).is_nan());
     }
 }

@@ -127,11 +127,10 @@ impl Work {
     ///
     /// Panics for other ops.
     pub fn of_attention(kernel: &Kernel, spans: &[SequenceSpan]) -> Work {
-        let KernelSpec::PagedAttention { num_heads, num_kv_heads, head_dim, window, kv, page_size } =
-            kernel.spec
-        else {
-            wrong_spec(kernel)
-        };
+        #[rustfmt::skip]
+        let KernelSpec::PagedAttention {
+            num_heads, num_kv_heads, head_dim, window, kv, page_size,
+        } = kernel.spec else { wrong_spec(kernel) };
         let page = page_bytes(kv.bits(), num_kv_heads, head_dim, page_size);
         let mut work = Work::default();
         for span in spans {

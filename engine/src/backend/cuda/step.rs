@@ -28,9 +28,7 @@ macro_rules! same_layout {
 same_layout!(Span, AttentionSpan { first_row, num_rows, first_page, context_len });
 same_layout!(
     Item,
-    AttentionItem {
-        span, first_row, num_rows, first_key, num_keys, part, num_parts, first_part
-    }
+    AttentionItem { span, first_row, num_rows, first_key, num_keys, part, num_parts, first_part }
 );
 
 /// Batch sizes that steps are recorded for: fewer than half of the rows only fill it up.

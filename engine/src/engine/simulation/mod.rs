@@ -1,11 +1,13 @@
 //! Seeded simulation of the engine: random requests, sessions and cancels on the null backend.
 //!
 //! Every token must be the one that the request gives when it runs alone, which a wrong, stale or
-//! overwritten page anywhere in its context would change. After every step the bookkeeping must add
-//! up, and no request may need more steps than the scheduler promises. A seed decides everything.
+//! overwritten page anywhere in its context would change, or a grammar that lost its place. After
+//! every step the bookkeeping must add up, and no request may need more steps than the scheduler
+//! promises. A seed decides everything.
 //!
 //! That the simulation can see is shown by bugs that it plants, see [`crate::fault`].
 
+mod grammar;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -19,7 +21,7 @@ use crate::config::EngineOptions;
 use crate::fault::{Fault, plant};
 use crate::kernels::KernelTable;
 use crate::kv_cache::num_pages;
-use crate::request::{FinishReason, Request, RequestId, RequestOutput};
+use crate::request::{Failure, FinishReason, Request, RequestId, RequestOutput};
 use crate::sampling::{History, Sampler, choice_seed};
 use crate::session::{SessionId, SessionTurn};
 
@@ -86,6 +88,8 @@ struct Counts {
     cached_tokens: u64,
     preemptions: u64,
     turns: u64,
+    /// Answers that their grammars ended.
+    completed: u64,
     /// Hash of all that happened.
     log: u64,
 }
@@ -317,6 +321,12 @@ impl Simulation {
         let choice = &mut live.choices[output.choice_idx];
         assert_eq!(choice.finish_reason, None, "an ended answer is silent");
         let num_before = choice.tokens.len();
+        let end_tokens = &live.request.stop_token_ids;
+        let next = |tokens: &[u32]| {
+            let output = &tokens[live.num_prompt..];
+            live.request.grammar.is_some().then(|| grammar::next(output, end_tokens))
+        };
+        let before = next(&choice.tokens);
         let mut sampling = live.request.sampling.clone();
         sampling.seed = choice_seed(sampling.seed, output.choice_idx);
         let stats = next_logits(&choice.tokens, &mut self.logits);
@@ -324,23 +334,29 @@ impl Simulation {
             tokens: &choice.tokens,
             num_prompt: live.num_prompt,
             stop_token_ids: &live.request.stop_token_ids,
-            mask: None,
+            mask: before.as_ref().map(|next| &next.mask),
         };
         let expected = self.sampler.sample(&sampling, &history, &self.logits, &stats);
-        let expected = expected.expect("the null backend gives finite logits");
-        let found = (output.token, output.logprob);
-        assert_eq!(found, (Some(expected.token), expected.logprob), "{:?}", output.id);
-        choice.tokens.push(expected.token);
-        let is_stopped = live.request.stop_token_ids.contains(&expected.token);
-        choice.finish_reason = match choice.tokens.len() == live.len_max {
-            _ if is_stopped => Some(FinishReason::Stop),
-            true => Some(FinishReason::Length),
-            false => None,
+        let token = expected.as_ref().map(|sample| sample.token);
+        let logprob = expected.map_or(f32::NEG_INFINITY, |sample| sample.logprob);
+        assert_eq!((output.token, output.logprob), (token, logprob), "{:?}", output.id);
+        choice.tokens.extend(token);
+        let after = next(&choice.tokens);
+        choice.finish_reason = match token {
+            // The null backend gives finite logits: without a grammar there is a token.
+            None if before.expect("a grammar").is_end => Some(FinishReason::Stop),
+            None => Some(FinishReason::Failed(Failure::NoAllowedToken)),
+            Some(token) if end_tokens.contains(&token) => Some(FinishReason::Stop),
+            _ if after.is_some_and(|next| next.is_complete) => {
+                self.counts.completed += 1;
+                Some(FinishReason::Stop)
+            }
+            _ => (choice.tokens.len() == live.len_max).then_some(FinishReason::Length),
         };
         assert_eq!(output.finish_reason, choice.finish_reason, "{:?}", output.id);
         let is_first = num_before == live.num_prompt;
         let is_over = live.choices.iter().all(|choice| choice.finish_reason.is_some());
-        let event = u64::from(expected.token) << 8 | output.choice_idx as u64;
+        let event = u64::from(token.unwrap_or(u32::MAX)) << 8 | output.choice_idx as u64;
         self.counts.log = mix(self.counts.log ^ mix(output.id.0 << 32 | event));
         if is_first {
             self.check_cached(output);
@@ -447,6 +463,7 @@ fn run_seeds(first: u64, num_seeds: u64, num_steps: u64) -> Counts {
         total.cached_tokens += counts.cached_tokens;
         total.preemptions += counts.preemptions;
         total.turns += counts.turns;
+        total.completed += counts.completed;
     }
     total
 }
@@ -462,6 +479,7 @@ fn check_seeds(first: u64) {
     let is_busy = counts.finished > 50_000 && counts.cancelled > 2000 && counts.refused > 5000;
     assert!(is_busy && counts.preemptions > 3000, "{counts:?}");
     assert!(counts.cached_tokens > 50_000 && counts.turns > 5000, "{counts:?}");
+    assert!(counts.completed > 500, "{counts:?}");
 }
 
 #[test]

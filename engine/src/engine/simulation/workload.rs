@@ -1,6 +1,7 @@
 //! Requests that look for trouble: lengths around page borders, prompts that repeat, continue,
 //! shorten or nearly equal earlier ones, in several namespaces.
 
+use super::grammar::grammar;
 use super::{Random, VOCAB};
 use crate::kv_cache::Namespace;
 use crate::request::Request;
@@ -40,6 +41,7 @@ impl Workload {
             max_tokens: self.max_tokens(random),
             sampling: sampling(random),
             stop_token_ids: if random.one_in(2) { vec![0] } else { Vec::new() },
+            grammar: random.one_in(4).then(grammar),
             num_choices: if random.one_in(8) { 1 + random.below(4) } else { 1 },
             namespace: Namespace(random.below(NUM_NAMESPACES as usize) as u64),
             ..Request::default()

@@ -5,7 +5,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -18,19 +18,37 @@ use tokio::time::{Instant, Sleep};
 
 use crate::server::app::App;
 use crate::server::error::ApiError;
-use crate::server::metrics::ConnectionEnd;
+use crate::server::metrics::{ConnectionEnd, Rejection};
 
-/// Requests of one connection.
+/// What a connection is at.
 #[derive(Debug, Default)]
-pub(super) struct Activity {
+pub(in crate::server) struct Activity {
+    /// Requests.
     num_begun: AtomicU64,
     num_ended: AtomicU64,
+    /// The client has taken no data for too long.
+    has_stalled: AtomicBool,
+}
+
+tokio::task_local! {
+    /// The connection whose task this is.
+    pub(super) static CONNECTION: Arc<Activity>;
 }
 
 /// A request that has not ended.
 pub(super) struct ActiveRequest(Arc<Activity>);
 
 impl Activity {
+    /// Of the connection that the handler at hand answers on, where there is one.
+    pub(in crate::server) fn current() -> Option<Arc<Activity>> {
+        CONNECTION.try_with(Arc::clone).ok()
+    }
+
+    /// Whether the connection was given up because its client took no data.
+    pub(in crate::server) fn has_stalled(&self) -> bool {
+        self.has_stalled.load(Ordering::Relaxed)
+    }
+
     pub(super) fn begin(self: &Arc<Activity>) -> ActiveRequest {
         self.num_begun.fetch_add(1, Ordering::Relaxed);
         ActiveRequest(Arc::clone(self))
@@ -138,15 +156,22 @@ impl WatchedStream {
         let timer = self.write_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(time)));
         match timer.as_mut().poll(cx) {
             Poll::Pending => Poll::Pending,
-            Poll::Ready(()) => Poll::Ready(Err(self.give_up(ConnectionEnd::WriteTimeout))),
+            Poll::Ready(()) => {
+                self.activity.has_stalled.store(true, Ordering::Relaxed);
+                Poll::Ready(Err(self.give_up(ConnectionEnd::WriteTimeout)))
+            }
         }
     }
 
     fn write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if self.substitute.is_none()
             && !self.activity.is_busy()
-            && let Some(text) = substitute(bytes)
+            && let Some((status, text)) = substitute(bytes)
         {
+            match status {
+                "400" => self.app.metrics.connection_ended(ConnectionEnd::Malformed),
+                _ => self.app.metrics.rejected(Rejection::TooLarge),
+            }
             self.substitute = Some(Substitute { text, num_written: 0 });
         }
         let Some(substitute) = &mut self.substitute else {
@@ -198,8 +223,9 @@ impl AsyncWrite for WatchedStream {
     }
 }
 
-/// hyper answers what is no HTTP by a head without a body; this is the same with one.
-fn substitute(head: &[u8]) -> Option<String> {
+/// hyper answers what is no HTTP by a head without a body; this is the status, and the same with a
+/// body.
+fn substitute(head: &[u8]) -> Option<(&str, String)> {
     let head = std::str::from_utf8(head).ok()?;
     let status = head.strip_prefix("HTTP/1.1 ")?.split(' ').next()?;
     if !head.contains("content-length: 0\r\n") {
@@ -213,7 +239,7 @@ fn substitute(head: &[u8]) -> Option<String> {
     };
     let error = ApiError::bad_request(None, message).with_code(code);
     let head = head.split("content-length: 0\r\n").collect::<Vec<_>>().join("");
-    Some(with_body(head.strip_suffix("\r\n")?, &error))
+    Some((status, with_body(head.strip_suffix("\r\n")?, &error)))
 }
 
 /// The answer to a connection that is one too many.
@@ -292,7 +318,8 @@ mod tests {
     fn answers_without_a_body_get_one() {
         let head = "HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\
                     content-length: 0\r\ndate: now\r\n\r\n";
-        let text = substitute(head.as_bytes()).unwrap();
+        let (status, text) = substitute(head.as_bytes()).unwrap();
+        assert_eq!(status, "431");
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
         assert!(head.contains("connection: close\r\ndate: now\r\n"), "{head}");
         assert!(head.contains(&format!("content-length: {}", body.len())), "{head}");

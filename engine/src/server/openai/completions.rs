@@ -86,7 +86,7 @@ pub struct CompletionLogprobs {
     pub tokens: Vec<String>,
     /// Null for tokens of the prompt.
     pub token_logprobs: Vec<Option<f32>>,
-    /// The likeliest tokens by their text; null for tokens of the prompt.
+    /// The likeliest tokens and the token itself, by their text; null for tokens of the prompt.
     #[schema(value_type = Vec<Option<Object>>)]
     pub top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
     /// Where the token begins in the text, in characters.

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 import urllib.parse
 
 import openai
@@ -29,7 +30,7 @@ REFUSED = {
     "model": [{"model": None}, {"model": 7}],
     "max_tokens": [{"max_tokens": v} for v in (0, -1, 1.5, "8", 2**63, True)],
     "max_completion_tokens": [{"max_completion_tokens": v} for v in (0, -1)],
-    "temperature": [{"temperature": v} for v in (-0.1, 2.1, "hot", 1e999, [])],
+    "temperature": [{"temperature": v} for v in (-0.1, 2.1, "hot", [])],
     "top_p": [{"top_p": v} for v in (-0.1, 1.1, "x")],
     "n": [{"n": v} for v in (0, -1, 9, 2**31, 1.5, "2")],
     "seed": [{"seed": v} for v in (1.5, "x", 2**65)],
@@ -174,11 +175,15 @@ class ErrorsTest(ServedCase):
         self.assertNotIn(CANARY, json.dumps(answer))
 
     def test_a_body_that_is_too_large(self):
-        status, _, answer = self.raw(
-            "POST", "/v1/chat/completions", b" " * (3 << 20), content_type="application/json"
-        )
-        self.assertEqual(status, 413, answer)
-        self.assertIn("error", answer)
+        address = urllib.parse.urlsplit(self.server.url)
+        with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {3 << 20}\r\n\r\n"
+            # It is refused by its length, before it is sent.
+            connection.sendall(head.encode())
+            answer = connection.recv(65536).decode()
+        self.assertTrue(answer.startswith("HTTP/1.1 413 "), answer)
+        self.assertIn("request_too_large", answer)
 
     def test_another_content_type(self):
         body = json.dumps({"model": self.model, "messages": user("Hi")}).encode()

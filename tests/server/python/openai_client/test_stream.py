@@ -6,6 +6,7 @@ import openai
 
 from openai_client.serving import ServedCase, user
 
+CAPITAL = "What is the capital of France?"
 STORY = "Tell me a story about a lighthouse."
 
 
@@ -85,12 +86,13 @@ class StreamTest(ServedCase):
 
     def test_stream_helper_of_the_client(self):
         with self.client.chat.completions.stream(
-            model=self.model, messages=user(STORY), max_tokens=16, temperature=0
+            model=self.model, messages=user(CAPITAL), max_tokens=100, temperature=0
         ) as stream:
             deltas = [event.delta for event in stream if event.type == "content.delta"]
             final = stream.get_final_completion()
-        self.assertEqual("".join(deltas), self.text(STORY))
-        self.assertEqual(final.choices[0].message.content, self.text(STORY))
+        whole = self.text(CAPITAL, max_tokens=100)
+        self.assertEqual("".join(deltas), whole)
+        self.assertEqual(final.choices[0].message.content, whole)
 
     def test_bytes_on_the_wire(self):
         body = {"model": self.model, "messages": user("Hi"), "max_tokens": 3, "stream": True}

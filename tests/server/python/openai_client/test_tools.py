@@ -70,7 +70,7 @@ class ToolsTest(ServedCase):
                 self.assertIn(choice.finish_reason, ("stop", "tool_calls"))
 
     def test_required_calls_something(self):
-        choice = self.called("required").choices[0]
+        choice = self.called("required", parallel_tool_calls=False).choices[0]
         self.check_calls(choice)
         self.assertEqual(choice.finish_reason, "tool_calls")
         self.assertFalse(choice.message.content)
@@ -109,7 +109,7 @@ class ToolsTest(ServedCase):
     def test_calls_are_streamed(self):
         calls, finish = {}, None
         num_argument_deltas = 0
-        for chunk in self.called("required", stream=True):
+        for chunk in self.called("required", stream=True, parallel_tool_calls=False):
             for choice in chunk.choices:
                 finish = choice.finish_reason or finish
                 for delta in choice.delta.tool_calls or []:
@@ -124,7 +124,7 @@ class ToolsTest(ServedCase):
         self.assertEqual(finish, "tool_calls")
         self.assertEqual(sorted(calls), list(range(len(calls))))
         self.assertGreater(num_argument_deltas, len(calls), "arguments come as they are made")
-        whole = self.called("required").choices[0].message.tool_calls
+        whole = self.called("required", parallel_tool_calls=False).choices[0].message.tool_calls
         self.assertEqual(
             [calls[idx] for idx in sorted(calls)],
             [{"name": c.function.name, "arguments": c.function.arguments} for c in whole],

@@ -276,7 +276,8 @@ fn load_server() -> Server {
     setup.engine.num_pages = Some(1024);
     // Less than the clients together, so that some are sent away.
     setup.limits = HandleLimits { waiting_requests_max: 160, ..HandleLimits::default() };
-    setup.server.limits.connections_per_client_max = NUM_CLIENTS + 8;
+    // Clients that leave come back before the server has noticed.
+    setup.server.limits.connections_per_client_max = setup.server.limits.connections_max;
     setup.start()
 }
 

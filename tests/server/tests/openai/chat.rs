@@ -92,9 +92,11 @@ fn stop_tokens_end_the_answer_and_are_no_part_of_it() {
     let answer = post(&client, CHAT, &body);
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");
     assert_eq!(answer["usage"]["completion_tokens"], num + 1);
-    let bytes: Vec<u8> =
-        tokens[..num].iter().filter_map(|token| byte(token)).map(|byte| byte as u8).collect();
-    assert_eq!(answer["choices"][0]["message"]["content"], String::from_utf8_lossy(&bytes).as_ref());
+    let bytes: Vec<u8> = tokens[..num].iter().filter_map(byte).map(|byte| byte as u8).collect();
+    assert_eq!(
+        answer["choices"][0]["message"]["content"],
+        String::from_utf8_lossy(&bytes).as_ref()
+    );
 }
 
 #[test]

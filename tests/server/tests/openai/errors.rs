@@ -91,7 +91,11 @@ fn values_that_make_no_sense_are_named() {
     check(vec![
         of_chat(json!({"messages": []}), "messages", "0 entries"),
         of_chat(json!({"messages": [{"role": "user"}]}), "messages[0].content", "missing field"),
-        of_chat(json!({"messages": [{"role": "robot", "content": ""}]}), "messages[0]", "robot"),
+        of_chat(
+            json!({"messages": [{"role": "robot", "content": ""}]}),
+            "messages[0].role",
+            "robot",
+        ),
         of_chat(json!({"messages": [{"role": "user", "content": 1}]}), "messages[0]", "a string"),
         of_chat(json!({"stop": ["a", "b", "c", "d", "e"]}), "stop", "more than 4"),
         of_chat(json!({"stop": long}), "stop", "257 characters"),
@@ -157,6 +161,9 @@ fn what_is_not_there_is_404_or_unsupported() {
     }]);
     let (_server, client) = served();
     assert_eq!(client.get("/v1/models/x").error()["code"], "model_not_found");
+    for path in ["/v1/models/%ff", "/v1/sessions/%ff", "/v1/sessions/%00", "/v1/sessions/a%2fb"] {
+        assert_eq!((client.get(path).error()["code"].clone(), path), (json!("not_found"), path));
+    }
     let embeddings = client.post("/v1/embeddings", &json!({"model": "null", "input": "a"}));
     assert_eq!(embeddings.status, 400);
     assert_eq!(embeddings.error()["code"], "unsupported_endpoint");
@@ -166,7 +173,11 @@ fn what_is_not_there_is_404_or_unsupported() {
 fn prompts_beyond_the_context_are_told_so() {
     let (_server, client) = served();
     for (path, body, param) in [
-        (CHAT, chat(json!({"messages": [{"role": "user", "content": "a".repeat(5000)}]})), "messages"),
+        (
+            CHAT,
+            chat(json!({"messages": [{"role": "user", "content": "a".repeat(5000)}]})),
+            "messages",
+        ),
         (COMPLETIONS, completion(json!({"prompt": "a".repeat(4096)})), "prompt"),
         (INTERACTIVE, json!({"prompt": "a".repeat(4096)}), "prompt"),
     ] {
@@ -174,7 +185,8 @@ fn prompts_beyond_the_context_are_told_so() {
         assert_eq!(error["code"], "context_length_exceeded", "{path}");
         assert_eq!(error["param"], param, "{path}");
     }
-    let fits = completion(json!({"prompt": "a".repeat(4095), "max_tokens": 10, "ignore_eos": true}));
+    let fits =
+        completion(json!({"prompt": "a".repeat(4095), "max_tokens": 10, "ignore_eos": true}));
     let answer = super::post(&client, COMPLETIONS, &fits);
     assert_eq!(answer["usage"]["completion_tokens"], 1);
     assert_eq!(answer["choices"][0]["finish_reason"], "length");

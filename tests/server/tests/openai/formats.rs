@@ -19,8 +19,7 @@ fn answers_fit_their_format() {
     let schema = json!({"type": "object", "properties": {"n": {"type": "integer", "minimum": 1,
         "maximum": 99}, "b": {"type": "boolean"}}, "required": ["n", "b"],
         "additionalProperties": false});
-    let format =
-        json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
+    let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
     for seed in 0..5 {
         let fields = json!({"response_format": format, "seed": seed, "max_tokens": 2000});
         let choice = post(&client, CHAT, &chat(fields))["choices"][0].clone();
@@ -33,7 +32,8 @@ fn answers_fit_their_format() {
     for (format, is_fine) in [
         (
             json!({"type": "regex", "regex": "[ab]{3}-[0-9]"}),
-            Box::new(|text: &str| text.len() == 5 && &text[3..4] == "-") as Box<dyn Fn(&str) -> bool>,
+            Box::new(|text: &str| text.len() == 5 && &text[3..4] == "-")
+                as Box<dyn Fn(&str) -> bool>,
         ),
         (
             json!({"type": "grammar", "grammar": "start: \"yes\" | \"no\""}),
@@ -49,7 +49,8 @@ fn answers_fit_their_format() {
 #[test]
 fn a_required_tool_is_called() {
     let (_server, client) = served();
-    for choice in [json!("required"), json!({"type": "function", "function": {"name": "weather"}})] {
+    for choice in [json!("required"), json!({"type": "function", "function": {"name": "weather"}})]
+    {
         let body = chat(json!({"tools": tools(), "tool_choice": choice, "seed": 2,
             "max_tokens": 3000, "parallel_tool_calls": false}));
         let whole = post(&client, CHAT, &body)["choices"][0].clone();
@@ -69,7 +70,8 @@ fn a_required_tool_is_called() {
         }
         let mut streamed = (String::new(), String::new());
         for event in events(&client, CHAT, &body) {
-            for call in event["choices"][0]["delta"]["tool_calls"].as_array().into_iter().flatten() {
+            for call in event["choices"][0]["delta"]["tool_calls"].as_array().into_iter().flatten()
+            {
                 assert_eq!(call["index"], 0);
                 streamed.0.push_str(call["function"]["name"].as_str().unwrap_or_default());
                 streamed.1.push_str(call["function"]["arguments"].as_str().unwrap_or_default());

@@ -33,7 +33,7 @@ pub(super) struct ServingArgs {
     /// serving: address of the server, such as http://127.0.0.1:23333
     #[arg(long, value_name = "URL")]
     url: Option<ServerUrl>,
-    /// serving: file with the API key [default: none is sent]
+    /// serving: file with API keys, of which the first is sent [default: none]
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
     /// serving: requests a second; inf sends all at once; a list measures each
@@ -130,14 +130,13 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     })
 }
 
-/// The header that carries the key of a file.
+/// The header that carries the first key of a file, which may be the server's own.
 fn authorization(path: &Path) -> anyhow::Result<HeaderValue> {
     let text = read_text(path)?;
-    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let key = match (lines.next(), lines.next()) {
-        (Some(key), None) => key,
-        _ => bail!("{}: expected one line, the key", path.display()),
-    };
+    let mut lines = text.lines().map(str::trim);
+    let line = lines.find(|line| !line.is_empty() && !line.starts_with('#'));
+    let line = line.with_context(|| format!("{}: no key in it", path.display()))?;
+    let key = line.split_once(':').map_or(line, |(_name, key)| key.trim());
     let mut value = HeaderValue::try_from(format!("Bearer {key}"))
         .map_err(|_| anyhow!("{}: the key has characters that no key has", path.display()))?;
     value.set_sensitive(true);
@@ -332,13 +331,17 @@ mod tests {
     }
 
     #[test]
-    fn a_key_file_has_one_key() {
+    fn the_first_key_of_a_file_counts() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), "\n key-1 \n").unwrap();
-        assert_eq!(authorization(file.path()).unwrap(), "Bearer key-1");
-        for text in ["", "a\nb\n", "a\u{7f}b"] {
+        let header = |text: &str| {
             std::fs::write(file.path(), text).unwrap();
-            assert!(authorization(file.path()).is_err(), "{text:?}");
+            authorization(file.path())
+        };
+        for text in ["key-1", "# keys\n\n key-1 \nb:key-2\n", "a: key-1"] {
+            assert_eq!(header(text).unwrap(), "Bearer key-1", "{text:?}");
+        }
+        for text in ["", "# key-1\n", "a\u{7f}b"] {
+            assert!(header(text).is_err(), "{text:?}");
         }
     }
 }
