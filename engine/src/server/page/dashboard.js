@@ -11,7 +11,7 @@ const POLL_MS = 1000;
 const NUM_SAMPLES = 300;
 /** Charts show the least of these that holds all samples. */
 const SPANS = [60, 120, NUM_SAMPLES];
-const PAGE_CELLS_MAX = 480;
+const PAGE_CELLS_MAX = 288;
 const PAGE_COLUMNS = 24;
 
 /** Limits of moving bytes; the others are of operations. */
