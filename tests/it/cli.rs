@@ -101,6 +101,7 @@ fn helps() {
         "import",
         "quantize",
         "generate",
+        "chat",
         "logits",
         "perplexity",
         "bench",

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Instant;
 
 use bespoke_server_tests::LONG;
+use rustix::fs::OFlags;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 use crate::chat::{H, Place, kept};
@@ -40,7 +41,12 @@ impl Session {
         unlockpt(&master).unwrap();
         let name = ptsname(&master, Vec::new()).unwrap();
         let path = OsStr::from_bytes(name.as_bytes());
-        let open = || Stdio::from(OpenOptions::new().read(true).write(true).open(path).unwrap());
+        // NOTE: or it would become the terminal of the tests too, where they have none.
+        let flags = OFlags::NOCTTY.bits().cast_signed();
+        let open = || {
+            let mut options = OpenOptions::new();
+            Stdio::from(options.read(true).write(true).custom_flags(flags).open(path).unwrap())
+        };
         command.stdin(open()).stdout(open()).stderr(open()).env("TERM", "xterm");
         // SAFETY: both are single system calls, which may be made between fork and exec. They make
         // the terminal the one whose Ctrl-C reaches the program.

@@ -196,7 +196,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
 impl Args {
     /// Refuses options of other modes.
     fn check(&self) -> anyhow::Result<()> {
-        let mut options = vec![
+        let options = [
             ("--requests", self.requests.is_some(), STREAMS),
             ("--trace", self.trace.is_some(), STREAMS),
             ("--shared-prefix-tokens", self.shared_prefix_tokens.is_some(), STREAMS),
@@ -207,9 +207,11 @@ impl Args {
             ("--chunk-tokens", self.chunk_tokens.is_some(), ENGINE),
         ];
         #[cfg(feature = "server")]
-        options.extend(
-            self.serving.given().map(|(name, is_given)| (name, is_given, &[Mode::Serving][..])),
-        );
+        let options = {
+            let only = &[Mode::Serving][..];
+            let given = self.serving.given().map(|(name, is_given)| (name, is_given, only));
+            options.into_iter().chain(given)
+        };
         for (name, is_given, modes) in options {
             if is_given && !modes.contains(&self.mode) {
                 let modes: Vec<&str> = modes.iter().map(|mode| mode.name()).collect();
