@@ -18,6 +18,7 @@ class Server:
     """A server process on a free port of 127.0.0.1; its standard error is kept."""
 
     def __init__(self, binary, model, *arguments):
+        self.is_draining = False
         self.log = tempfile.TemporaryFile(mode="w+b")
         command = [binary, "serve", "--model", str(model), "--port", "0", *arguments]
         # NOTE: nothing reads standard output, so it must not fill a pipe.
@@ -62,10 +63,15 @@ class Server:
         ]
         return sum(values) if values else None
 
+    def drain(self):
+        """Tells the server to end, once: a second signal would interrupt it."""
+        if not self.is_draining and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.is_draining = True
+
     def stop(self):
         """Drains the server; its exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        self.drain()
         try:
             return self.process.wait(timeout=STOP_SECONDS_MAX)
         except subprocess.TimeoutExpired:

@@ -14,6 +14,7 @@ alone. Without a Chromium `browser` is skipped, and fails if BESPOKE_REQUIRE_BRO
 import argparse
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -172,6 +173,8 @@ def main():
     """Runs what the command line asks for."""
     options = arguments()
     enter_venv()
+    # Whoever ends the run ends its servers too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.insert(0, str(HERE))
     suites = {
         "client": run_client, "openapi": run_openapi, "browser": run_browser,

@@ -105,8 +105,9 @@ impl<'de> Deserialize<'de> for SessionName {
 
             /// JSON does not tell 1.0 from 1.
             fn visit_f64<E: Error>(self, value: f64) -> Result<SessionName, E> {
-                let limit = 9_223_372_036_854_775_808.0;
-                match value.fract() == 0.0 && (-1.0..limit).contains(&value) {
+                // NOTE: as for other numbers.
+                let limit = 9_007_199_254_740_992.0;
+                match value.fract() == 0.0 && (-1.0..=limit).contains(&value) {
                     true => self.visit_i64(value as i64),
                     false => Err(E::invalid_value(serde::de::Unexpected::Float(value), &self)),
                 }

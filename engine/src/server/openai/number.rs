@@ -181,9 +181,9 @@ impl Visitor<'_> for IntegerBounds {
 
     /// JSON does not tell 1.0 from 1.
     fn visit_f64<E: Error>(self, value: f64) -> Result<i64, E> {
-        // NOTE: 2^63 is the first float above the largest i64, -2^63 is the smallest i64.
-        let limit = 9_223_372_036_854_775_808.0;
-        match value.fract() == 0.0 && (-limit..limit).contains(&value) {
+        // NOTE: larger ones are rounded, or were too large for an integer.
+        let limit = 9_007_199_254_740_992.0;
+        match value.fract() == 0.0 && (-limit..=limit).contains(&value) {
             true => self.check(value as i64),
             false => Err(E::invalid_value(Unexpected::Float(value), &self)),
         }

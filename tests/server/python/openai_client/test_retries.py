@@ -1,6 +1,5 @@
 """Overload, drain, retries, time-outs, cancellation."""
 
-import signal
 import threading
 import time
 import unittest
@@ -129,7 +128,7 @@ class DrainTest(unittest.TestCase):
             extra_body={"ignore_eos": True}, stream_options={"include_usage": True},
         )
         next(stream)
-        server.process.send_signal(signal.SIGTERM)
+        server.drain()
         deadline = time.monotonic() + 10
         while True:
             try:
@@ -154,7 +153,7 @@ class DrainTest(unittest.TestCase):
             extra_body={"ignore_eos": True}, n=8,
         )
         next(stream)
-        server.process.send_signal(signal.SIGTERM)
+        server.drain()
         try:
             finished = [c.finish_reason for chunk in stream for c in chunk.choices]
         except openai.APIError as error:

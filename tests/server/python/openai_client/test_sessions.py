@@ -76,7 +76,9 @@ class SessionsTest(ServedCase):
         with self.client._client.stream(
             "POST", self.server.base_url + "/chat/interactive", json=body
         ) as stream:
-            next(stream.iter_lines())
+            # NOTE: an iterator that nobody holds would close the stream.
+            lines = stream.iter_lines()
+            next(lines)
             self.refused(
                 openai.ConflictError,
                 lambda: self.say("Hi", session_id="busy", interactive_mode=True),
