@@ -45,7 +45,7 @@ pub(super) struct RunArgs {
     /// Memory of the KV cache on a GPU: a share of what weights leave, or bytes (512M, 12G)
     #[arg(long, value_name = "MEMORY", value_parser = parse_kv_memory, default_value = "0.8")]
     pub(super) kv_memory: KvMemory,
-    /// Where the weights come from; `dummy` makes random ones, to measure speed without a checkpoint
+    /// Where the weights come from; `dummy` ones say nothing, and show how fast a model is
     #[arg(long, value_enum, default_value_t = Format::Checkpoint)]
     pub(super) load_format: Format,
 }

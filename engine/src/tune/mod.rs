@@ -1,8 +1,9 @@
 //! How long the CUDA kernels of a model take, each alone.
 //!
-//! A case is launched many times in one recording and the recording replayed, as in serving, so that
-//! the host costs next to nothing. Launches take turns over so many weights, or layers of the KV
-//! cache, that they come from memory, not from a cache of the device. Times are those of one launch.
+//! A case is launched many times in one recording and the recording replayed, as in serving, so
+//! that the host costs next to nothing. Launches take turns over so many weights, or layers of the
+//! KV cache, that they come from memory, not from a cache of the device. Times are those of one
+//! launch.
 
 mod cases;
 mod record;

@@ -240,8 +240,8 @@ fn slots_per_word(variant: &Variant, hot_loop: &Counts) -> Option<f64> {
     (words > 0.0).then(|| hot_loop.instructions as f64 / words)
 }
 
-/// Issue slots of a warp for each word of int4 weights a lane has: an H100's 3.2 TB/s leave about 36
-/// of them, as its 132 multiprocessors issue four a cycle at 1.75 GHz.
+/// Issue slots of a warp for each word of int4 weights a lane has: an H100's 3.2 TB/s leave about
+/// 36 of them, as its 132 multiprocessors issue four a cycle at 1.75 GHz.
 const SLOTS_MAX: f64 = 24.0;
 
 /// Whether the int4 matmul of few rows can keep up with memory: the slots of its loop, weights that
