@@ -37,7 +37,7 @@ impl Tolerance {
         let mut outcome = Outcome { error: 0.0, problem: None };
         let rows = found.chunks_exact(width).zip(expected.chunks_exact(width)).enumerate();
         for (row, (found, expected)) in rows {
-            // NOTE: keys and values behind the queries are not compared: they are in the cache.
+            // NOTE: keys and values behind the queries may be anything: they are in the cache.
             let compared = match part {
                 Part::Rope => shape.num_heads * shape.head_dim,
                 _ => width,

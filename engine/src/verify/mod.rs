@@ -6,17 +6,16 @@
 //! follow, as prompts and as decoded rows. Rows must have the same bits for every row count.
 
 mod compare;
+mod kernels;
+mod plan;
 mod side;
 
 use std::collections::BTreeSet;
 
-use bespoke_kernel_gen::cuda::attention_plan::DECODE_ROWS_MAX;
-use bespoke_kernel_gen::cuda::{KvType, Regime, Spec};
+use bespoke_kernel_gen::cuda::KvType;
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::presets::PRESETS;
-use bespoke_kernel_gen::spec::{
-    ActivationType, KernelSpec, KvDType, LinearRole, ModelShape, RowFormat, RowRegime,
-};
+use bespoke_kernel_gen::spec::{ActivationType, KvDType, LinearRole, ModelShape};
 use bespoke_kernel_gen::target::Target;
 
 use crate::backend::Inspect;
@@ -24,11 +23,13 @@ use crate::backend::cpu::{CpuBackend, CpuOptions, is_available};
 use crate::backend::cuda::device::Device;
 use crate::backend::cuda::{CudaBackend, CudaOptions, KvMemory};
 use crate::backend::reference::ReferenceBackend;
-use crate::batch::{Batch, BatchLimits};
+use crate::batch::Batch;
 use crate::error::Error;
 use crate::kernels::KernelTable;
 use crate::model::weights::RandomWeights;
 use compare::Tolerance;
+use kernels::{cpu_kernels, cuda_kernels};
+use plan::Plan;
 use side::Side;
 
 /// One op's output compared.
@@ -87,18 +88,12 @@ const PARTS: [Part; 13] = [
     Part::Sample,
 ];
 
-impl Part {
-    fn depends_on_kv(self) -> bool {
-        matches!(self, Part::Rope | Part::Attention)
-    }
-}
+/// The ops that know sequences and the type of the KV cache.
+const SEQUENCE_PARTS: [Part; 2] = [Part::Rope, Part::Attention];
 
 /// Row counts around the limits of the regimes; the last is the largest.
 const CPU_ROWS: [usize; 5] = [1, 2, 8, 9, 33];
 const CUDA_ROWS: [usize; 10] = [1, 7, 8, 9, 16, 17, 33, 64, 65, 129];
-
-/// Tokens of a sequence at most.
-const CONTEXT_MAX: usize = 320;
 
 /// Verifies the kernels that `table` has for the instruction sets of this machine.
 ///
@@ -198,87 +193,6 @@ struct Case<'a> {
 /// The kernels that serve an op for a batch.
 type KernelsOf<'a, B> = dyn Fn(&B, Part, &Batch) -> Vec<String> + 'a;
 
-fn cpu_kernels(
-    table: &KernelTable,
-    shape: &ModelShape,
-    options: &CpuOptions,
-    part: Part,
-    batch: &Batch,
-) -> Vec<String> {
-    let CpuOptions { kv_dtype, activation, target, .. } = *options;
-    let hidden = shape.hidden_size;
-    let rows_of = |role| shape.linear_rows(role, activation);
-    let is_decode = batch.spans.iter().all(|span| span.num_rows == 1);
-    let any = |spec| vec![(spec, RowRegime::Any)];
-    let wanted = match part {
-        Part::Embed => any(KernelSpec::Embed { hidden, dtype: shape.dtype }),
-        Part::Norm(role) => any(KernelSpec::RmsNorm { hidden, out: rows_of(role) }),
-        Part::Linear(role) => {
-            let regime = match batch.num_rows() {
-                1 => RowRegime::One,
-                rows if rows <= RowRegime::FEW_MAX => RowRegime::Few,
-                _ => RowRegime::Many,
-            };
-            shape.linear_kernel(role, activation).map_or(vec![], |spec| vec![(spec, regime)])
-        }
-        Part::Rope => any(shape.rope_kernel(kv_dtype)),
-        Part::Attention => {
-            let regime = if is_decode { RowRegime::One } else { RowRegime::Many };
-            let mut all = vec![(shape.paged_attention_kernel(kv_dtype), regime)];
-            if let RowFormat::I8 { group } = rows_of(LinearRole::O) {
-                all.extend(any(KernelSpec::Quantize { k: shape.o.k, group }));
-            }
-            all
-        }
-        Part::SiluAndMul => any(KernelSpec::SiluAndMul {
-            intermediate: shape.intermediate_size,
-            out: rows_of(LinearRole::Down),
-        }),
-        Part::Sample => any(KernelSpec::Sample { vocab: shape.vocab_size }),
-    };
-    let target = target.unwrap_or(Target::Portable);
-    let found = wanted.iter().filter_map(|(spec, regime)| table.find(spec, *regime, target));
-    found.map(|kernel| kernel.symbol.to_owned()).collect()
-}
-
-fn cuda_kernels<D: Device>(
-    device: &D,
-    shape: &ModelShape,
-    kv: KvType,
-    part: Part,
-    batch: &Batch,
-) -> Vec<String> {
-    let any = |spec| vec![(spec, Regime::Any)];
-    let wanted: Vec<(Spec, Regime)> = match part {
-        Part::Embed => any(shape.cuda_embed()),
-        Part::Norm(_) => any(shape.cuda_rms_norm()),
-        Part::Linear(role) => {
-            let regime = Regime::of_rows(batch.num_rows());
-            shape.cuda_linear(role).map_or(vec![], |spec| vec![(spec, regime)])
-        }
-        Part::Rope => any(shape.cuda_rope(kv)),
-        Part::Attention => {
-            let is_decoded = |num_rows: u32| num_rows as usize <= DECODE_ROWS_MAX;
-            let mut regimes: Vec<Regime> = batch
-                .spans
-                .iter()
-                .map(|span| match is_decoded(span.num_rows) {
-                    true => Regime::Decode,
-                    false => Regime::Prefill,
-                })
-                .collect();
-            regimes.sort_unstable();
-            regimes.dedup();
-            let spec = shape.cuda_paged_attention(kv);
-            regimes.into_iter().map(|regime| (spec, regime)).collect()
-        }
-        Part::SiluAndMul => any(shape.cuda_silu_and_mul()),
-        Part::Sample => any(shape.cuda_sample()),
-    };
-    let found = wanted.iter().filter_map(|(spec, regime)| device.find(spec, *regime));
-    found.map(|variant| variant.symbol()).collect()
-}
-
 /// Runs one backend, unless other cases have shown all of its kernels.
 fn run<B: Inspect>(
     case: &Case<'_>,
@@ -287,16 +201,15 @@ fn run<B: Inspect>(
     report: &mut Report,
     progress: &mut dyn FnMut(&str),
 ) -> Result<(), Error> {
-    let plan = Plan::new(case);
+    let plan = Plan::new(&case.shape, case.rows);
     let is_new = |part: Part, batch: &Batch| {
         kernels(&backend, part, batch).iter().any(|symbol| !report.kernels.contains(symbol))
     };
-    let has_new = |batches: &[Batch], kv_only: bool| {
-        let parts = PARTS.iter().filter(|part| !kv_only || part.depends_on_kv());
-        parts.into_iter().any(|part| batches.iter().any(|batch| is_new(*part, batch)))
+    let has_new = |batches: &[Batch], parts: &[Part]| {
+        parts.iter().any(|part| batches.iter().any(|batch| is_new(*part, batch)))
     };
-    let has_layers = has_new(&plan.layers, false);
-    let has_sequences = has_new(&plan.sequences, true);
+    let has_layers = has_new(&plan.layers, &PARTS);
+    let has_sequences = has_new(&plan.sequences, &SEQUENCE_PARTS);
     if !has_layers && !has_sequences {
         return Ok(());
     }
@@ -320,88 +233,6 @@ fn run<B: Inspect>(
         pair.sequences(&plan.sequences);
     }
     Ok(())
-}
-
-/// What a case computes.
-struct Plan {
-    limits: BatchLimits,
-    num_pages: usize,
-    /// One sequence each, of the case's row counts.
-    layers: Vec<Batch>,
-    /// Prompts in pieces, and then a decoded row of each sequence.
-    sequences: Vec<Batch>,
-}
-
-/// Rows of a sequence: tokens `first..end`.
-#[derive(Clone, Copy)]
-struct Rows {
-    sequence: usize,
-    first: usize,
-    end: usize,
-}
-
-impl Plan {
-    fn new(case: &Case<'_>) -> Plan {
-        let page = case.shape.page_size;
-        let rows_max = case.rows.iter().copied().max().unwrap_or(1);
-        let lens = [rows_max, 1, 2, page - 1, page, page + 1, 2 * page + 3, CONTEXT_MAX - 19];
-        let pages_of_one = CONTEXT_MAX.div_ceil(page);
-        let num_pages = lens.len() * pages_of_one;
-        let batch = |rows: &[Rows]| batch(&case.shape, rows, num_pages, pages_of_one);
-        let layer = |rows: &usize| batch(&[Rows { sequence: 0, first: 0, end: *rows }]);
-        let mut sequences = Vec::new();
-        for (sequence, len) in lens.iter().enumerate().skip(1) {
-            for first in (0..len - 1).step_by(rows_max) {
-                let end = (first + rows_max).min(len - 1);
-                sequences.push(batch(&[Rows { sequence, first, end }]));
-            }
-        }
-        let lasts: Vec<Rows> = (1..lens.len())
-            .map(|sequence| {
-                let end = lens[sequence];
-                Rows { sequence, first: end - 1, end }
-            })
-            .collect();
-        sequences.extend(lasts.chunks(rows_max).map(batch));
-        let limits = BatchLimits {
-            rows_max: rows_max.max(lens.len()),
-            sequences_max: lens.len(),
-            context_max: CONTEXT_MAX,
-            logit_rows_max: rows_max.max(lens.len()),
-        };
-        Plan { limits, num_pages, layers: case.rows.iter().map(layer).collect(), sequences }
-    }
-}
-
-/// Rows with pages that do not lie in order. Tokens and angles depend on sequence and place alone.
-fn batch(shape: &ModelShape, all: &[Rows], num_pages: usize, pages_of_one: usize) -> Batch {
-    let page = |sequence: usize, idx: usize| (num_pages - 1 - sequence - idx * 8) as u32;
-    assert_eq!(num_pages, 8 * pages_of_one, "eight sequences take turns");
-    let mut batch = Batch::default();
-    for rows in all {
-        batch.spans.push(crate::kernels::abi::SequenceSpan {
-            first_row: batch.num_rows() as u32,
-            num_rows: (rows.end - rows.first) as u32,
-            context_len: rows.end as u32,
-            first_page: batch.page_table.len() as u32,
-        });
-        let pages = 0..rows.end.div_ceil(shape.page_size);
-        batch.page_table.extend(pages.map(|idx| page(rows.sequence, idx)));
-        for position in rows.first..rows.end {
-            let token = (7 + 31 * rows.sequence + 13 * position + position * position) as u32;
-            batch.tokens.push(token % shape.vocab_size as u32);
-            batch.positions.push(position as u32);
-            let page = page(rows.sequence, position / shape.page_size) as usize;
-            batch.slots.push((page * shape.page_size + position % shape.page_size) as u32);
-            let half = shape.rotary_dim / 2;
-            let angle = |i: usize| position as f32 * 1e4_f32.powf(-(i as f32) / half as f32);
-            batch.cos_sin.extend((0..half).map(|i| angle(i).cos()));
-            batch.cos_sin.extend((0..half).map(|i| angle(i).sin()));
-        }
-    }
-    // NOTE: backwards, so that a selection that is not read would show.
-    batch.logit_rows.extend((0..batch.num_rows() as u32).rev());
-    batch
 }
 
 /// A backend beside the reference.
@@ -449,7 +280,7 @@ impl<B: Inspect> Pair<'_, B> {
         }
     }
 
-    /// The ops that know sequences.
+    /// The ops up to attention.
     fn sequences(&mut self, batches: &[Batch]) {
         for batch in batches {
             self.subject.backend.begin_rows(batch);

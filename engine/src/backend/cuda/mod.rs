@@ -5,8 +5,8 @@
 //! logits float32.
 //!
 //! Everything that a step depends on (tokens, slots, angles, pages, work items) is uploaded to
-//! fixed places before its ops are launched, so that the ops of decoding steps are recorded at
-//! load, once for each of a few batch sizes ([`step::buckets`]), and replayed afterwards.
+//! fixed places before its ops are launched, so that the ops of decoding steps are recorded once
+//! for each of a few batch sizes ([`step::buckets`]), at load, and replayed afterwards.
 
 mod buffers;
 pub mod device;

@@ -1,0 +1,93 @@
+//! Which kernels serve an op for a batch.
+
+use bespoke_kernel_gen::cuda::attention_plan::DECODE_ROWS_MAX;
+use bespoke_kernel_gen::cuda::{KvType, Regime, Spec};
+use bespoke_kernel_gen::spec::{KernelSpec, LinearRole, ModelShape, RowFormat, RowRegime};
+use bespoke_kernel_gen::target::Target;
+
+use super::Part;
+use crate::backend::cpu::CpuOptions;
+use crate::backend::cuda::device::Device;
+use crate::batch::Batch;
+use crate::kernels::KernelTable;
+
+pub(super) fn cpu_kernels(
+    table: &KernelTable,
+    shape: &ModelShape,
+    options: &CpuOptions,
+    part: Part,
+    batch: &Batch,
+) -> Vec<String> {
+    let CpuOptions { kv_dtype, activation, target, .. } = *options;
+    let hidden = shape.hidden_size;
+    let rows_of = |role| shape.linear_rows(role, activation);
+    let is_decode = batch.spans.iter().all(|span| span.num_rows == 1);
+    let any = |spec| vec![(spec, RowRegime::Any)];
+    let wanted = match part {
+        Part::Embed => any(KernelSpec::Embed { hidden, dtype: shape.dtype }),
+        Part::Norm(role) => any(KernelSpec::RmsNorm { hidden, out: rows_of(role) }),
+        Part::Linear(role) => {
+            let regime = match batch.num_rows() {
+                1 => RowRegime::One,
+                rows if rows <= RowRegime::FEW_MAX => RowRegime::Few,
+                _ => RowRegime::Many,
+            };
+            shape.linear_kernel(role, activation).map_or(vec![], |spec| vec![(spec, regime)])
+        }
+        Part::Rope => any(shape.rope_kernel(kv_dtype)),
+        Part::Attention => {
+            let regime = if is_decode { RowRegime::One } else { RowRegime::Many };
+            let mut all = vec![(shape.paged_attention_kernel(kv_dtype), regime)];
+            if let RowFormat::I8 { group } = rows_of(LinearRole::O) {
+                all.extend(any(KernelSpec::Quantize { k: shape.o.k, group }));
+            }
+            all
+        }
+        Part::SiluAndMul => any(KernelSpec::SiluAndMul {
+            intermediate: shape.intermediate_size,
+            out: rows_of(LinearRole::Down),
+        }),
+        Part::Sample => any(KernelSpec::Sample { vocab: shape.vocab_size }),
+    };
+    let target = target.unwrap_or(Target::Portable);
+    let found = wanted.iter().filter_map(|(spec, regime)| table.find(spec, *regime, target));
+    found.map(|kernel| kernel.symbol.to_owned()).collect()
+}
+
+pub(super) fn cuda_kernels<D: Device>(
+    device: &D,
+    shape: &ModelShape,
+    kv: KvType,
+    part: Part,
+    batch: &Batch,
+) -> Vec<String> {
+    let any = |spec| vec![(spec, Regime::Any)];
+    let wanted: Vec<(Spec, Regime)> = match part {
+        Part::Embed => any(shape.cuda_embed()),
+        Part::Norm(_) => any(shape.cuda_rms_norm()),
+        Part::Linear(role) => {
+            let regime = Regime::of_rows(batch.num_rows());
+            shape.cuda_linear(role).map_or(vec![], |spec| vec![(spec, regime)])
+        }
+        Part::Rope => any(shape.cuda_rope(kv)),
+        Part::Attention => {
+            let is_decoded = |num_rows: u32| num_rows as usize <= DECODE_ROWS_MAX;
+            let mut regimes: Vec<Regime> = batch
+                .spans
+                .iter()
+                .map(|span| match is_decoded(span.num_rows) {
+                    true => Regime::Decode,
+                    false => Regime::Prefill,
+                })
+                .collect();
+            regimes.sort_unstable();
+            regimes.dedup();
+            let spec = shape.cuda_paged_attention(kv);
+            regimes.into_iter().map(|regime| (spec, regime)).collect()
+        }
+        Part::SiluAndMul => any(shape.cuda_silu_and_mul()),
+        Part::Sample => any(shape.cuda_sample()),
+    };
+    let found = wanted.iter().filter_map(|(spec, regime)| device.find(spec, *regime));
+    found.map(|variant| variant.symbol()).collect()
+}
