@@ -1,6 +1,6 @@
 //! The arguments that every command with a model shares, and loading what they name.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -45,7 +45,7 @@ pub(super) struct RunArgs {
     /// Memory of the KV cache on a GPU: a share of what weights leave, or bytes (512M, 12G)
     #[arg(long, value_name = "MEMORY", value_parser = parse_kv_memory, default_value = "0.8")]
     pub(super) kv_memory: KvMemory,
-    /// Where the weights come from; `dummy` ones say nothing, and show how fast a model is
+    /// Where the weights come from; `dummy` makes random ones, to measure speed without any
     #[arg(long, value_enum, default_value_t = Format::Checkpoint)]
     pub(super) load_format: Format,
 }
@@ -68,6 +68,8 @@ pub(super) enum Backend {
     Cpu,
     /// Kernels generated for the model's shapes, on an NVIDIA GPU
     Cuda,
+    /// Hashes instead of a model's mathematics, to measure and test everything around it
+    Null,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
@@ -127,13 +129,16 @@ impl ModelFiles {
 
     /// Reads configuration and tokenizer of the model folder `dir`.
     pub(super) fn open_dir(dir: PathBuf) -> anyhow::Result<ModelFiles> {
-        let config = ModelConfig::from_file(&dir.join("config.json"))
-            .with_context(|| dir.display().to_string())?;
+        let config = ModelFiles::read_config(&dir)?;
         let tokenizer = Tokenizer::load_optional(&dir)?;
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_vocab_size(config.vocab_size)?;
         }
         Ok(ModelFiles { dir, config, tokenizer: tokenizer.map(Arc::new) })
+    }
+
+    pub(super) fn read_config(dir: &Path) -> anyhow::Result<ModelConfig> {
+        ModelConfig::from_file(&dir.join("config.json")).with_context(|| dir.display().to_string())
     }
 
     /// The tokenizer, or an error that says what works without one.
@@ -173,34 +178,7 @@ impl ModelFiles {
         context_len: usize,
         console: &Console<'_>,
     ) -> EngineOptions {
-        EngineOptions {
-            backend: match run.backend {
-                Backend::Auto => BackendChoice::Auto,
-                Backend::Reference => BackendChoice::Reference,
-                Backend::Cpu => BackendChoice::Cpu,
-                Backend::Cuda => BackendChoice::Cuda,
-            },
-            load_format: match run.load_format {
-                Format::Checkpoint => LoadFormat::Checkpoint,
-                Format::Dummy => LoadFormat::Dummy,
-            },
-            kv_dtype: match run.kv_dtype {
-                Kv::F16 => KvDType::F16,
-                Kv::F32 => KvDType::F32,
-                Kv::Int8 => KvDType::I8,
-                Kv::Int4 => KvDType::I4,
-            },
-            activation: match run.activations {
-                Activations::Float => ActivationType::Float,
-                Activations::Int8 => ActivationType::Int8,
-            },
-            num_threads: run.threads,
-            cuda_kernels: generated::cuda_table(),
-            kv_memory: run.kv_memory,
-            max_sequences: 1,
-            max_context: Some(context_len.min(context_max(&self.config)).max(2)),
-            ..EngineOptions::new(console.kernels)
-        }
+        options(&self.config, run, context_len, console)
     }
 
     /// Loads the weights, with a progress bar, and says how long that took.
@@ -211,7 +189,49 @@ impl ModelFiles {
     ) -> anyhow::Result<(Engine, Duration)> {
         let start = Instant::now();
         let mut meter = Meter::new(console);
-        let engine = Engine::load(&self.dir, options, &mut |progress| meter.show_load(progress))?;
+        let mut engine =
+            Engine::load(&self.dir, options, &mut |progress| meter.show_load(progress))?;
+        if let Some(tokenizer) = &self.tokenizer {
+            engine.set_tokenizer(tokenizer.clone());
+        }
         Ok((engine, start.elapsed()))
+    }
+}
+
+/// What a model is loaded with for one sequence at once, of at most `context_len` tokens.
+pub(super) fn options(
+    config: &ModelConfig,
+    run: &RunArgs,
+    context_len: usize,
+    console: &Console<'_>,
+) -> EngineOptions {
+    EngineOptions {
+        backend: match run.backend {
+            Backend::Auto => BackendChoice::Auto,
+            Backend::Reference => BackendChoice::Reference,
+            Backend::Cpu => BackendChoice::Cpu,
+            Backend::Cuda => BackendChoice::Cuda,
+            Backend::Null => BackendChoice::Null,
+        },
+        load_format: match run.load_format {
+            Format::Checkpoint => LoadFormat::Checkpoint,
+            Format::Dummy => LoadFormat::Dummy,
+        },
+        kv_dtype: match run.kv_dtype {
+            Kv::F16 => KvDType::F16,
+            Kv::F32 => KvDType::F32,
+            Kv::Int8 => KvDType::I8,
+            Kv::Int4 => KvDType::I4,
+        },
+        activation: match run.activations {
+            Activations::Float => ActivationType::Float,
+            Activations::Int8 => ActivationType::Int8,
+        },
+        num_threads: run.threads,
+        cuda_kernels: generated::cuda_table(),
+        kv_memory: run.kv_memory,
+        max_sequences: 1,
+        max_context: Some(context_len.min(context_max(config)).max(2)),
+        ..EngineOptions::new(console.kernels)
     }
 }
