@@ -142,7 +142,11 @@ pub(super) fn chat_options() -> ChatOptions {
 /// What a template refuses is about the messages.
 fn about(error: Error) -> ApiError {
     match error {
-        Error::Request(message) => ApiError::bad_request("messages".to_owned(), message),
+        Error::Request(message) => {
+            let is_of_variables = message.starts_with("chat_template_kwargs");
+            let param = if is_of_variables { "chat_template_kwargs" } else { "messages" };
+            ApiError::bad_request(param.to_owned(), message)
+        }
         other => other.into(),
     }
 }
