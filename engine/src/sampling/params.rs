@@ -13,9 +13,9 @@ pub const TOP_LOGPROBS_MAX: usize = 20;
 
 /// How tokens are chosen; the default is greedy and changes no logit.
 ///
-/// A row of logits is treated in this order: the grammar's mask, `logit_bias`, the bans (`min_tokens` and `bad_words`),
-/// `repetition_penalty`, `frequency_penalty` and `presence_penalty`, `temperature`, `top_k`,
-/// `top_p`, `min_p`. Each sees what the ones before it left.
+/// A row of logits is treated in this order: the grammar's mask, `logit_bias`, the bans
+/// (`min_tokens` and `bad_words`), `repetition_penalty`, `frequency_penalty` and
+/// `presence_penalty`, `temperature`, `top_k`, `top_p`, `min_p`. Each sees what the ones before it left.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
     /// Divides the logits; 0 takes the likeliest token.

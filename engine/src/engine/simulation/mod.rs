@@ -1,8 +1,9 @@
 //! Seeded simulation of the engine: random requests, sessions and cancels on the null backend.
 //!
 //! Every token must be the one that the request gives when it runs alone, which a wrong, stale or
-//! overwritten page anywhere in its context would change, or a grammar that lost its place. After every step the bookkeeping must add
-//! up, and no request may need more steps than the scheduler promises. A seed decides everything.
+//! overwritten page anywhere in its context would change, or a grammar that lost its place. After
+//! every step the bookkeeping must add up, and no request may need more steps than the scheduler
+//! promises. A seed decides everything.
 //!
 //! That the simulation can see is shown by bugs that it plants, see [`crate::fault`].
 
