@@ -124,7 +124,9 @@ def run_suite(title, package, names, stop_all):
         problems = stop_all()
     for problem in problems:
         print(f"\n{problem}", file=sys.stderr)
-    passed = result.testsRun - len({test.id() for test, _ in result.failures + result.errors})
+    # A case with several failures is one.
+    failed = {getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors}
+    passed = result.testsRun - len(failed)
     seconds = time.monotonic() - begin
     print(f"{title}: {passed} of {result.testsRun} cases passed in {seconds:.0f} s")
     return 0 if result.wasSuccessful() and not problems else 1
