@@ -15,13 +15,13 @@ use super::json::ApiJson;
 use super::language::chat_options;
 use super::messages::{Tools, template_messages, template_tools};
 use super::metrics::Endpoint;
-use super::openai::Usage;
 use super::openai::chat::{
     Answer, ChatChoice, ChatChunk, ChatFinish, ChatLogprob, ChatRequest, ChatResponse, ChunkChoice,
     Delta, FunctionCall, FunctionCallDelta, FunctionKind, Logprobs, MESSAGES_MAX, ResponseFormat,
     TOOLS_MAX, Tool, ToolCall, ToolCallDelta, ToolChoice, ToolMode,
 };
 use super::openai::sampling::{Ending, Sampling, random, random_id};
+use super::openai::{StreamOptions, Usage};
 use super::stream::{self, EventWriter, Events};
 use super::workers::Work;
 use super::{Access, Route, unix_seconds};
@@ -98,6 +98,8 @@ async fn plan(app: &Arc<App>, caller: &Caller, mut chat: ChatRequest) -> Result<
         let message = "top_logprobs needs logprobs to be true";
         return Err(ApiError::bad_request("top_logprobs".to_owned(), message));
     }
+    let is_stream = chat.stream.unwrap_or(false);
+    let includes_usage = StreamOptions::includes_usage(chat.stream_options, is_stream)?;
     let (tool_use, specs) = tool_use(&chat, &tools)?;
     let mut reading = Reading::new(app, &tool_use, &specs, &chat);
     let shown = match tool_use {
@@ -137,12 +139,7 @@ async fn plan(app: &Arc<App>, caller: &Caller, mut chat: ChatRequest) -> Result<
         rules.markers = reading.format.markers();
     }
     let answers = Answers::new(app, &rules, &reading, request.num_choices, has_logprobs)?;
-    Ok(Plan {
-        request,
-        answers,
-        is_stream: chat.stream.unwrap_or(false),
-        includes_usage: chat.stream_options.and_then(|o| o.include_usage).unwrap_or(false),
-    })
+    Ok(Plan { request, answers, is_stream, includes_usage })
 }
 
 pub(super) fn check_len(

@@ -13,13 +13,13 @@ use super::generation::{self, ChoiceText, Generation, Outputs, TextRules};
 use super::json::ApiJson;
 use super::language::Language;
 use super::metrics::Endpoint;
-use super::openai::Usage;
 use super::openai::completions::{
     CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse,
 };
 use super::openai::number::TokenId;
 use super::openai::sampling::{Ending, Sampling, random_id};
 use super::openai::text::Prompt;
+use super::openai::{StreamOptions, Usage};
 use super::stream::{self, EventWriter, Events};
 use super::workers::Work;
 use super::{Access, Route, unix_seconds};
@@ -107,6 +107,8 @@ async fn plan(
     mut of: CompletionRequest,
 ) -> Result<Plan, ApiError> {
     app.check_model(&of.model)?;
+    let is_stream = of.stream.unwrap_or(false);
+    let includes_usage = StreamOptions::includes_usage(of.stream_options, is_stream)?;
     let counts = Counts::of(&of)?;
     let num_prompts = match &of.prompt {
         Prompt::Text(_) | Prompt::Tokens(_) => 1,
@@ -143,12 +145,7 @@ async fn plan(
         .into_iter()
         .map(|prompt| Request { prompt_ids: prompt.ids, ..request.clone() })
         .collect();
-    Ok(Plan {
-        requests,
-        answers,
-        is_stream: of.stream.unwrap_or(false),
-        includes_usage: of.stream_options.and_then(|o| o.include_usage).unwrap_or(false),
-    })
+    Ok(Plan { requests, answers, is_stream, includes_usage })
 }
 
 /// The request without its prompt.

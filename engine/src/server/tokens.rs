@@ -45,7 +45,7 @@ pub(super) async fn encode(
 ) -> Result<Json<EncodeResponse>, ApiError> {
     let EncodeRequest { input, do_preprocess, add_bos } = request;
     if let Texts::Several(texts) = &input {
-        check_len("input", texts.len(), 0..=PROMPTS_MAX)?;
+        check_len("input", texts.len(), 1..=PROMPTS_MAX)?;
     }
     let is_chat = do_preprocess.unwrap_or(false);
     let special = match add_bos.unwrap_or(true) {

@@ -16,12 +16,30 @@ pub mod tokens;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::error::ApiError;
+
 /// What a stream tells besides its tokens.
 #[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StreamOptions {
     /// The last chunk has the counts of tokens and no choices.
     pub include_usage: Option<bool>,
+}
+
+impl StreamOptions {
+    /// Whether the stream ends with the counts of tokens; refused where there is no stream.
+    pub(super) fn includes_usage(
+        options: Option<StreamOptions>,
+        is_stream: bool,
+    ) -> Result<bool, ApiError> {
+        match options {
+            Some(_) if !is_stream => Err(ApiError::bad_request(
+                "stream_options".to_owned(),
+                "stream_options needs stream to be true",
+            )),
+            options => Ok(options.and_then(|options| options.include_usage).unwrap_or(false)),
+        }
+    }
 }
 
 /// Counts of tokens.

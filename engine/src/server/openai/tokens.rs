@@ -30,7 +30,8 @@ pub enum Texts {
 
 impl PartialSchema for Texts {
     fn schema() -> RefOr<Schema> {
-        let several = ArrayBuilder::new().items(string()).max_items(Some(PROMPTS_MAX));
+        let several = ArrayBuilder::new().items(string());
+        let several = several.min_items(Some(1)).max_items(Some(PROMPTS_MAX));
         one_of("A text or several.").item(string()).item(several).into()
     }
 }

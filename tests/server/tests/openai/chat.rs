@@ -146,7 +146,7 @@ fn every_field_of_the_api_is_taken() {
         json!({"max_tokens": 3, "user": "u", "metadata": {"a": "b"}, "store": false}),
         json!({"max_tokens": 3, "response_format": {"type": "text"}, "tools": [],
             "tool_choice": "auto", "parallel_tool_calls": false}),
-        json!({"max_tokens": 3, "stream_options": {"include_usage": true}, "stream": false}),
+        json!({"max_tokens": 3, "stream": false}),
         json!({"max_tokens": 3, "chat_template_kwargs": {"enable_thinking": false}}),
         json!({"max_tokens": 3, "messages": [
             {"role": "system", "content": "s"}, {"role": "developer", "content": "d", "name": "n"},

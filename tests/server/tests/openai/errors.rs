@@ -102,6 +102,7 @@ fn values_that_make_no_sense_are_named() {
         of_chat(json!({"stop": ""}), "stop", "0 characters"),
         of_chat(json!({"store": true}), "store", "not supported"),
         of_chat(json!({"top_logprobs": 2}), "top_logprobs", "logprobs"),
+        of_chat(json!({"stream_options": {"include_usage": true}}), "stream_options", "stream"),
         of_chat(json!({"logit_bias": {"x": 1}}), "logit_bias", "no token id"),
         of_chat(json!({"logit_bias": {"1": 101}}), "logit_bias.1", "from -100 to 100"),
         of_chat(json!({"logit_bias": {"100000": 1}}), "logit_bias", "outside the vocabulary"),
@@ -118,7 +119,7 @@ fn values_that_make_no_sense_are_named() {
             "response_format",
             "response_format: ",
         ),
-        of_chat(json!({"response_format": {"type": "xml"}}), "response_format", "xml"),
+        of_chat(json!({"response_format": {"type": "xml"}}), "response_format.type", "xml"),
         of_chat(
             json!({"response_format": {"type": "json_schema",
                 "json_schema": {"name": "a", "schema": {"type": "object",
