@@ -241,7 +241,7 @@ impl Reading {
         let mut format = app.language.format;
         // A model whose template shows no format is told of this one.
         format.tools = format.tools.or(Some(ToolFormat::Hermes));
-        let is_text = matches!(chat.response_format, None | Some(ResponseFormat::Text));
+        let is_text = matches!(chat.response_format, None | Some(ResponseFormat::Text {}));
         let may_call = match tool_use {
             ToolUse::Never => false,
             // What is held to a format of its own is no call.
@@ -282,8 +282,8 @@ fn answer_spec(
         return Ok(spec.map(|spec| (spec, "tools")));
     }
     let spec = match format {
-        None | Some(ResponseFormat::Text) => return Ok(None),
-        Some(ResponseFormat::JsonObject) => GrammarSpec::JsonObject,
+        None | Some(ResponseFormat::Text {}) => return Ok(None),
+        Some(ResponseFormat::JsonObject {}) => GrammarSpec::JsonObject,
         Some(ResponseFormat::JsonSchema { json_schema }) => match json_schema.schema {
             Some(schema) => GrammarSpec::JsonSchema(schema.into()),
             None => GrammarSpec::JsonObject,

@@ -62,7 +62,7 @@ def events_have_their_schema(ctx, response, case):
     if response.status_code != 200 or not kind.startswith(STREAM):
         return
     schema = event_schemas[case.operation.label]
-    for line in response.text.splitlines():
+    for line in response.text.split("\n"):
         data = line.removeprefix("data: ")
         if line.startswith("data: ") and data != "[DONE]":
             jsonschema.validate(json.loads(data), schema)

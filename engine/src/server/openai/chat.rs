@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
@@ -12,7 +13,7 @@ use super::number::{
 };
 use super::sampling::{LogitBias, StopTokens};
 use super::text::{Content, Stop};
-use super::{StreamOptions, Usage};
+use super::{StreamOptions, Usage, tagged};
 
 /// Most messages of a request.
 pub const MESSAGES_MAX: usize = 2048;
@@ -100,7 +101,7 @@ impl ToSchema for Never {}
 
 /// A turn of the conversation.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(tag = "role", rename_all = "lowercase", deny_unknown_fields)]
+#[serde(remote = "Self", tag = "role", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Message {
     System {
         content: Content,
@@ -128,6 +129,12 @@ pub enum Message {
         content: Content,
         tool_call_id: String,
     },
+}
+
+impl<'de> Deserialize<'de> for Message {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Message, D::Error> {
+        Message::deserialize(tagged(deserializer, "role")?).map_err(D::Error::custom)
+    }
 }
 
 /// A call that an earlier answer made.
@@ -216,11 +223,12 @@ pub struct FunctionName {
 
 /// What an answer is held to.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(remote = "Self", tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ResponseFormat {
-    Text,
+    // NOTE: of a variant without braces serde would ignore unknown fields.
+    Text {},
     /// Any JSON object.
-    JsonObject,
+    JsonObject {},
     /// JSON that a schema accepts.
     JsonSchema {
         json_schema: JsonSchema,
@@ -233,6 +241,12 @@ pub enum ResponseFormat {
     Grammar {
         grammar: String,
     },
+}
+
+impl<'de> Deserialize<'de> for ResponseFormat {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ResponseFormat, D::Error> {
+        ResponseFormat::deserialize(tagged(deserializer, "type")?).map_err(D::Error::custom)
+    }
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]

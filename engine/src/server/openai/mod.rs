@@ -13,7 +13,9 @@ pub mod sessions;
 pub mod text;
 pub mod tokens;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::error::ApiError;
@@ -39,6 +41,18 @@ impl StreamOptions {
             )),
             options => Ok(options.and_then(|options| options.include_usage).unwrap_or(false)),
         }
+    }
+}
+
+/// An object that its field `tag` gives a type. That is a text: serde would take the number of a
+/// variant as well.
+fn tagged<'de, D: Deserializer<'de>>(deserializer: D, tag: &str) -> Result<Value, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    match value.get(tag) {
+        Some(kind) if !kind.is_string() => {
+            Err(D::Error::custom(format!("{tag} is {kind}, it must be a string")))
+        }
+        _ => Ok(value),
     }
 }
 

@@ -45,12 +45,23 @@ pub struct EncodeResponse {
 }
 
 /// The tokens of a text, or of several.
-#[derive(Clone, Debug, Serialize, ToSchema)]
+#[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
 pub enum TokenLists {
     One(Vec<u32>),
     Several(Vec<Vec<u32>>),
 }
+
+impl PartialSchema for TokenLists {
+    fn schema() -> RefOr<Schema> {
+        let one = || ArrayBuilder::new().items(u32::schema());
+        // NOTE: an empty list would be both.
+        let several = ArrayBuilder::new().items(one()).min_items(Some(1));
+        one_of("The tokens of a text, or of several.").item(one()).item(several).into()
+    }
+}
+
+impl ToSchema for TokenLists {}
 
 /// The number of tokens of a text, or of several.
 #[derive(Clone, Debug, Serialize, ToSchema)]

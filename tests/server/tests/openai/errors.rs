@@ -91,11 +91,7 @@ fn values_that_make_no_sense_are_named() {
     check(vec![
         of_chat(json!({"messages": []}), "messages", "0 entries"),
         of_chat(json!({"messages": [{"role": "user"}]}), "messages[0].content", "missing field"),
-        of_chat(
-            json!({"messages": [{"role": "robot", "content": ""}]}),
-            "messages[0].role",
-            "robot",
-        ),
+        of_chat(json!({"messages": [{"role": "robot", "content": ""}]}), "messages[0]", "robot"),
         of_chat(json!({"messages": [{"role": "user", "content": 1}]}), "messages[0]", "a string"),
         of_chat(json!({"stop": ["a", "b", "c", "d", "e"]}), "stop", "more than 4"),
         of_chat(json!({"stop": long}), "stop", "257 characters"),
@@ -119,7 +115,14 @@ fn values_that_make_no_sense_are_named() {
             "response_format",
             "response_format: ",
         ),
-        of_chat(json!({"response_format": {"type": "xml"}}), "response_format.type", "xml"),
+        of_chat(json!({"response_format": {"type": "xml"}}), "response_format", "xml"),
+        of_chat(json!({"response_format": {"type": 0}}), "response_format", "must be a string"),
+        of_chat(json!({"response_format": {"type": "text", "x": 1}}), "response_format", "`x`"),
+        of_chat(
+            json!({"messages": [{"role": 0, "content": "a"}]}),
+            "messages[0]",
+            "role is 0, it must be a string",
+        ),
         of_chat(
             json!({"response_format": {"type": "json_schema",
                 "json_schema": {"name": "a", "schema": {"type": "object",
