@@ -113,6 +113,10 @@ integer!(
     TokenId, 0, i32::MAX as i64
 );
 integer!(
+    /// Numbers of an embedding.
+    Dimensions, 1, i32::MAX as i64
+);
+integer!(
     /// A number of tokens.
     NumTokens, 0, i32::MAX as i64
 );

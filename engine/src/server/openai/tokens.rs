@@ -5,7 +5,7 @@ use utoipa::openapi::schema::ArrayBuilder;
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
-use super::number::TokenId;
+use super::number::{Dimensions, TokenId};
 use super::text::{PROMPTS_MAX, Prompt, one_of, string};
 
 /// Text to tokens.
@@ -92,6 +92,6 @@ pub struct EmbeddingsRequest {
     pub model: String,
     pub input: Prompt,
     pub encoding_format: Option<String>,
-    pub dimensions: Option<u32>,
+    pub dimensions: Option<Dimensions>,
     pub user: Option<String>,
 }
