@@ -117,7 +117,7 @@ fn values_that_make_no_sense_are_named() {
         ),
         of_chat(json!({"response_format": {"type": "xml"}}), "response_format", "xml"),
         of_chat(json!({"response_format": {"type": 0}}), "response_format", "must be a string"),
-        of_chat(json!({"response_format": {"type": "text", "x": 1}}), "response_format", "`x`"),
+        of_chat(json!({"response_format": {"type": "text", "x": 1}}), "response_format.x", "`x`"),
         of_chat(
             json!({"messages": [{"role": 0, "content": "a"}]}),
             "messages[0]",
