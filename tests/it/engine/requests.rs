@@ -216,7 +216,7 @@ fn stop_strings_end_an_answer_within_the_engine() {
     let long = generate(&mut engine, request(30, 60));
     let is_known = |id: &u32| *id < 259;
     assert!(long.output_ids.iter().all(is_known), "the rest of the vocabulary is padding");
-    assert_refused(engine.add_request(stopping("")), &["0 bytes", "1 to 256"]);
+    assert_refused(engine.add_request(stopping("")), &["0 bytes", "1 to 1024"]);
     let many = Request { stop_strings: vec!["x".to_owned(); 17], ..request(30, 60) };
     assert_refused(engine.add_request(many), &["17 stop strings", "16"]);
     // Ids are bytes in this tokenizer; any printable one will do.
