@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         is_terminal: io::stderr().is_terminal(),
         kernels: generated::table(),
         home: None,
+        program: std::env::current_exe().ok(),
     };
     cli::run(std::env::args_os(), &mut console).into()
 }

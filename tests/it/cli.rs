@@ -29,6 +29,7 @@ fn run_in(home: &Path, args: &[&str]) -> Run {
         is_terminal: false,
         kernels: generated::table(),
         home: Some(home.to_owned()),
+        program: None,
     };
     let exit = cli::run([&["bespoke"], args].concat(), &mut console);
     let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -498,6 +499,7 @@ fn survives_broken_output() {
             is_terminal: false,
             kernels: generated::table(),
             home: None,
+            program: None,
         };
         let exit = cli::run(["bespoke", "kernels"], &mut console);
         (exit, String::from_utf8(err).unwrap())

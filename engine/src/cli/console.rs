@@ -24,6 +24,9 @@ pub struct Console<'a> {
     pub kernels: KernelTable,
     /// Folder of the model cache; `None`: what the environment says.
     pub home: Option<PathBuf>,
+    /// The program's own file, which some commands run once more in a process with limits; `None`
+    /// where the command line runs within another program.
+    pub program: Option<PathBuf>,
 }
 
 impl Console<'_> {

@@ -40,12 +40,11 @@ pub(super) struct Probation {
 }
 
 impl Probation {
-    /// Begins to try out the template of the model folder `dir`.
-    pub(super) fn start(dir: &Path) -> anyhow::Result<Probation> {
+    /// Begins to try out the template of the model folder `dir` with the program `program`.
+    pub(super) fn start(dir: &Path, program: Option<&Path>) -> anyhow::Result<Probation> {
         let start = Instant::now();
-        let program = std::env::current_exe().context("the program's own file is not known")?;
         let mut child = None;
-        if program.file_stem().is_some_and(|stem| stem == "bespoke") {
+        if let Some(program) = program {
             let mut command = Command::new(program);
             command.arg("probe-template").arg("--").arg(dir).env_clear();
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

@@ -127,7 +127,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
 fn load(args: &Args, console: &mut Console<'_>) -> anyhow::Result<(EngineHandle, ServedModel)> {
     let dir = console.resolve(&args.model.model)?;
     let config = ModelFiles::read_config(&dir)?;
-    let probation = Probation::start(&dir)?;
+    let probation = Probation::start(&dir, console.program.as_deref())?;
     let vocab_size = config.vocab_size;
     let of_language = dir.clone();
     let language = thread::spawn(move || {

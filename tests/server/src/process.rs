@@ -119,6 +119,7 @@ pub fn run_child() {
         is_terminal: false,
         kernels: generated::table(),
         home: None,
+        program: None,
     };
     let exit = cli::run(args.split('\n'), &mut console);
     std::process::exit(exit as i32);

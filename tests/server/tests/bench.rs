@@ -253,6 +253,7 @@ fn bench(args: &[&str]) -> Run {
         is_terminal: false,
         kernels: generated::table(),
         home: None,
+        program: None,
     };
     let args = [&["bespoke", "bench", "--mode", "serving"], args].concat();
     let exit = cli::run(args, &mut console);
