@@ -91,8 +91,11 @@ fn is_own_name(authority: &str, allowed: &[String]) -> bool {
         _ => authority,
     };
     let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let is_loopback = |text: &str| text.parse().is_ok_and(|it: IpAddr| it.is_loopback());
+    // NOTE: some clients leave out the brackets of an address without a port.
     host.eq_ignore_ascii_case("localhost")
-        || address.parse().is_ok_and(|address: IpAddr| address.is_loopback())
+        || is_loopback(address)
+        || is_loopback(authority)
         || allowed.iter().any(|name| name.eq_ignore_ascii_case(host))
 }
 

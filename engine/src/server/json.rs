@@ -277,7 +277,7 @@ mod tests {
         check("{\"name\":\"a\"} x", None, "invalid_json", "trailing");
         check("", None, "invalid_json", "EOF");
         check(r#"{"name":"a","name":"b"}"#, None, "invalid_json", "twice");
-        check(r#"{"name":"\ud800"}"#, None, "invalid_json", "surrogate");
+        check(r#"{"name":"\ud800"}"#, None, "invalid_json", "hex escape");
         check(r#"{"name":NaN}"#, None, "invalid_json", "");
         check(r#"{"name":1e999}"#, None, "invalid_json", "out of range");
         check("\u{feff}{}", None, "invalid_json", "");
