@@ -5,6 +5,7 @@
     tests/server/python/run.py openapi    schemathesis, against the served /openapi.json
     tests/server/python/run.py browser    the web chat and the dashboard, in a headless Chromium
     tests/server/python/run.py pictures   takes the README's pictures of both, in two minutes
+    tests/server/python/run.py limits     measures start, hostile clients and drain, in minutes
 
 All make a virtual environment below target/, start `bespoke serve` on free ports of 127.0.0.1,
 and stop it. `client` and `browser` take names of tests (test_stop, test_stop.StopTest) to run those
@@ -35,7 +36,7 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("suite", choices=["client", "openapi", "browser", "pictures"])
+    parser.add_argument("suite", choices=["client", "openapi", "browser", "pictures", "limits"])
     parser.add_argument("names", nargs="*", help="tests of client or browser to run, default all")
     parser.add_argument("--binary", type=pathlib.Path, default=ROOT / "target/release/bespoke")
     parser.add_argument("--model", type=pathlib.Path, help="model folder, default SmolLM2 as int4")
@@ -110,6 +111,13 @@ def run_pictures(options):
     return 1 if problems else 0
 
 
+def run_limits(options):
+    """Measures; needs an otherwise idle machine."""
+    import limits
+
+    return limits.run(options.binary.resolve(), model_folder(options.model))
+
+
 def run_suite(title, package, names, stop_all):
     """The tests of a package, or those named; `stop_all` ends servers and tells their problems."""
     loader = unittest.defaultTestLoader
@@ -180,7 +188,7 @@ def main():
     sys.path.insert(0, str(HERE))
     suites = {
         "client": run_client, "openapi": run_openapi, "browser": run_browser,
-        "pictures": run_pictures,
+        "pictures": run_pictures, "limits": run_limits,
     }
     sys.exit(suites[options.suite](options))
 

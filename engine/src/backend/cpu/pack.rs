@@ -2,6 +2,8 @@
 //!
 //! The layouts are described in `templates/gemm/gemm.rs` and `templates/awq_gemm/awq_gemm.rs`.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use bespoke_kernel_gen::spec::{DType, LinearRole};
 
 use super::memory::Memory;
@@ -173,6 +175,8 @@ pub fn int8(
     num_threads: usize,
 ) -> Result<(Memory, Memory), Error> {
     let mut scales = Memory::floats(panels.padded_n(), "packed scales")?;
+    // The threads that pack the panels learn the scales: each is stored once, by one of them.
+    let found: Vec<AtomicU32> = (0..panels.n).map(|_| AtomicU32::new(0)).collect();
     let scale_of = |row: &[f32]| row.iter().fold(0.0f32, |max, w| max.max(w.abs())) / 127.0;
     let mut memory = Memory::new(panels.padded_n() * panels.k, "packed weights")?;
     for_panels(panels, memory.bytes_mut(), panels.k, num_threads, &|panel, out| {
@@ -182,7 +186,9 @@ pub fn int8(
             let n = panel * panels.cols * panels.lanes + column;
             let scale = if n < panels.n {
                 source.row(n, &mut row);
-                scale_of(&row)
+                let scale = scale_of(&row);
+                found[n].store(scale.to_bits(), Ordering::Relaxed);
+                scale
             } else {
                 0.0
             };
@@ -195,10 +201,8 @@ pub fn int8(
         }
         Ok(())
     })?;
-    let mut row = vec![0.0; panels.k];
-    for (n, scale) in scales.as_f32_mut().iter_mut().enumerate().take(panels.n) {
-        source.row(n, &mut row);
-        *scale = scale_of(&row);
+    for (scale, found) in scales.as_f32_mut().iter_mut().zip(found) {
+        *scale = f32::from_bits(found.into_inner());
     }
     Ok((memory, scales))
 }
