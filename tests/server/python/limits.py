@@ -98,7 +98,7 @@ class Hostile:
             client.sendall(b"G")
         if idx % 3 == 2:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" * 40)
+            client.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" * 4)
         return client
 
     def __enter__(self):
@@ -174,6 +174,8 @@ def measure_hostile(binary, model):
             alone.append(first_token_times(port))
             before = resident_bytes(server.process)
             with Hostile(port):
+                # They stay; what is measured is what they cost then, not their arrival.
+                time.sleep(3)
                 beside.append(first_token_times(port))
                 growth.append((resident_bytes(server.process) - before) / NUM_HOSTILE)
             # What has been closed is seen to be.
@@ -208,9 +210,9 @@ def stream(port, max_tokens, ends):
 
 def drain_once(binary, model, backend, max_tokens):
     """Signals a server with 256 streams; what was seen."""
-    port = free_port()
-    server = Server(binary, model, "--served-model-name", MODEL, "--backend", backend, "--port",
-        str(port), "--drain-timeout", "10", "--max-connections-per-client", "300")
+    server = Server(binary, model, "--served-model-name", MODEL, "--backend", backend,
+        "--drain-timeout", "10", "--max-connections-per-client", "300")
+    port = int(server.url.rsplit(":", 1)[1])
     ends = []
     threads = [threading.Thread(target=stream, args=(port, max_tokens, ends))
         for _ in range(NUM_STREAMS)]

@@ -8,7 +8,7 @@ use bespoke_kernel_gen::spec::{DType, LinearRole};
 
 use super::memory::Memory;
 use crate::error::Error;
-use crate::model::linear::{AwqView, DenseView, LinearPart, LinearSource};
+use crate::model::linear::{AWQ_NIBBLE, AwqView, DenseView, LinearPart, LinearSource};
 
 /// Sizes of a packed matrix.
 #[derive(Clone, Copy, Debug)]
@@ -193,10 +193,12 @@ pub fn int8(
                 0.0
             };
             let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-            for (k, value) in row.iter().enumerate() {
-                let q = nearest(value * inverse).clamp(-127.0, 127.0) as i32;
-                let at = (k / 4 * columns + column) * 4 + k % 4;
-                out[at] = (q + 128) as u8;
+            for (line, four) in row.chunks(4).enumerate() {
+                let lane = &mut out[(line * columns + column) * 4..][..four.len()];
+                for (byte, value) in lane.iter_mut().zip(four) {
+                    let q = nearest(value * inverse).clamp(-127.0, 127.0) as i32;
+                    *byte = (q + 128) as u8;
+                }
             }
         }
         Ok(())
@@ -252,10 +254,23 @@ pub fn awq(
     let num_groups = panels.k / group;
     let mut weight = Memory::new(panels.padded_n() * panels.k / 2, "packed weights")?;
     for_panels(panels, weight.bytes_mut(), panels.k / 2, num_threads, &|panel, out| {
-        for_columns(panels, panel, &mut |columns, column, n| {
-            let (view, row) = view_of(n);
-            pack_awq_column(&view, row, columns, column, out)
-        });
+        let first = panel * panels.cols * panels.lanes;
+        let columns = panels.width(panel) * panels.lanes;
+        let mut column = 0;
+        while column < columns && first + column < panels.n {
+            let n = first + column;
+            let (part_idx, row) = source.locate(n);
+            let view = views[part_idx];
+            let is_word =
+                |i: usize| n + i < panels.n && source.locate(n + i) == (part_idx, row + i);
+            if row % 8 == 0 && column + 8 <= columns && (1..8).all(is_word) {
+                pack_awq_word(&view, row / 8, columns, column, out);
+                column += 8;
+            } else {
+                pack_awq_column(&view, row, columns, column, out);
+                column += 1;
+            }
+        }
         Ok(())
     })?;
     let mut scales = Memory::new(panels.padded_n() * num_groups * 2, "packed scales")?;
@@ -290,6 +305,23 @@ fn for_columns(panels: Panels, panel: usize, each: &mut dyn FnMut(usize, usize, 
         let n = panel * panels.cols * panels.lanes + column;
         if n < panels.n {
             each(columns, column, n);
+        }
+    }
+}
+
+/// Nibbles of the eight outputs of a word, `word` of each input, into their lanes of a panel with
+/// `columns` columns.
+fn pack_awq_word(view: &AwqView<'_>, word: usize, columns: usize, column: usize, out: &mut [u8]) {
+    let stride = view.n / 8;
+    for (line, out) in out.chunks_exact_mut(columns * 4).enumerate().take(view.k / 8) {
+        let words: [u32; 8] = std::array::from_fn(|i| view.word((line * 8 + i) * stride + word));
+        let lanes = &mut out[column * 4..][..32];
+        for (lane, nibble) in lanes.chunks_exact_mut(4).zip(AWQ_NIBBLE) {
+            for (i, byte) in lane.iter_mut().enumerate() {
+                let low = words[i] >> (4 * nibble) & 15;
+                let high = words[i + 4] >> (4 * nibble) & 15;
+                *byte = (low | high << 4) as u8;
+            }
         }
     }
 }
