@@ -200,6 +200,9 @@ fn wrong_spec(kernel: &Kernel) -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::KernelFn;
+    use crate::kernels::abi::{PagedAttentionArgs, Share};
+    use bespoke_kernel_gen::spec::{KvDType, RowRegime};
     use bespoke_kernel_gen::target::Target;
 
     #[test]
@@ -218,24 +221,36 @@ mod tests {
         assert_eq!(work.bound(&limits), (500.0, Bound::Dot));
     }
 
-    #[test]
-    fn attention_counts_what_each_row_sees() {
-        let table = crate::kernels::generated::table();
-        let is_attention = |kernel: &&Kernel| kernel.spec.op() == "paged_attention";
-        let kernel = table.kernels.iter().find(is_attention).expect("every build has attention");
-        let KernelSpec::PagedAttention { num_heads, head_dim, window, kv, .. } = kernel.spec else {
-            panic!("not attention: {:?}", kernel.spec)
-        };
-        for window in [window, 1, 2, 5, 40] {
-            let spec = KernelSpec::PagedAttention {
+    /// A kernel that does nothing.
+    fn attention(num_heads: usize, head_dim: usize, window: usize) -> Kernel {
+        unsafe fn nothing(_: &PagedAttentionArgs, _: Share) {}
+        Kernel {
+            symbol: "nothing",
+            spec: KernelSpec::PagedAttention {
                 num_heads,
                 num_kv_heads: 1,
                 head_dim,
                 window,
-                kv,
+                kv: KvDType::F16,
                 page_size: 16,
-            };
-            let kernel = Kernel { spec, ..*kernel };
+            },
+            regime: RowRegime::Any,
+            target: Target::Portable,
+            rows: 1,
+            cols: 0,
+            scratch_bytes: 0,
+            reduction_class: "nothing",
+            provenance: "default",
+            source_hash: "",
+            run: KernelFn::PagedAttention(nothing),
+        }
+    }
+
+    #[test]
+    fn attention_counts_what_each_row_sees() {
+        let (num_heads, head_dim) = (3, 8);
+        for window in [0, 1, 2, 5, 40] {
+            let kernel = attention(num_heads, head_dim, window);
             for (rows, context) in [(1, 1), (1, 33), (7, 7), (7, 20), (33, 40)] {
                 let span = SequenceSpan {
                     num_rows: rows as u32,
