@@ -1,8 +1,8 @@
 //! The only parser of `config.json`.
 
-mod awq;
 mod fields;
 mod parse;
+mod quantization;
 mod rope;
 mod shape;
 #[cfg(test)]
@@ -102,11 +102,31 @@ pub enum Architecture {
     Phi3,
 }
 
-/// `quantization_config` of an AWQ "gemm" checkpoint.
+/// `quantization_config` of a checkpoint with 4-bit weights.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AwqConfig {
     pub group_size: crate::spec::GroupSize,
-    /// False: symmetric, the zero is 8 and `qzeros` may be missing.
+    /// False: symmetric, every zero is 8 and the checkpoint need not say so.
     pub zero_point: bool,
     pub modules_to_not_convert: Vec<String>,
+    pub packing: Packing,
+}
+
+/// How a checkpoint holds 4-bit weights `(q − zero) · scale`, by the programs that write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// AWQ "gemm".
+    Awq,
+    /// AutoGPTQ and GPTQModel.
+    Gptq {
+        /// What must be added to zeros as they are stored.
+        zero_offset: u8,
+        /// Inputs may belong to groups out of order; `g_idx` says to which.
+        act_order: bool,
+    },
+    /// compressed-tensors, format pack-quantized.
+    CompressedTensors {
+        /// As that of GPTQ; the tensor is `weight_g_idx`.
+        act_order: bool,
+    },
 }

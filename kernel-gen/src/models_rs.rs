@@ -1,6 +1,6 @@
 //! Model shapes → `models.rs`: what a binary knows of the models that its kernels are for.
 
-use crate::spec::{LinearShape, ModelShape, WeightFormat};
+use crate::spec::{LinearPlace, LinearShape, ModelShape, WeightFormat};
 
 /// A function `models` that returns `shapes`.
 pub fn models_rs(shapes: &[ModelShape]) -> String {
@@ -36,16 +36,19 @@ fn expression(shape: &ModelShape) -> String {
         gate_up,
         down,
         head,
+        dense_linears,
         page_size,
     } = shape;
     let [qkv, o, gate_up, down, head] = [qkv, o, gate_up, down, head].map(linear);
+    let dense_linears: Vec<String> = dense_linears.iter().map(place).collect();
+    let dense_linears = dense_linears.join(", ");
     format!(
         "ModelShape {{ name: {name:?}.to_owned(), num_layers: {num_layers}, vocab_size: \
          {vocab_size}, hidden_size: {hidden_size}, intermediate_size: {intermediate_size}, \
          num_heads: {num_heads}, num_kv_heads: {num_kv_heads}, head_dim: {head_dim}, rotary_dim: \
          {rotary_dim}, qk_norm: {qk_norm}, sliding_window: {sliding_window:?}, dtype: \
          DType::{dtype:?}, qkv: {qkv}, o: {o}, gate_up: {gate_up}, down: {down}, head: {head}, \
-         page_size: {page_size} }}"
+         dense_linears: vec![{dense_linears}], page_size: {page_size} }}"
     )
 }
 
@@ -58,14 +61,21 @@ fn linear(linear: &LinearShape) -> String {
     format!("LinearShape {{ n: {n}, k: {k}, format: {format}, bias: {bias} }}")
 }
 
+fn place(place: &LinearPlace) -> String {
+    let LinearPlace { layer_idx, role } = place;
+    format!("LinearPlace {{ layer_idx: {layer_idx}, role: LinearRole::{role:?} }}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::presets;
+    use crate::spec::LinearRole;
 
     #[test]
     fn a_shape_becomes_an_expression() {
-        let shape = presets::shape("qwen2.5-7b-awq", &[]).unwrap();
+        let mut shape = presets::shape("qwen2.5-7b-awq", &[]).unwrap();
+        shape.dense_linears = vec![LinearPlace { layer_idx: 3, role: LinearRole::Down }];
         let text = models_rs(&[shape.clone(), shape]);
         assert_eq!(text.matches("name: \"qwen2.5-7b-awq\".to_owned()").count(), 2);
         for part in [
@@ -73,6 +83,7 @@ mod tests {
             "dtype: DType::F16",
             "qkv: LinearShape { n: 4608, k: 3584, format: \
              WeightFormat::Awq(GroupSize::Of(128)), bias: true }",
+            "dense_linears: vec![LinearPlace { layer_idx: 3, role: LinearRole::Down }]",
         ] {
             assert!(text.contains(part), "{text}");
         }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::Error;
-use crate::model::{AwqConfig, ModelConfig};
+use crate::model::{AwqConfig, ModelConfig, Packing};
 use crate::spec::{DType, GroupSize, ModelShape};
 
 macro_rules! preset {
@@ -35,6 +35,7 @@ pub fn default_shapes() -> Result<Vec<ModelShape>, Error> {
                 group_size,
                 zero_point: true,
                 modules_to_not_convert: Vec::new(),
+                packing: Packing::Awq,
             });
             let config = ModelConfig { dtype, quantization, ..config.clone() };
             let suffix = group.map(|group| format!("-awq-g{group}")).unwrap_or_default();

@@ -1,5 +1,7 @@
 //! What a model needs computed: `ModelShape` and the `KernelSpec`s that follow from it.
 
+mod forms;
+
 use std::collections::BTreeSet;
 use std::fmt;
 
@@ -82,6 +84,11 @@ pub enum LinearRole {
     Head,
 }
 
+impl LinearRole {
+    pub const ALL: [LinearRole; 5] =
+        [LinearRole::Qkv, LinearRole::O, LinearRole::GateUp, LinearRole::Down, LinearRole::Head];
+}
+
 /// Sizes and format of one linear: `[rows, k] × [n, k]ᵀ → [rows, n]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LinearShape {
@@ -89,6 +96,13 @@ pub struct LinearShape {
     pub k: usize,
     pub format: WeightFormat,
     pub bias: bool,
+}
+
+/// A linear of one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LinearPlace {
+    pub layer_idx: usize,
+    pub role: LinearRole,
 }
 
 /// All sizes of a model that its kernels depend on.
@@ -114,6 +128,8 @@ pub struct ModelShape {
     pub gate_up: LinearShape,
     pub down: LinearShape,
     pub head: LinearShape,
+    /// Linears that are dense where other layers' are quantized, in order, each once.
+    pub dense_linears: Vec<LinearPlace>,
     pub page_size: usize,
 }
 
@@ -384,6 +400,8 @@ impl KernelSpec {
 }
 
 impl ModelShape {
+    /// The linear `role` as layers have it, but for those of `dense_linears`; see
+    /// [`ModelShape::linear_in`].
     pub fn linear(&self, role: LinearRole) -> LinearShape {
         match role {
             LinearRole::Qkv => self.qkv,
@@ -476,19 +494,29 @@ impl ModelShape {
 
     /// The linears and the ops that make their inputs.
     fn add_linears(&self, activation: ActivationType, specs: &mut BTreeSet<KernelSpec>) {
-        let head = self.head_for(activation);
-        for linear in [self.qkv, self.o, self.gate_up, self.down, head] {
-            specs.insert(linear.kernel_spec(activation));
+        for role in LinearRole::ALL {
+            for linear in self.served_forms(role, activation) {
+                specs.insert(linear.kernel_spec(activation));
+                specs.extend(self.input_kernel(role, linear.row_format(activation)));
+            }
         }
-        for linear in [self.qkv, self.gate_up, head] {
-            let out = linear.row_format(activation);
-            specs.insert(KernelSpec::RmsNorm { hidden: self.hidden_size, out });
-        }
-        let out = self.down.row_format(activation);
-        specs.insert(KernelSpec::SiluAndMul { intermediate: self.intermediate_size, out });
-        // NOTE: attention's threads see heads, not whole rows, so they cannot quantize.
-        if let RowFormat::I8 { group } = self.o.row_format(activation) {
-            specs.insert(KernelSpec::Quantize { k: self.o.k, group });
+    }
+
+    /// The op that makes the rows which the linear `role` reads. Attention's are always float32,
+    /// and another op makes them int8.
+    fn input_kernel(&self, role: LinearRole, out: RowFormat) -> Option<KernelSpec> {
+        match (role, out) {
+            (LinearRole::Qkv | LinearRole::GateUp | LinearRole::Head, out) => {
+                Some(KernelSpec::RmsNorm { hidden: self.hidden_size, out })
+            }
+            (LinearRole::Down, out) => {
+                Some(KernelSpec::SiluAndMul { intermediate: self.intermediate_size, out })
+            }
+            // NOTE: attention's threads see heads, not whole rows, so they cannot quantize.
+            (LinearRole::O, RowFormat::I8 { group }) => {
+                Some(KernelSpec::Quantize { k: self.o.k, group })
+            }
+            (LinearRole::O, RowFormat::F32) => None,
         }
     }
 

@@ -4,7 +4,7 @@ use bespoke_kernel_gen::config::KernelConfig;
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::plan::{self, KernelVariant};
 use bespoke_kernel_gen::presets::{self, PRESETS};
-use bespoke_kernel_gen::spec::{ActivationType, GroupSize, LinearRole, ModelShape};
+use bespoke_kernel_gen::spec::{ActivationType, GroupSize, LinearPlace, LinearRole, ModelShape};
 use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::{generate, name, render};
 use proptest::prelude::*;
@@ -58,6 +58,22 @@ fn plan_of_mistral_7b() {
     check_plan("mistral-7b");
 }
 
+/// What the kernels of a model are besides, where some layers' linears are not quantized.
+#[test]
+fn plan_of_a_mixed_model() {
+    let plain = preset("smollm2-135m-awq");
+    let mut mixed = plain.clone();
+    mixed.dense_linears = [LinearRole::GateUp, LinearRole::Down]
+        .map(|role| LinearPlace { layer_idx: 29, role })
+        .into();
+    let plain = variants(&[plain]);
+    let mixed = variants(&[mixed]);
+    assert!(plain.iter().all(|variant| mixed.contains(variant)));
+    let added: Vec<KernelVariant> =
+        mixed.into_iter().filter(|variant| !plain.contains(variant)).collect();
+    insta::assert_snapshot!(plan::print(&added));
+}
+
 /// One kernel of each op, as it is declared; the hash changes with every template and is left out.
 #[test]
 fn rendered_kernels() {
@@ -93,7 +109,7 @@ fn refusals() {
     let quantized = |fields: &str| smollm(&format!(r#""quantization_config": {{{fields}}}"#));
     let cases = [
         quantized(r#""quant_method": "awq", "bits": 4, "group_size": 128"#),
-        quantized(r#""quant_method": "gptq", "bits": 4, "group_size": 64"#),
+        quantized(r#""quant_method": "gptq", "bits": 8, "group_size": 64"#),
         quantized(r#""quant_method": "awq", "version": "gemv""#),
         smollm(r#""num_local_experts": 8"#),
         // NOTE: of two fields of one name the last counts, so these replace the preset's.

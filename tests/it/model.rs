@@ -2,6 +2,8 @@
 
 mod checkpoint;
 mod folder;
+mod formats;
+mod mixed;
 mod pages;
 mod rope;
 mod weights;

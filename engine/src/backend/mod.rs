@@ -73,6 +73,7 @@ pub trait Backend {
         Ok(())
     }
 
+    /// Where layers have the linear `role` in two forms, `source` tells which this one has.
     fn load_linear(
         &mut self,
         role: LinearRole,
@@ -141,6 +142,10 @@ pub trait Backend {
     /// As [`Backend::begin_step`] for rows whose logits are computed in pieces afterwards, or not
     /// at all.
     fn begin_rows(&mut self, _batch: &Batch) {}
+
+    /// Says that the next op which writes `input` writes it for `weight`. Layers that have a linear
+    /// in different forms may read rows of different forms, through one buffer.
+    fn prepare_input(&self, _weight: &Self::Linear, _input: &mut Self::Input) {}
 
     /// `out[i] = table[tokens[i]]`
     fn embed(&mut self, table: &Self::Embedding, tokens: &[u32], out: &mut Self::Rows);

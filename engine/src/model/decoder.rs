@@ -179,6 +179,7 @@ impl<B: Backend> Decoder<B> {
         let Decoder { backend, rows, kv_cache, .. } = self;
         backend.embed(&self.embedding, &batch.tokens, &mut rows.residual);
         for (layer_idx, layer) in self.layers.iter().enumerate() {
+            layer.prepare_inputs(backend, rows);
             let delta = (layer_idx > 0).then_some(&rows.delta);
             backend.rms_norm(
                 num_rows,
@@ -449,6 +450,14 @@ impl<B: Backend> Layer<B> {
 }
 
 impl<B: Backend> Layer<B> {
+    /// The inputs will be written for this layer's linears.
+    fn prepare_inputs(&self, backend: &B, rows: &mut RowBuffers<B>) {
+        backend.prepare_input(&self.qkv, &mut rows.qkv_in);
+        backend.prepare_input(&self.o, &mut rows.o_in);
+        backend.prepare_input(&self.gate_up, &mut rows.gate_up_in);
+        backend.prepare_input(&self.down, &mut rows.down_in);
+    }
+
     fn empty(backend: &mut B) -> Result<Self, Error> {
         Ok(Layer {
             attention_norm: backend.load_norm(Vec::new())?,

@@ -47,7 +47,7 @@ pub struct LinearSource<'a> {
 }
 
 /// Nibble positions of the eight columns of an AWQ word (AutoAWQ's interleaving).
-pub const AWQ_NIBBLE: [u32; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+pub(crate) const AWQ_NIBBLE: [u32; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
 impl DenseView<'_> {
     /// Row `row` as float32 into `out`, which holds `k` values.
@@ -152,6 +152,11 @@ impl LinearSource<'_> {
     /// Number of inputs.
     pub fn k(&self) -> usize {
         self.parts[0].k()
+    }
+
+    /// Whether any part is quantized.
+    pub fn is_quantized(&self) -> bool {
+        self.parts.iter().any(|part| matches!(part, LinearPart::Awq(_)))
     }
 
     /// The part and the row in it that hold output `n`.

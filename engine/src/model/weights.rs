@@ -1,18 +1,21 @@
 //! A checkpoint's tensors as the decoder needs them: names, types and shapes checked against the
 //! config before anything is allocated, then read linear by linear.
 
+mod quantized;
 mod random;
+mod repack;
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use bespoke_kernel_gen::model::{Architecture, ModelConfig};
-use bespoke_kernel_gen::spec::{DType, LinearRole, ModelShape, WeightFormat};
+use bespoke_kernel_gen::model::{Architecture, ModelConfig, Packing};
+use bespoke_kernel_gen::spec::{DType, LinearRole, LinearShape, ModelShape, WeightFormat};
 use safetensors::Dtype;
 
 use crate::error::Error;
 use crate::model::linear::{AwqView, DenseView, LinearPart, LinearSource};
 use crate::model::safetensors::Checkpoint;
+use quantized::QuantizedModule;
 
 pub use random::RandomWeights;
 
@@ -93,7 +96,6 @@ struct Expected {
 }
 
 const FLOATS: &[Dtype] = &[Dtype::F32, Dtype::F16, Dtype::BF16];
-const INT32: &[Dtype] = &[Dtype::I32];
 const FLOAT16: &[Dtype] = &[Dtype::F16];
 
 const LAYER_ROLES: [LinearRole; 4] =
@@ -124,64 +126,48 @@ impl<'a> Weights<'a> {
         wanted.map(|(_, tensor)| tensor.len as u64).sum()
     }
 
-    fn read_part(
-        &self,
-        module: &Module,
-        k: usize,
-        format: WeightFormat,
-    ) -> Result<PartTensors, Error> {
-        let name = &module.name;
-        let WeightFormat::Awq(group) = format else {
-            let dense = self.read_dense(&format!("{name}.weight"), module.n, k)?;
-            return Ok(PartTensors::Dense(dense));
-        };
-        let zeros_name = format!("{name}.qzeros");
-        let qzeros = match self.checkpoint.get(&zeros_name) {
-            Some(_) => Some(self.checkpoint.read(&zeros_name)?),
-            None => None,
-        };
-        let scales_name = format!("{name}.scales");
-        let scales = self.checkpoint.read(&scales_name)?;
-        let is_finite = |b: &[u8]| half::f16::from_le_bytes([b[0], b[1]]).is_finite();
-        if let Some(idx) = scales.chunks_exact(2).position(|b| !is_finite(b)) {
-            return Err(self.not_finite(&scales_name, idx));
+    fn read_part(&self, module: &Module, linear: LinearShape) -> Result<PartTensors, Error> {
+        if let Some(quantized) = self.quantized(module, linear) {
+            return quantized.read(&self.checkpoint);
         }
-        let qweight = self.checkpoint.read(&format!("{name}.qweight"))?;
-        Ok(PartTensors::Awq { n: module.n, k, group: group.of(k), qweight, qzeros, scales })
+        let dense = self.read_dense(&format!("{}.weight", module.name), module.n, linear.k)?;
+        Ok(PartTensors::Dense(dense))
+    }
+
+    /// The module as its 4-bit tensors, if it has such.
+    fn quantized<'b>(
+        &self,
+        module: &'b Module,
+        linear: LinearShape,
+    ) -> Option<QuantizedModule<'b>> {
+        let WeightFormat::Awq(group) = linear.format else { return None };
+        let config = self.config.quantization.as_ref();
+        Some(QuantizedModule {
+            name: &module.name,
+            n: module.n,
+            k: linear.k,
+            group: group.of(linear.k),
+            zero_point: config.is_some_and(|config| config.zero_point),
+            has_bias: linear.bias,
+            packing: config.map_or(Packing::Awq, |config| config.packing),
+        })
     }
 
     fn read_dense(&self, name: &str, n: usize, k: usize) -> Result<DenseTensor, Error> {
-        let dtype = self.dtype(name)?;
+        let dtype = dtype_of(&self.checkpoint, name)?;
         Ok(DenseTensor { n, k, dtype, bytes: self.checkpoint.read(name)? })
     }
 
     /// A small tensor in float32; its values must be finite.
     fn read_floats(&self, name: &str) -> Result<Vec<f32>, Error> {
-        let dtype = self.dtype(name)?;
         let bytes = self.checkpoint.read(name)?;
-        let k = bytes.len() / dtype.size();
-        let mut values = vec![0.0; k];
-        DenseView { n: 1, k, dtype, bytes: &bytes }.row(0, &mut values);
+        let values = floats_of(&self.checkpoint, name, &bytes)?;
         match values.iter().position(|value| !value.is_finite()) {
-            Some(idx) => Err(self.not_finite(name, idx)),
-            None => Ok(values),
-        }
-    }
-
-    fn not_finite(&self, name: &str, idx: usize) -> Error {
-        let message = format!("tensor '{name}' is not finite at element {idx}");
-        Error::model(self.checkpoint.dir(), message)
-    }
-
-    fn dtype(&self, name: &str) -> Result<DType, Error> {
-        match self.checkpoint.get(name).map(|tensor| tensor.dtype) {
-            Some(Dtype::F32) => Ok(DType::F32),
-            Some(Dtype::F16) => Ok(DType::F16),
-            Some(Dtype::BF16) => Ok(DType::BF16),
-            found => {
-                let message = format!("tensor '{name}': found {found:?}, expected a float type");
+            Some(idx) => {
+                let message = format!("tensor '{name}' is not finite at element {idx}");
                 Err(Error::model(self.checkpoint.dir(), message))
             }
+            None => Ok(values),
         }
     }
 }
@@ -210,12 +196,12 @@ impl ModelWeights for Weights<'_> {
     }
 
     fn linear(&self, role: LinearRole, layer_idx: usize) -> Result<LinearTensors, Error> {
-        let linear = self.shape.linear(role);
+        let linear = self.shape.linear_in(role, layer_idx);
         let modules = self.modules(role, layer_idx);
         let mut parts = Vec::new();
         let mut bias = Vec::new();
         for module in &modules {
-            parts.push(self.read_part(module, linear.k, linear.format)?);
+            parts.push(self.read_part(module, linear)?);
             if linear.bias {
                 bias.extend(self.read_floats(&format!("{}.bias", module.name))?);
             }
@@ -234,7 +220,7 @@ impl ModelWeights for Weights<'_> {
 
 /// Validation.
 impl Weights<'_> {
-    /// AWQ packs 8 outputs in a word and shares scales over `group` inputs.
+    /// 8 outputs lie in a word of zeros or weights, and `group` inputs share a scale.
     fn check_groups(&self) -> Result<(), Error> {
         for role in LAYER_ROLES {
             let linear = self.shape.linear(role);
@@ -247,7 +233,7 @@ impl Weights<'_> {
             for module in self.modules(role, 0) {
                 if !module.n.is_multiple_of(8) {
                     let message = format!(
-                        "'{}' has {} outputs, AWQ needs a multiple of 8",
+                        "'{}' has {} outputs, 4-bit weights need a multiple of 8",
                         module.name, module.n
                     );
                     return Err(Error::model(self.checkpoint.dir(), message));
@@ -353,29 +339,16 @@ impl Weights<'_> {
     }
 
     fn expected_linear(&self, role: LinearRole, layer_idx: usize) -> Vec<Expected> {
-        let linear = self.shape.linear(role);
-        let k = linear.k;
+        let linear = self.shape.linear_in(role, layer_idx);
         let mut all = Vec::new();
-        for Module { name, n } in self.modules(role, layer_idx) {
-            match linear.format {
-                WeightFormat::Dense(_) => all.push(floats(format!("{name}.weight"), vec![n, k])),
-                WeightFormat::Awq(group) => {
-                    let num_groups = k / group.of(k);
-                    let tensor = |suffix, dtypes, shape, required| Expected {
-                        name: format!("{name}.{suffix}"),
-                        dtypes,
-                        shape,
-                        required,
-                    };
-                    let zero_point =
-                        self.config.quantization.as_ref().is_some_and(|awq| awq.zero_point);
-                    all.push(tensor("qweight", INT32, vec![k, n / 8], true));
-                    all.push(tensor("qzeros", INT32, vec![num_groups, n / 8], zero_point));
-                    all.push(tensor("scales", FLOAT16, vec![num_groups, n], true));
-                }
+        for module in self.modules(role, layer_idx) {
+            let Module { name, n } = &module;
+            match self.quantized(&module, linear) {
+                None => all.push(floats(format!("{name}.weight"), vec![*n, linear.k])),
+                Some(quantized) => all.extend(quantized.expected()),
             }
             if linear.bias {
-                all.push(floats(format!("{name}.bias"), vec![n]));
+                all.push(floats(format!("{name}.bias"), vec![*n]));
             }
         }
         all
@@ -474,6 +447,27 @@ impl DenseTensor {
 
 fn floats(name: String, shape: Vec<usize>) -> Expected {
     Expected { name, dtypes: FLOATS, shape, required: true }
+}
+
+/// The values of a float tensor in float32.
+fn floats_of(checkpoint: &Checkpoint, name: &str, bytes: &[u8]) -> Result<Vec<f32>, Error> {
+    let dtype = dtype_of(checkpoint, name)?;
+    let k = bytes.len() / dtype.size();
+    let mut values = vec![0.0; k];
+    DenseView { n: 1, k, dtype, bytes }.row(0, &mut values);
+    Ok(values)
+}
+
+fn dtype_of(checkpoint: &Checkpoint, name: &str) -> Result<DType, Error> {
+    match checkpoint.get(name).map(|tensor| tensor.dtype) {
+        Some(Dtype::F32) => Ok(DType::F32),
+        Some(Dtype::F16) => Ok(DType::F16),
+        Some(Dtype::BF16) => Ok(DType::BF16),
+        found => {
+            let message = format!("tensor '{name}': found {found:?}, expected a float type");
+            Err(Error::model(checkpoint.dir(), message))
+        }
+    }
 }
 
 fn list(names: &[String]) -> String {

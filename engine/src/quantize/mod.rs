@@ -5,6 +5,7 @@
 
 pub mod awq_format;
 pub mod checkpoint;
+pub mod quantized_layer;
 pub mod rtn;
 
 use std::collections::BTreeMap;

@@ -102,7 +102,9 @@ pub fn measure<D: Device>(
     let kv = KvType::of(kv_dtype).ok_or_else(|| {
         Error::Request("a KV cache of float32 elements exists on the CPU only".into())
     })?;
-    let shape = ModelShape { num_layers: options.num_layers, ..shape.clone() };
+    // NOTE: of linears in two forms the quantized one is measured.
+    let shape =
+        ModelShape { num_layers: options.num_layers, dense_linears: Vec::new(), ..shape.clone() };
     let mut all = Vec::new();
     for case in cases.all(&shape, kv) {
         let variant = kernel(&case, &shape, kv)?.and_then(|(spec, r)| device.find(&spec, r));

@@ -107,8 +107,9 @@ pub fn cpu(
 ) -> Result<(), Error> {
     let held = |target: &Target| table.kernels.iter().any(|kernel| kernel.target == *target);
     let targets = Target::ALL.into_iter().filter(held).filter(|target| is_available(*target));
+    let shapes: Vec<ModelShape> = shapes.iter().flat_map(ModelShape::single_layers).collect();
     for target in targets {
-        for shape in shapes {
+        for shape in &shapes {
             let activations = match shape.is_quantized() {
                 true => &[ActivationType::Float, ActivationType::Int8][..],
                 false => &[ActivationType::Float],
@@ -122,7 +123,7 @@ pub fn cpu(
                         target: Some(target),
                     };
                     let case = Case {
-                        shape: ModelShape { num_layers: 1, ..shape.clone() },
+                        shape: shape.clone(),
                         kv: kv_dtype,
                         rows: &CPU_ROWS,
                         name: format!(
@@ -154,11 +155,11 @@ pub fn cuda<D: Device>(
     report: &mut Report,
     progress: &mut dyn FnMut(&str),
 ) -> Result<(), Error> {
-    for shape in shapes {
+    for shape in shapes.iter().flat_map(ModelShape::single_layers) {
         for kv_dtype in KvDType::ALL {
             let Some(kv_type) = KvType::of(kv_dtype) else { continue };
             let case = Case {
-                shape: ModelShape { num_layers: 1, ..shape.clone() },
+                shape: shape.clone(),
                 kv: kv_dtype,
                 rows: &CUDA_ROWS,
                 name: format!("{}, {} KV cache", shape.name, kv_dtype.name()),

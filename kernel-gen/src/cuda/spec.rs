@@ -171,9 +171,18 @@ impl ModelShape {
         RowType::of(self.dtype)
     }
 
-    /// The matmul that serves the linear `role` on a GPU.
+    /// The matmul that serves the linear `role` on a GPU, in the form of [`ModelShape::linear`].
     pub fn cuda_linear(&self, role: LinearRole) -> Result<Spec, Error> {
-        let LinearShape { n, k, format, .. } = self.linear(role);
+        self.cuda_matmul(role, self.linear(role))
+    }
+
+    /// The matmuls that serve the linear `role` on a GPU, one for each of its forms.
+    pub fn cuda_linear_forms(&self, role: LinearRole) -> Result<Vec<Spec>, Error> {
+        self.linear_forms(role).map(|linear| self.cuda_matmul(role, linear)).collect()
+    }
+
+    fn cuda_matmul(&self, role: LinearRole, linear: LinearShape) -> Result<Spec, Error> {
+        let LinearShape { n, k, format, .. } = linear;
         let rows = self.cuda_rows();
         Ok(match format {
             WeightFormat::Dense(_) => {
@@ -233,21 +242,14 @@ impl ModelShape {
 
     /// Every kernel the model needs on a GPU, sorted, each once.
     pub fn cuda_specs(&self) -> Result<Vec<Spec>, Error> {
-        let roles = [
-            LinearRole::Qkv,
-            LinearRole::O,
-            LinearRole::GateUp,
-            LinearRole::Down,
-            LinearRole::Head,
-        ];
         let mut specs = BTreeSet::from([
             self.cuda_embed(),
             self.cuda_rms_norm(),
             self.cuda_silu_and_mul(),
             self.cuda_sample(),
         ]);
-        for role in roles {
-            specs.insert(self.cuda_linear(role)?);
+        for role in LinearRole::ALL {
+            specs.extend(self.cuda_linear_forms(role)?);
         }
         for kv in KvType::ALL {
             specs.insert(self.cuda_rope(kv));

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::fields::{Fields, show};
-use super::{Architecture, CONTEXT_MAX, ModelConfig, RopeScaling, awq, rope};
+use super::{Architecture, CONTEXT_MAX, ModelConfig, RopeScaling, quantization, rope};
 use crate::error::Error;
 use crate::spec::DType;
 
@@ -83,7 +83,7 @@ fn parse_config(config: &Fields<'_>, architecture: Architecture) -> Result<Model
     let rope = rope::parse(config, architecture, max_position)?;
     let rotary_dim = parse_rotary_dim(config, head_dim, &rope)?;
     let bias = parse_bias(config, architecture)?;
-    let quantization = awq::parse(config)?;
+    let quantization = quantization::parse(config)?;
     Ok(ModelConfig {
         architecture,
         vocab_size,

@@ -1,11 +1,13 @@
 //! One case a line: fields laid over a small valid config, and what must come out.
 
+mod quantization;
+
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::{Architecture, AwqConfig, ModelConfig, RopeScaling};
+use super::{Architecture, ModelConfig, RopeScaling};
 use crate::presets::PRESETS;
-use crate::spec::{DType, GroupSize, LinearRole, WeightFormat};
+use crate::spec::DType;
 
 fn base() -> Value {
     json!({
@@ -208,57 +210,6 @@ fn rope_parameters_replace_the_older_fields() {
     );
 }
 
-#[test]
-fn awq_configs() {
-    let quantization = |fields| parse(awq(fields)).quantization;
-    let expected = |group_size, zero_point| {
-        Some(AwqConfig { group_size, zero_point, modules_to_not_convert: Vec::new() })
-    };
-    let of32 = GroupSize::Of(32);
-    assert_eq!(quantization(json!({})), expected(of32, true));
-    assert_eq!(quantization(json!({"version": "GEMM"})), expected(of32, true));
-    assert_eq!(quantization(json!({"zero_point": false})), expected(of32, false));
-    assert_eq!(quantization(json!({"group_size": -1})), expected(GroupSize::Channel, true));
-    let autoawq = json!({"bits": null, "group_size": null, "w_bit": 4, "q_group_size": 64});
-    assert_eq!(quantization(autoawq), expected(GroupSize::Of(64), true));
-    let none = json!({"modules_to_not_convert": null});
-    assert_eq!(quantization(none), expected(of32, true));
-}
-
-#[test]
-fn modules_left_out_stay_dense() {
-    let formats = |names: Value| {
-        let shape = parse(awq(json!({"modules_to_not_convert": names}))).shape("case");
-        let shape = shape.unwrap_or_else(|error| panic!("{error}"));
-        [LinearRole::Qkv, LinearRole::O, LinearRole::GateUp, LinearRole::Down, LinearRole::Head]
-            .map(|role| shape.linear(role).format)
-    };
-    let (dense, int4) = (WeightFormat::Dense(DType::BF16), WeightFormat::Awq(GroupSize::Of(32)));
-    assert_eq!(formats(json!([])), [int4, int4, int4, int4, dense]);
-    assert_eq!(formats(json!(["lm_head"])), [int4, int4, int4, int4, dense]);
-    assert_eq!(formats(json!(["down_proj"])), [int4, int4, int4, dense, dense]);
-    assert_eq!(formats(json!(["self_attn"])), [dense, dense, int4, int4, dense]);
-    assert_eq!(formats(json!(["mlp.gate"])), [int4, int4, int4, int4, dense]);
-    let refused = |names| refusal(&awq(json!({"modules_to_not_convert": names})));
-    let field = "config.json: quantization_config.modules_to_not_convert: ";
-    let remedy = "supported is to leave out all of them, in every layer, or none";
-    assert_eq!(
-        refused(json!(["q_proj"])),
-        format!(
-            "{field}\"q_proj\" leaves out 4 of the 12 modules self_attn.q_proj and \
-             self_attn.k_proj and self_attn.v_proj; {remedy}"
-        )
-    );
-    assert_eq!(
-        refused(json!(["model.layers.0.mlp.down_proj"])),
-        format!(
-            "{field}\"model.layers.0.mlp.down_proj\" leaves out 1 of the 4 modules mlp.down_proj; \
-             {remedy}"
-        )
-    );
-    assert_eq!(refused(json!([".*"])), format!("{field}\".*\" is not a plain module name"));
-}
-
 /// What cannot run is refused by field, value and what can.
 #[test]
 fn refusals() {
@@ -291,13 +242,13 @@ fn refusals() {
             "torch_dtype: \"float8_e4m3fn\" is not supported",
         ),
         (
-            awq(json!({"quant_method": "gptq"})),
-            "quant_method: \"gptq\" is not supported; supported is",
+            awq(json!({"quant_method": "bitsandbytes"})),
+            "quant_method: \"bitsandbytes\" is not supported; supported are",
         ),
-        (awq(json!({"quant_method": null})), "quant_method: \"\" is not supported; supported is"),
-        (awq(json!({"version": "gemv"})), "version: \"gemv\" is not supported; supported is"),
-        (awq(json!({"version": "marlin"})), "version: \"marlin\" is not supported; supported is"),
-        (awq(json!({"bits": 8})), "bits: 8 is not supported; supported is"),
+        (awq(json!({"quant_method": null})), "quant_method: \"\" is not supported; supported are"),
+        (awq(json!({"version": "gemv"})), "version: \"gemv\" is not supported; supported are"),
+        (awq(json!({"version": "marlin"})), "version: \"marlin\" is not supported; supported are"),
+        (awq(json!({"bits": 8})), "bits: 8 is not supported; supported are"),
         (awq(json!({"group_size": 0})), "group_size: 0 given, a multiple of 8 up to 65536, or -1"),
         (awq(json!({"group_size": 12})), "group_size: 12 given, a multiple of 8"),
         (awq(json!({"group_size": 128})), "group size 128 does not divide the input size 64"),

@@ -111,6 +111,11 @@ fn awq_weights() {
 }
 
 #[test]
+fn awq_and_dense_weights() {
+    check("llama-awq-mixed", KvDType::F16, 0.01);
+}
+
+#[test]
 fn biases_and_many_queries() {
     check("qwen2-gqa7", KvDType::F16, 0.01);
 }

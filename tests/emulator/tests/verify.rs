@@ -39,6 +39,11 @@ fn awq_kernels() {
 }
 
 #[test]
+fn kernels_of_a_mixed_model() {
+    check("llama-awq-mixed");
+}
+
+#[test]
 fn kernels_with_query_norms() {
     check("qwen3-qknorm");
 }

@@ -275,6 +275,11 @@ fn int4_weights_in_any_company() {
 }
 
 #[test]
+fn int4_and_dense_weights_in_any_company() {
+    check_tiny("llama-awq-mixed", KvDType::F16);
+}
+
+#[test]
 fn odd_heads_windows_and_norms_in_any_company() {
     check_tiny("llama-mqa-hd24", KvDType::I8);
     check_tiny("mistral-sliding", KvDType::F16);

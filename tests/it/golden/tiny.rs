@@ -148,6 +148,7 @@ tiny_models! {
     llama_awq_g32: "llama-awq-g32",
     llama_awq_g64: "llama-awq-g64",
     llama_awq_gchannel: "llama-awq-gchannel",
+    llama_awq_mixed: "llama-awq-mixed",
     llama_gqa2: "llama-gqa2",
     llama_hd80_bias: "llama-hd80-bias",
     llama_mha_tied: "llama-mha-tied",

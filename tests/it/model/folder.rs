@@ -3,6 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use bespoke::Error;
+use bespoke::config::{BackendChoice, EngineOptions};
+use bespoke::engine::Engine;
+use bespoke::kernels::KernelTable;
 use bespoke::model::weights::Weights;
 use bespoke_kernel_gen::model::ModelConfig;
 use serde_json::{Map, Value, json};
@@ -60,6 +63,30 @@ impl Folder {
         std::fs::write(dir.path().join("model.safetensors"), serialize(&self.tensors)).unwrap();
         dir
     }
+}
+
+/// Loads a folder as the engine does, on the reference backend, reading every tensor.
+pub(super) fn load(folder: &Folder) -> Result<Engine, Error> {
+    let options = EngineOptions {
+        backend: BackendChoice::Reference,
+        ..EngineOptions::new(KernelTable::default())
+    };
+    load_with(folder, &options)
+}
+
+pub(super) fn load_with(folder: &Folder, options: &EngineOptions) -> Result<Engine, Error> {
+    Engine::load(folder.write().path(), options, &mut |_| {})
+}
+
+/// Bits of the logits of a few tokens.
+pub(super) fn logits(engine: &mut Engine) -> Vec<u32> {
+    let mut all = Vec::new();
+    engine
+        .logits(&[1, 2, 3, 150, 77], &mut |_, row| {
+            all.extend(row.iter().map(|logit| logit.to_bits()));
+        })
+        .unwrap();
+    all
 }
 
 /// The header's JSON for tensors that lie one after another.

@@ -1,23 +1,11 @@
 //! Tensors against the config: names, types, shapes, values.
 
-use bespoke::Error;
-use bespoke::config::{BackendChoice, EngineOptions};
 use bespoke::engine::Engine;
-use bespoke::kernels::KernelTable;
 use bespoke_kernel_gen::model::ModelConfig;
 use serde_json::json;
 
-use super::folder::{Folder, assert_refused, open};
-
-/// Loads the folder as the engine does, reading every tensor.
-fn load(folder: &Folder) -> Result<Engine, Error> {
-    let dir = folder.write();
-    let options = EngineOptions {
-        backend: BackendChoice::Reference,
-        ..EngineOptions::new(KernelTable::default())
-    };
-    Engine::load(dir.path(), &options, &mut |_| {})
-}
+use super::folder::{Folder, assert_refused, load, open};
+use super::formats::{Compressed, Gptq, compressed, gptq};
 
 /// Every tensor of the models whose names differ.
 const CASES: &[&str] = &[
@@ -26,13 +14,22 @@ const CASES: &[&str] = &[
     "phi3-fused",
     "internlm2-fused",
     "llama-awq-g64",
+    "llama-awq-mixed",
     "qwen2-gqa7",
 ];
 
+/// The cases, and quantized models as other programs write them.
+fn folders() -> Vec<Folder> {
+    let awq = Folder::read("llama-awq-g64");
+    let mut all: Vec<Folder> = CASES.iter().map(|case| Folder::read(case)).collect();
+    all.push(gptq(&awq, Gptq { zero_offset: 1, has_g_idx: true }));
+    all.push(compressed(&awq, Compressed { symmetric: false, dtype: "F16", has_g_idx: true }));
+    all
+}
+
 #[test]
 fn every_missing_tensor_is_named() {
-    for case in CASES {
-        let folder = Folder::read(case);
+    for folder in folders() {
         for tensor in &folder.tensors {
             let mut folder = folder.clone();
             folder.remove(&tensor.name);
@@ -56,14 +53,17 @@ fn every_renamed_tensor_is_named() {
 
 #[test]
 fn every_wrong_type_is_named() {
-    for case in CASES {
-        let folder = Folder::read(case);
+    for folder in folders() {
         for idx in 0..folder.tensors.len() {
             let mut folder = folder.clone();
+            let is_awq = folder.config.get("quantization_config");
+            let is_awq = is_awq.is_some_and(|config| config["quant_method"] == "awq");
             let tensor = &mut folder.tensors[idx];
             let (found, expected) = match tensor.dtype.as_str() {
                 "I32" => ("F32", "I32"),
-                "F16" => ("BF16", "F16"),
+                "I64" => ("F64", "I64 or I32"),
+                "F16" if is_awq => ("BF16", "F16"),
+                "F16" => ("I16", "F32 or F16 or BF16"),
                 _ => ("I32", "F32 or F16 or BF16"),
             };
             tensor.dtype = found.to_owned();
@@ -75,8 +75,7 @@ fn every_wrong_type_is_named() {
 
 #[test]
 fn every_wrong_shape_is_named() {
-    for case in CASES {
-        let folder = Folder::read(case);
+    for folder in folders() {
         for idx in 0..folder.tensors.len() {
             let mut folder = folder.clone();
             let tensor = &mut folder.tensors[idx];

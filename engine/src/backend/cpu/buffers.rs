@@ -12,6 +12,8 @@ use crate::kernels::abi::{RowsIn, RowsOut, int8_stride};
 /// A linear's weights in the layout of its kernel.
 pub struct CpuLinear {
     pub(super) role: LinearRole,
+    /// Place of its kernels among the model's.
+    pub(super) kernels_idx: usize,
     pub(super) packed: Packed,
     /// `[n]`
     pub(super) bias: Option<Memory>,
@@ -54,11 +56,14 @@ impl CpuRows {
 
 /// Rows in the form that a linear reads.
 pub struct CpuInput {
+    /// That of the linear they are written for.
     pub(super) format: RowFormat,
     pub(super) rows_max: usize,
     pub(super) k: usize,
     /// `[rows_max, k]`: the rows themselves in the float form, where attention leaves them else.
     pub(super) float: Memory,
+    /// Elements that share a scale in the int8 form; `None`: there is no room for it.
+    group: Option<usize>,
     /// `[rows_max, int8_stride(k)]`
     q: Memory,
     /// `[rows_max, k / group]`
@@ -68,22 +73,36 @@ pub struct CpuInput {
 }
 
 impl CpuInput {
-    pub(super) fn new(rows_max: usize, k: usize, format: RowFormat) -> Result<CpuInput, Error> {
+    /// With room for rows in all `formats`, of which there are at most one in int8.
+    pub(super) fn new(rows_max: usize, k: usize, formats: &[RowFormat]) -> Result<CpuInput, Error> {
         let float = Memory::floats(checked_product(rows_max, k)?, "activations")?;
-        let (row_bytes, groups) = match format {
-            RowFormat::F32 => (0, 0),
-            RowFormat::I8 { group } => (int8_stride(k), k / group),
+        let group = formats.iter().find_map(|format| match format {
+            RowFormat::F32 => None,
+            RowFormat::I8 { group } => Some(*group),
+        });
+        let (row_bytes, groups) = match group {
+            None => (0, 0),
+            Some(group) => (int8_stride(k), k / group),
         };
         let params = checked_product(rows_max, groups)?;
         Ok(CpuInput {
-            format,
+            format: formats[0],
             rows_max,
             k,
             float,
+            group,
             q: Memory::new(checked_product(rows_max, row_bytes)?, "int8 activations")?,
             scales: Memory::floats(params, "activation scales")?,
             sums: Memory::floats(params, "activation sums")?,
         })
+    }
+
+    /// The next rows are written in this form.
+    pub(super) fn set_format(&mut self, format: RowFormat) {
+        if let RowFormat::I8 { group } = format {
+            assert_eq!(Some(group), self.group, "the buffer has room for these rows");
+        }
+        self.format = format;
     }
 
     /// The rows as a linear reads them.

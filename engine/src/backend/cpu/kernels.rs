@@ -1,5 +1,7 @@
 //! The kernels of one model, looked up once.
 
+use std::collections::BTreeSet;
+
 use bespoke_kernel_gen::config::KernelConfig;
 use bespoke_kernel_gen::plan::KernelVariant;
 use bespoke_kernel_gen::spec::{DType, KernelSpec, LinearRole, ModelShape, RowFormat, RowRegime};
@@ -65,9 +67,10 @@ pub(super) enum Matmul {
     AwqGemm(Regimes<AwqGemmArgs>),
 }
 
-/// What serves one linear.
+/// What serves the linears of a role in one form.
 #[derive(Clone, Copy)]
 pub(super) struct LinearKernels {
+    role: LinearRole,
     pub(super) weights: Weights,
     /// Tiles of a panel.
     pub(super) cols: usize,
@@ -81,30 +84,48 @@ pub(super) struct Kernels {
     pub(super) scratch_bytes: usize,
     /// Every kernel that serves the model, once.
     pub(super) used: Vec<&'static Kernel>,
-    linears: Vec<(LinearRole, LinearKernels)>,
+    /// Of all roles, each in all of its forms.
+    pub(super) linears: Vec<LinearKernels>,
     norms: Vec<(RowFormat, Entry<RmsNormArgs>)>,
+    silu_and_muls: Vec<(RowFormat, Entry<SiluAndMulArgs>)>,
     pub(super) embed: Entry<EmbedArgs>,
     pub(super) rope: Entry<RopeArgs>,
     pub(super) decode: Entry<PagedAttentionArgs>,
     pub(super) prefill: Entry<PagedAttentionArgs>,
-    pub(super) silu_and_mul: Entry<SiluAndMulArgs>,
     /// Where attention's rows must become int8.
     pub(super) quantize: Option<Entry<QuantizeArgs>>,
     pub(super) sample: Entry<SampleArgs>,
 }
 
-const ROLES: [LinearRole; 5] =
-    [LinearRole::Qkv, LinearRole::O, LinearRole::GateUp, LinearRole::Down, LinearRole::Head];
-
 impl Kernels {
-    pub(super) fn linear(&self, role: LinearRole) -> &LinearKernels {
+    /// What serves a linear whose weights are quantized or not: the kernels of that form where the
+    /// role has two, its only ones else.
+    pub(super) fn linear_idx(&self, role: LinearRole, is_quantized: bool) -> usize {
+        let of_role = |linear: &LinearKernels| linear.role == role;
+        let fits = |linear: &LinearKernels| {
+            of_role(linear) && matches!(linear.weights, Weights::Awq { .. }) == is_quantized
+        };
+        let idx = self.linears.iter().position(fits);
+        let idx = idx.or_else(|| self.linears.iter().position(of_role));
         // Every role is looked up in `find`.
-        &self.linears.iter().find(|(found, _)| *found == role).expect("all roles have kernels").1
+        idx.expect("all roles have kernels")
+    }
+
+    /// The forms of the rows that the linears `role` read.
+    pub(super) fn row_formats(&self, role: LinearRole) -> Vec<RowFormat> {
+        let of_role = self.linears.iter().filter(|linear| linear.role == role);
+        of_role.map(|linear| linear.rows).collect()
     }
 
     pub(super) fn norm(&self, rows: RowFormat) -> Entry<RmsNormArgs> {
         // The norms of all roles' row formats are looked up in `find`.
         self.norms.iter().find(|(found, _)| *found == rows).expect("all formats have norms").1
+    }
+
+    pub(super) fn silu_and_mul(&self, rows: RowFormat) -> Entry<SiluAndMulArgs> {
+        // As above.
+        let found = self.silu_and_muls.iter().find(|(found, _)| *found == rows);
+        found.expect("all formats have kernels").1
     }
 
     /// Looks up everything `shape` needs on `target`.
@@ -117,17 +138,22 @@ impl Kernels {
         let mut lookup =
             Lookup { table, target, missing: Vec::new(), scratch_bytes: 0, used: Vec::new() };
         let mut linears = Vec::new();
-        let mut norms = Vec::new();
-        for role in ROLES {
-            let spec = shape.linear_kernel(role, options.activation)?;
-            let rows = shape.linear_rows(role, options.activation);
-            linears.push((role, lookup.linear(spec, rows)));
-            let reads_norm =
-                matches!(role, LinearRole::Qkv | LinearRole::GateUp | LinearRole::Head);
-            if reads_norm && !norms.iter().any(|(found, _)| *found == rows) {
-                let spec = KernelSpec::RmsNorm { hidden: shape.hidden_size, out: rows };
-                norms.push((rows, lookup.any(spec).map(rms_norm)));
+        for role in LinearRole::ALL {
+            for linear in shape.served_forms(role, options.activation) {
+                let rows = linear.row_format(options.activation);
+                linears.push(lookup.linear(role, linear.kernel(options.activation)?, rows));
             }
+        }
+        let rows_of = |roles: &[LinearRole]| row_formats(shape, options, roles);
+        let mut norms = Vec::new();
+        for out in rows_of(&[LinearRole::Qkv, LinearRole::GateUp, LinearRole::Head]) {
+            let spec = KernelSpec::RmsNorm { hidden: shape.hidden_size, out };
+            norms.push((out, lookup.any(spec).map(rms_norm)));
+        }
+        let mut silu_and_muls = Vec::new();
+        for out in rows_of(&[LinearRole::Down]) {
+            let spec = KernelSpec::SiluAndMul { intermediate: shape.intermediate_size, out };
+            silu_and_muls.push((out, lookup.any(spec).map(silu_and_mul)));
         }
         let small = SmallOps::find(&mut lookup, shape, options);
         lookup.finish(shape)?;
@@ -137,13 +163,13 @@ impl Kernels {
             target,
             scratch_bytes: lookup.scratch_bytes.max(64),
             used: lookup.used,
-            linears: linears.into_iter().map(|(role, l)| (role, l.expect(found))).collect(),
+            linears: linears.into_iter().map(|linear| linear.expect(found)).collect(),
             norms: norms.into_iter().map(|(rows, norm)| (rows, norm.expect(found))).collect(),
+            silu_and_muls: silu_and_muls.into_iter().map(|(r, s)| (r, s.expect(found))).collect(),
             embed: small.embed.expect(found),
             rope: small.rope.expect(found),
             decode: small.decode.expect(found),
             prefill: small.prefill.expect(found),
-            silu_and_mul: small.silu_and_mul.expect(found),
             quantize: small.quantize,
             sample: small.sample.expect(found),
         })
@@ -155,7 +181,6 @@ struct SmallOps {
     rope: Option<Entry<RopeArgs>>,
     decode: Option<Entry<PagedAttentionArgs>>,
     prefill: Option<Entry<PagedAttentionArgs>>,
-    silu_and_mul: Option<Entry<SiluAndMulArgs>>,
     quantize: Option<Entry<QuantizeArgs>>,
     sample: Option<Entry<SampleArgs>>,
 }
@@ -163,13 +188,11 @@ struct SmallOps {
 impl SmallOps {
     fn find(lookup: &mut Lookup<'_>, shape: &ModelShape, options: &CpuOptions) -> SmallOps {
         let attention = shape.paged_attention_kernel(options.kv_dtype);
-        let down_rows = shape.linear_rows(LinearRole::Down, options.activation);
-        let silu_and_mul_spec =
-            KernelSpec::SiluAndMul { intermediate: shape.intermediate_size, out: down_rows };
-        let quantize_spec = match shape.linear_rows(LinearRole::O, options.activation) {
+        let o_rows = row_formats(shape, options, &[LinearRole::O]);
+        let quantize_spec = o_rows.into_iter().find_map(|rows| match rows {
             RowFormat::F32 => None,
             RowFormat::I8 { group } => Some(KernelSpec::Quantize { k: shape.o.k, group }),
-        };
+        });
         let spec = KernelSpec::Embed { hidden: shape.hidden_size, dtype: shape.dtype };
         let sample_spec = KernelSpec::Sample { vocab: shape.vocab_size };
         SmallOps {
@@ -177,11 +200,20 @@ impl SmallOps {
             rope: lookup.any(shape.rope_kernel(options.kv_dtype)).map(rope),
             decode: lookup.regime(attention, RowRegime::One).map(paged_attention),
             prefill: lookup.regime(attention, RowRegime::Many).map(paged_attention),
-            silu_and_mul: lookup.any(silu_and_mul_spec).map(silu_and_mul),
             quantize: quantize_spec.and_then(|spec| lookup.any(spec)).map(quantize),
             sample: lookup.any(sample_spec).map(sample),
         }
     }
+}
+
+/// The forms of the rows that the linears `roles` read, each once.
+fn row_formats(
+    shape: &ModelShape,
+    options: &CpuOptions,
+    roles: &[LinearRole],
+) -> BTreeSet<RowFormat> {
+    let forms = roles.iter().flat_map(|role| shape.served_forms(*role, options.activation));
+    forms.map(|linear| linear.row_format(options.activation)).collect()
 }
 
 /// A kernel and its place in [`Kernels::used`].
@@ -249,7 +281,12 @@ impl Lookup<'_> {
         self.regime(spec, RowRegime::Any)
     }
 
-    fn linear(&mut self, spec: KernelSpec, rows: RowFormat) -> Option<LinearKernels> {
+    fn linear(
+        &mut self,
+        role: LinearRole,
+        spec: KernelSpec,
+        rows: RowFormat,
+    ) -> Option<LinearKernels> {
         let one = self.regime(spec, RowRegime::One);
         let few = self.regime(spec, RowRegime::Few);
         let many = self.regime(spec, RowRegime::Many);
@@ -272,7 +309,7 @@ impl Lookup<'_> {
             }
             _ => unreachable!("a linear is served by a matmul"),
         };
-        Some(LinearKernels { weights, cols: one.kernel.cols, rows, matmul })
+        Some(LinearKernels { role, weights, cols: one.kernel.cols, rows, matmul })
     }
 
     fn finish(&self, shape: &ModelShape) -> Result<(), Error> {

@@ -11,7 +11,7 @@ pub mod team;
 pub mod work;
 
 use bespoke_kernel_gen::model::ModelConfig;
-use bespoke_kernel_gen::spec::{ActivationType, DType, KvDType, LinearRole, ModelShape, RowFormat};
+use bespoke_kernel_gen::spec::{ActivationType, DType, KvDType, LinearRole, ModelShape};
 use bespoke_kernel_gen::target::Target;
 
 use buffers::Packed;
@@ -166,8 +166,13 @@ impl CpuBackend {
         Ok(self.meter.counts().map(usage).collect())
     }
 
-    fn pack(&mut self, role: LinearRole, source: &LinearSource<'_>) -> Result<Packed, Error> {
-        let linear = self.kernels.linear(role);
+    fn pack(
+        &mut self,
+        role: LinearRole,
+        kernels_idx: usize,
+        source: &LinearSource<'_>,
+    ) -> Result<Packed, Error> {
+        let linear = self.kernels.linears[kernels_idx];
         let shape = self.shape.linear(role);
         let panels = Panels {
             n: shape.n,
@@ -197,12 +202,13 @@ impl CpuBackend {
     ) -> Result<CpuLinear, Error> {
         let shape = self.shape.linear(role);
         assert_eq!((source.n(), source.k()), (shape.n, shape.k), "{role:?} has other sizes");
-        let packed = self.pack(role, source)?;
+        let kernels_idx = self.kernels.linear_idx(role, source.is_quantized());
+        let packed = self.pack(role, kernels_idx, source)?;
         let bias = match &source.bias {
             None => None,
             Some(bias) => Some(float_memory(bias, "a bias")?),
         };
-        let linear = CpuLinear { role, packed, bias };
+        let linear = CpuLinear { role, kernels_idx, packed, bias };
         self.weights_bytes += linear.bytes();
         Ok(linear)
     }
@@ -217,10 +223,6 @@ impl CpuBackend {
         let memory = float_memory(weight, "a norm")?;
         self.weights_bytes += memory.len();
         Ok(memory)
-    }
-
-    fn row_format(&self, role: LinearRole) -> RowFormat {
-        self.kernels.linear(role).rows
     }
 }
 

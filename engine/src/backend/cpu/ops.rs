@@ -159,7 +159,11 @@ impl Backend for CpuBackend {
     }
 
     fn new_input(&mut self, rows_max: usize, role: LinearRole) -> Result<CpuInput, Error> {
-        CpuInput::new(rows_max, self.shape.linear(role).k, self.row_format(role))
+        CpuInput::new(rows_max, self.shape.linear(role).k, &self.kernels.row_formats(role))
+    }
+
+    fn prepare_input(&self, weight: &CpuLinear, input: &mut CpuInput) {
+        input.set_format(self.kernels.linears[weight.kernels_idx].rows);
     }
 
     fn new_kv_cache(&mut self, num_pages: usize) -> Result<CpuKvCache, Error> {
@@ -259,7 +263,7 @@ impl Backend for CpuBackend {
 
     fn linear(&mut self, num_rows: usize, weight: &CpuLinear, x: &CpuInput, out: &mut CpuRows) {
         let shape = self.shape.linear(weight.role);
-        let kernels = self.kernels.linear(weight.role);
+        let kernels = self.kernels.linears[weight.kernels_idx];
         assert!(num_rows <= x.rows_max && num_rows <= out.rows_max);
         assert!(x.k == shape.k && x.format == kernels.rows && out.width == shape.n);
         let (rows, x, out) = (num_rows, x.rows_in(), out.data.ptr_mut());
@@ -366,7 +370,7 @@ impl Backend for CpuBackend {
         assert!(gate_up.width == 2 * out.k);
         let args =
             SiluAndMulArgs { rows: num_rows, gate_up: gate_up.data.ptr(), out: out.rows_out() };
-        let entry = self.kernels.silu_and_mul;
+        let entry = self.kernels.silu_and_mul(out.format);
         // SAFETY: both buffers hold the rows.
         unsafe { self.run_rows(num_rows, entry, &args) }
     }

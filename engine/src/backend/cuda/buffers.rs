@@ -8,6 +8,8 @@ use super::device::Address;
 #[derive(Clone, Copy, Debug)]
 pub struct CudaLinear {
     pub(super) role: LinearRole,
+    /// Place of its kernels among the model's.
+    pub(super) kernels_idx: usize,
     pub(super) weight: Address,
     /// Of AWQ weights.
     pub(super) scales: Address,

@@ -19,7 +19,7 @@ impl<K> Kernel<K> {
     }
 }
 
-/// The kernels of one linear, one for each of [`Regime::MATMUL`].
+/// The kernels of the linears of a role in one form, one for each of [`Regime::MATMUL`].
 pub(super) struct Linear<K> {
     role: LinearRole,
     pub(super) spec: Spec,
@@ -28,7 +28,8 @@ pub(super) struct Linear<K> {
 
 pub(super) struct Kernels<K> {
     pub(super) num_sms: usize,
-    linears: Vec<Linear<K>>,
+    /// Of all roles, each in all of its forms.
+    pub(super) linears: Vec<Linear<K>>,
     pub(super) embed: Kernel<K>,
     pub(super) rms_norm: Kernel<K>,
     pub(super) rope: Kernel<K>,
@@ -37,9 +38,6 @@ pub(super) struct Kernels<K> {
     pub(super) silu_and_mul: Kernel<K>,
     pub(super) sample: Kernel<K>,
 }
-
-const ROLES: [LinearRole; 5] =
-    [LinearRole::Qkv, LinearRole::O, LinearRole::GateUp, LinearRole::Down, LinearRole::Head];
 
 impl<K> Linear<K> {
     pub(super) fn of_rows(&self, rows: usize) -> &Kernel<K> {
@@ -66,9 +64,12 @@ impl<K> Kernels<K> {
             (shape.cuda_silu_and_mul(), Regime::Any),
             (shape.cuda_sample(), Regime::Any),
         ];
-        let linears =
-            ROLES.iter().map(|role| shape.cuda_linear(*role)).collect::<Result<Vec<_>, _>>()?;
-        let matmuls = linears.iter().flat_map(|spec| Regime::MATMUL.map(|regime| (*spec, regime)));
+        let mut linears = Vec::new();
+        for role in LinearRole::ALL {
+            linears.extend(shape.cuda_linear_forms(role)?.into_iter().map(|spec| (role, spec)));
+        }
+        let matmuls =
+            linears.iter().flat_map(|(_, spec)| Regime::MATMUL.map(|regime| (*spec, regime)));
         let variants = find(device, shape, small.into_iter().chain(matmuls))?;
         let loaded = device.load(&variants)?;
         let mut loaded = variants.into_iter().zip(loaded);
@@ -85,9 +86,8 @@ impl<K> Kernels<K> {
             prefill: next(),
             silu_and_mul: next(),
             sample: next(),
-            linears: ROLES
+            linears: linears
                 .into_iter()
-                .zip(linears)
                 .map(|(role, spec)| {
                     let regimes = Regime::MATMUL.iter().map(|_| next()).collect();
                     Linear { role, spec, regimes }
@@ -96,9 +96,16 @@ impl<K> Kernels<K> {
         })
     }
 
-    pub(super) fn linear(&self, role: LinearRole) -> &Linear<K> {
-        let found = self.linears.iter().find(|linear| linear.role == role);
-        found.expect("the kernels of every role were loaded")
+    /// What serves a linear whose weights are quantized or not: the kernels of that form where the
+    /// role has two, its only ones else.
+    pub(super) fn linear_idx(&self, role: LinearRole, is_quantized: bool) -> usize {
+        let of_role = |linear: &Linear<K>| linear.role == role;
+        let fits = |linear: &Linear<K>| {
+            of_role(linear) && matches!(linear.spec, Spec::AwqGemm(_)) == is_quantized
+        };
+        let idx = self.linears.iter().position(fits);
+        let idx = idx.or_else(|| self.linears.iter().position(of_role));
+        idx.expect("the kernels of every role were loaded")
     }
 
     /// A hash of the sources of all kernels.

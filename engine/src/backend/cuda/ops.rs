@@ -163,9 +163,9 @@ impl<D: Device> CudaBackend<D> {
         self.device.synchronize();
     }
 
-    fn pack(&self, role: LinearRole, source: &LinearSource<'_>) -> Result<AwqTiles, Error> {
+    fn pack(&self, kernels_idx: usize, source: &LinearSource<'_>) -> Result<AwqTiles, Error> {
         let num_threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        match self.kernels.linear(role).spec {
+        match self.kernels.linears[kernels_idx].spec {
             Spec::AwqGemm(AwqGemm { n, k, group, rows }) => {
                 pack::awq(source, &AwqLayout::new(n, k, group), rows, num_threads)
             }
@@ -262,7 +262,8 @@ impl<D: Device> Backend for CudaBackend<D> {
     ) -> Result<CudaLinear, Error> {
         let shape = self.shape.linear(role);
         assert_eq!((source.n(), source.k()), (shape.n, shape.k), "{role:?} has other sizes");
-        let packed = self.pack(role, source)?;
+        let kernels_idx = self.kernels.linear_idx(role, source.is_quantized());
+        let packed = self.pack(kernels_idx, source)?;
         let bias = match &source.bias {
             None => Address::NULL,
             Some(bias) => self.upload_floats(bias, "a bias")?,
@@ -272,7 +273,7 @@ impl<D: Device> Backend for CudaBackend<D> {
             true => Address::NULL,
             false => self.upload_weights(&packed.scales, "packed scales")?,
         };
-        Ok(CudaLinear { role, weight, scales, bias })
+        Ok(CudaLinear { role, kernels_idx, weight, scales, bias })
     }
 
     fn load_embedding(&mut self, source: &DenseView<'_>) -> Result<Address, Error> {
@@ -476,7 +477,7 @@ impl<D: Device> Backend for CudaBackend<D> {
             num_rows: num_rows as u32,
             pad: 0,
         };
-        let kernel = self.kernels.linear(weight.role).of_rows(num_rows);
+        let kernel = self.kernels.linears[weight.kernels_idx].of_rows(num_rows);
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }

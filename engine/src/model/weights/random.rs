@@ -34,8 +34,8 @@ impl RandomWeights {
     }
 
     /// A norm before the linear `role`: outputs of the linear have about unit variance.
-    fn norm(&self, random: &mut Random, role: LinearRole) -> Vec<f32> {
-        let linear = self.shape.linear(role);
+    fn norm(&self, random: &mut Random, role: LinearRole, layer_idx: usize) -> Vec<f32> {
+        let linear = self.shape.linear_in(role, layer_idx);
         let rms = match linear.format {
             WeightFormat::Dense(_) => DENSE_RMS,
             WeightFormat::Awq(_) => AWQ_RMS,
@@ -52,20 +52,20 @@ impl ModelWeights for RandomWeights {
     }
 
     fn final_norm(&self) -> Result<Vec<f32>, Error> {
-        Ok(self.norm(&mut self.random(2, 0), LinearRole::Head))
+        Ok(self.norm(&mut self.random(2, 0), LinearRole::Head, 0))
     }
 
     fn norms(&self, layer_idx: usize) -> Result<LayerNorms, Error> {
         let mut random = self.random(3, layer_idx);
-        let attention = self.norm(&mut random, LinearRole::Qkv);
-        let mlp = self.norm(&mut random, LinearRole::GateUp);
+        let attention = self.norm(&mut random, LinearRole::Qkv, layer_idx);
+        let mlp = self.norm(&mut random, LinearRole::GateUp, layer_idx);
         let mut head = || (0..self.shape.head_dim).map(|_| 0.5 + random.unit()).collect();
         let qk = self.shape.qk_norm.then(|| (head(), head()));
         Ok(LayerNorms { attention, mlp, qk })
     }
 
     fn linear(&self, role: LinearRole, layer_idx: usize) -> Result<LinearTensors, Error> {
-        let linear = self.shape.linear(role);
+        let linear = self.shape.linear_in(role, layer_idx);
         let (n, k) = (linear.n, linear.k);
         let mut random = self.random(4 + role as u64, layer_idx);
         let part = match linear.format {
