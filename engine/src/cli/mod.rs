@@ -6,6 +6,8 @@ mod chat;
 mod console;
 mod doctor;
 mod elf;
+mod eval;
+mod export;
 mod generate;
 mod grammar;
 mod import;
@@ -71,12 +73,14 @@ enum Command {
     Quickstart(quickstart::Args),
     Pull(pull::Args),
     Import(import::Args),
+    Export(export::Args),
     Quantize(quantize::Args),
     Generate(generate::Args),
     #[cfg(feature = "chat")]
     Chat(chat::Args),
     Logits(logits::Args),
     Perplexity(perplexity::Args),
+    Eval(eval::Args),
     Bench(bench::Args),
     #[cfg(feature = "server")]
     Serve(serve::Args),
@@ -107,12 +111,14 @@ where
         Command::Quickstart(args) => quickstart::run(&args, console),
         Command::Pull(args) => pull::run(&args, console),
         Command::Import(args) => import::run(&args, console),
+        Command::Export(args) => export::run(&args, console),
         Command::Quantize(args) => quantize::run(&args, console),
         Command::Generate(args) => generate::run(&args, console),
         #[cfg(feature = "chat")]
         Command::Chat(args) => chat::run(&args, console),
         Command::Logits(args) => logits::run(&args, console),
         Command::Perplexity(args) => perplexity::run(&args, console),
+        Command::Eval(args) => eval::run(&args, console),
         Command::Bench(args) => bench::run(&args, console),
         #[cfg(feature = "server")]
         Command::Serve(args) => serve::run(&args, console),
