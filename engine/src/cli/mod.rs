@@ -4,6 +4,7 @@ mod bench;
 #[cfg(feature = "chat")]
 mod chat;
 mod console;
+mod dequantize;
 mod doctor;
 mod elf;
 mod eval;
@@ -88,6 +89,8 @@ enum Command {
     Verify(verify::Args),
     Tune(tune::Args),
     Doctor(doctor::Args),
+    #[command(hide = true)]
+    Dequantize(dequantize::Args),
     #[cfg(feature = "server")]
     #[command(hide = true)]
     ProbeTemplate(probation::Args),
@@ -126,6 +129,7 @@ where
         Command::Verify(args) => verify::run(&args, console),
         Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
+        Command::Dequantize(args) => dequantize::run(&args, console),
         #[cfg(feature = "server")]
         Command::ProbeTemplate(args) => probation::run(&args),
     })
