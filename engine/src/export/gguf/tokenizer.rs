@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use bespoke_kernel_gen::model::ModelConfig;
-use serde_json::{Map, Value as Json};
+use serde_json::Value as Json;
 
 use super::writer::{Entry, Meta};
 use crate::error::Error;
@@ -25,7 +25,7 @@ pub(super) fn metadata(
 ) -> Result<Vec<Entry>, Error> {
     let tokenizer = Tokenizer::load(dir)?;
     tokenizer.check_vocab_size(config.vocab_size)?;
-    let file = File::read(dir)?;
+    let file = TokenizerFile::read(dir)?;
     let (tokens, types) = file.tokens(config.vocab_size, notes)?;
     let settings = read_object(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
     let mut entries = vec![
@@ -115,18 +115,18 @@ impl Around {
 }
 
 /// `tokenizer.json`
-struct File<'a> {
+struct TokenizerFile<'a> {
     dir: &'a Path,
     json: Json,
 }
 
-impl File<'_> {
-    fn read(dir: &Path) -> Result<File<'_>, Error> {
+impl TokenizerFile<'_> {
+    fn read(dir: &Path) -> Result<TokenizerFile<'_>, Error> {
         let path = dir.join("tokenizer.json");
         let bytes = read_limited(&path, TOKENIZER_BYTES_MAX)?.unwrap_or_default();
         let json: Json =
             serde_json::from_slice(&bytes).map_err(|e| Error::model(&path, e.to_string()))?;
-        let file = File { dir, json };
+        let file = TokenizerFile { dir, json };
         let model = &file.json["model"];
         let is_empty = |value: &Json| value.is_null() || value == "";
         let is_plain = model["type"] == "BPE"
@@ -177,10 +177,10 @@ impl File<'_> {
             Ok(())
         };
         let mut num_special = 0;
-        for (text, id) in self.json["model"]["vocab"].as_object().unwrap_or(&Map::new()) {
+        for (text, id) in self.json["model"]["vocab"].as_object().into_iter().flatten() {
             set(id, text, TYPE_NORMAL)?;
         }
-        for token in self.json["added_tokens"].as_array().unwrap_or(&Vec::new()) {
+        for token in self.json["added_tokens"].as_array().into_iter().flatten() {
             let Some(text) = token["content"].as_str() else { continue };
             let is_special = token["special"] == true;
             set(&token["id"], text, if is_special { TYPE_CONTROL } else { TYPE_USER_DEFINED })?;
