@@ -385,7 +385,7 @@ fn what_gguf_cannot_say_is_refused() {
     place.edit("config.json", |config| {
         config["use_sliding_window"] = json!(true);
         config["sliding_window"] = json!(16);
-        config["max_window_layers"] = json!(0);
+        config["layer_types"] = json!(["sliding_attention", "sliding_attention"]);
     });
     assert!(place.refusal().contains("sliding_window"));
     let place = Place::new("llama-gqa2");

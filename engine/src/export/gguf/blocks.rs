@@ -196,13 +196,13 @@ mod tests {
     fn q4_1_is_off_by_what_it_says() {
         let (found, expected, rounding) = round_trip(BlockFormat::Q4_1);
         let linear = linear();
-        let (mut error_max, mut num_wrong) = (0.0f64, 0);
+        let (mut error_max, mut num_wrong) = (0.0f64, 0u64);
         for (idx, (found, expected)) in found.iter().zip(&expected).enumerate() {
             let (row, group) = (idx / linear.k, idx % linear.k / linear.group);
             let scale = linear.scales[group * PACK + row].to_f32();
             let error = f64::from((found - expected).abs() / scale);
             error_max = error_max.max(error);
-            num_wrong += usize::from(idx % linear.group == 0 && error > 1e-5);
+            num_wrong += u64::from(idx % linear.group == 0 && error > 1e-5);
         }
         assert_eq!(rounding.num_groups, 128);
         assert_eq!(rounding.num_rounded, num_wrong, "groups with a wrong first value");

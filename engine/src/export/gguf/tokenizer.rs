@@ -168,28 +168,27 @@ impl TokenizerFile<'_> {
         vocab_size: usize,
         notes: &mut Vec<String>,
     ) -> Result<(Vec<String>, Vec<i32>), Error> {
+        let vocab = self.json["model"]["vocab"].as_object().into_iter().flatten();
+        let vocab = vocab.map(|(text, id)| (id, text.as_str(), TYPE_NORMAL));
+        let added = || self.json["added_tokens"].as_array().into_iter().flatten();
+        let specials = added().filter_map(|token| {
+            let is_special = token["special"] == true;
+            let kind = if is_special { TYPE_CONTROL } else { TYPE_USER_DEFINED };
+            Some((&token["id"], token["content"].as_str()?, kind))
+        });
         let mut all: Vec<Option<(&str, i64)>> = vec![None; vocab_size];
-        let mut set = |id: &Json, text: &str, kind| -> Result<(), Error> {
+        for (id, text, kind) in vocab.chain(specials) {
             let place = id.as_u64().and_then(|id| all.get_mut(usize::try_from(id).ok()?));
             // NOTE: the loader has compared the largest id with the vocabulary.
             let place = place.ok_or_else(|| self.error(&format!("token {text:?} has id {id}")))?;
             *place = Some((text, kind));
-            Ok(())
-        };
-        let mut num_special = 0;
-        for (text, id) in self.json["model"]["vocab"].as_object().into_iter().flatten() {
-            set(id, text, TYPE_NORMAL)?;
         }
-        for token in self.json["added_tokens"].as_array().into_iter().flatten() {
-            let Some(text) = token["content"].as_str() else { continue };
-            let is_special = token["special"] == true;
-            set(&token["id"], text, if is_special { TYPE_CONTROL } else { TYPE_USER_DEFINED })?;
-            let flags = ["lstrip", "rstrip", "single_word"];
-            num_special += usize::from(flags.iter().any(|flag| token[flag] == true));
-        }
-        if num_special > 0 {
+        let flags = ["lstrip", "rstrip", "single_word"];
+        let is_choosy = |token: &&Json| flags.iter().any(|flag| token[flag] == true);
+        let num_choosy = added().filter(is_choosy).count();
+        if num_choosy > 0 {
             notes.push(format!(
-                "{num_special} tokens take the spaces beside them or want to stand alone, which \
+                "{num_choosy} tokens take the spaces beside them or want to stand alone, which \
                  GGUF cannot say"
             ));
         }
