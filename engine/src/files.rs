@@ -1,7 +1,8 @@
 //! Files and folders that appear whole under their name, or not at all.
 //!
 //! [`StagedDir`] collects files in a temporary folder beside the target and renames it once at the
-//! end. A lock on a sidecar file tells a temporary folder in use from one left by a killed process.
+//! end; [`StagedFile`] does so with one file. A lock on a sidecar file tells what is in use from what
+//! a killed process left.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
@@ -94,21 +95,64 @@ impl Drop for StagedDir {
     }
 }
 
+/// A file under construction, as [`StagedDir`] is for folders.
+pub struct StagedFile {
+    target: PathBuf,
+    temp: PathBuf,
+    if_exists: IfExists,
+    // Held until the temporary file is gone or renamed.
+    lock: SidecarLock,
+}
+
+impl StagedFile {
+    /// Reserves the name of the temporary file, which the caller creates, and removes what killed
+    /// processes left there.
+    pub fn create(target: &Path, if_exists: IfExists) -> Result<StagedFile, Error> {
+        if if_exists == IfExists::Refuse {
+            refuse_existing(target)?;
+        }
+        if target.is_dir() {
+            return Err(Error::Request(format!(
+                "{}: is a folder; give the name of a file",
+                target.display()
+            )));
+        }
+        let (parent, name) = split_target(target)?;
+        fs::create_dir_all(&parent).map_err(|e| Error::io(&parent, e))?;
+        remove_stale(&parent, &temp_prefix(&name))?;
+        let (temp, lock) = reserve_temp(&parent, &name)?;
+        Ok(StagedFile { target: target.to_owned(), temp, if_exists, lock })
+    }
+
+    /// The temporary file.
+    pub fn path(&self) -> &Path {
+        &self.temp
+    }
+
+    /// Gives the file, which is whole and durable, its name.
+    pub fn commit(self) -> Result<(), Error> {
+        if self.if_exists == IfExists::Refuse {
+            refuse_existing(&self.target)?;
+        }
+        rename(&self.temp, &self.target)?;
+        let (parent, _) = split_target(&self.target)?;
+        sync_dir(&parent)
+    }
+}
+
+impl Drop for StagedFile {
+    fn drop(&mut self) {
+        // As for a folder: after a commit the temporary name is gone.
+        let _ = fs::remove_file(&self.temp);
+        let _ = fs::remove_file(&self.lock.path);
+    }
+}
+
 /// Writes one small file so that `path` holds either its old or its whole new content.
 pub fn write_file(path: &Path, content: &[u8], if_exists: IfExists) -> Result<(), Error> {
-    if if_exists == IfExists::Refuse {
-        refuse_existing(path)?;
-    }
-    let (parent, name) = split_target(path)?;
-    fs::create_dir_all(&parent).map_err(|e| Error::io(&parent, e))?;
-    remove_stale(&parent, &temp_prefix(&name))?;
-    let (temp, lock) = reserve_temp(&parent, &name)?;
-    let written = write_durable(&temp, content).and_then(|()| rename(&temp, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&temp);
-    }
-    let _ = fs::remove_file(&lock.path);
-    written.and_then(|()| sync_dir(&parent))
+    let staged = StagedFile::create(path, if_exists)?;
+    write_durable(staged.path(), content)?;
+    staged.commit()
 }
 
 /// Creates a new file with `content` and makes it durable; a full disk says how much was needed.

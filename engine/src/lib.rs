@@ -10,6 +10,8 @@ pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod eval;
+pub mod export;
 mod fault;
 pub mod files;
 pub mod grammar;

@@ -67,7 +67,7 @@ fn check(num_tokens: usize, ctx: usize, max_context: usize) -> Result<(), Error>
 }
 
 /// `−ln softmax(logits)[token]`
-fn negative_log_likelihood(logits: &[f32], token: u32) -> f64 {
+pub(crate) fn negative_log_likelihood(logits: &[f32], token: u32) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|logit| f64::from((logit - max).exp())).sum();
     f64::from(max) + sum.ln() - f64::from(logits[token as usize])

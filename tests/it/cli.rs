@@ -1,6 +1,8 @@
 //! The command line, run inside the test's process.
 
 mod bench;
+mod eval;
+mod export;
 
 use std::fs;
 use std::io::{self, Write};
@@ -100,11 +102,13 @@ fn helps() {
         "quickstart",
         "pull",
         "import",
+        "export",
         "quantize",
         "generate",
         "chat",
         "logits",
         "perplexity",
+        "eval",
         "bench",
         "kernels",
     ] {

@@ -8,6 +8,10 @@ mod cli;
 mod codegen;
 /// Requests, scheduling and sampling.
 mod engine;
+/// Multiple-choice questions.
+mod eval;
+/// GGUF files that are written.
+mod export;
 /// Tiny models and SmolLM2 against reference results computed elsewhere.
 mod golden;
 /// GGUF files, the Hub, packages and the model cache.

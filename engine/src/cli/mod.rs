@@ -4,8 +4,11 @@ mod bench;
 #[cfg(feature = "chat")]
 mod chat;
 mod console;
+mod dequantize;
 mod doctor;
 mod elf;
+mod eval;
+mod export;
 mod generate;
 mod grammar;
 mod import;
@@ -71,12 +74,14 @@ enum Command {
     Quickstart(quickstart::Args),
     Pull(pull::Args),
     Import(import::Args),
+    Export(export::Args),
     Quantize(quantize::Args),
     Generate(generate::Args),
     #[cfg(feature = "chat")]
     Chat(chat::Args),
     Logits(logits::Args),
     Perplexity(perplexity::Args),
+    Eval(eval::Args),
     Bench(bench::Args),
     #[cfg(feature = "server")]
     Serve(serve::Args),
@@ -84,6 +89,8 @@ enum Command {
     Verify(verify::Args),
     Tune(tune::Args),
     Doctor(doctor::Args),
+    #[command(hide = true)]
+    Dequantize(dequantize::Args),
     #[cfg(feature = "server")]
     #[command(hide = true)]
     ProbeTemplate(probation::Args),
@@ -107,12 +114,14 @@ where
         Command::Quickstart(args) => quickstart::run(&args, console),
         Command::Pull(args) => pull::run(&args, console),
         Command::Import(args) => import::run(&args, console),
+        Command::Export(args) => export::run(&args, console),
         Command::Quantize(args) => quantize::run(&args, console),
         Command::Generate(args) => generate::run(&args, console),
         #[cfg(feature = "chat")]
         Command::Chat(args) => chat::run(&args, console),
         Command::Logits(args) => logits::run(&args, console),
         Command::Perplexity(args) => perplexity::run(&args, console),
+        Command::Eval(args) => eval::run(&args, console),
         Command::Bench(args) => bench::run(&args, console),
         #[cfg(feature = "server")]
         Command::Serve(args) => serve::run(&args, console),
@@ -120,6 +129,7 @@ where
         Command::Verify(args) => verify::run(&args, console),
         Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
+        Command::Dequantize(args) => dequantize::run(&args, console),
         #[cfg(feature = "server")]
         Command::ProbeTemplate(args) => probation::run(&args),
     })

@@ -31,7 +31,7 @@ use crate::batch::{Batch, BatchLimits};
 use crate::error::Error;
 use crate::grammar::GrammarState;
 use crate::kernels::abi::LogitStats;
-use crate::kv_cache::{Keep, Page, PageCounts, PagePool, num_pages};
+use crate::kv_cache::{Keep, Namespace, Page, PageCounts, PagePool, num_pages};
 use crate::model::decoder::{AnyDecoder, Decoder};
 use crate::model::rope::Rope;
 use crate::request::{Generation, Request, RequestId, RequestOutput, check_prompt};
@@ -213,7 +213,8 @@ impl Engine {
         self.logits_of(ids, 0..ids.len(), sink)
     }
 
-    /// As [`Engine::logits`] for the positions `wanted` alone.
+    /// As [`Engine::logits`] for the positions `wanted` alone. With a prefix cache, full pages before
+    /// them that an earlier call or a request computed are not computed again.
     pub fn logits_of(
         &mut self,
         ids: &[u32],
@@ -228,24 +229,43 @@ impl Engine {
                 self.max_context
             )));
         }
-        let num_needed = num_pages(ids.len(), self.shape.page_size);
-        let mut pages = Vec::new();
-        if self.pool.num_available() < num_needed {
+        let mut sequence = self.find_prefix(ids, wanted.start);
+        let first = sequence.num_computed;
+        let mut copies = Vec::new();
+        if !sequence.reserve_pages(0, &mut self.pool, &mut copies) {
             return Err(Error::Resources(format!(
-                "{} tokens take {num_needed} pages of the KV cache, {} of {} are free",
+                "{} tokens take {} pages of the KV cache, {} of {} are free",
                 ids.len(),
+                num_pages(ids.len(), self.shape.page_size),
                 self.pool.num_available(),
                 self.pool.num_pages()
             )));
         }
-        pages.extend((0..num_needed).filter_map(|_| self.pool.allocate()));
         let rows_max = on_decoder!(&self.model, decoder => decoder.limits().rows_max);
-        for first in (0..ids.len()).step_by(rows_max) {
-            let positions = first..ids.len().min(first + rows_max);
-            self.logits_of_chunk(ids, positions, &wanted, &pages, sink);
+        for start in (first..ids.len()).step_by(rows_max) {
+            let positions = start..ids.len().min(start + rows_max);
+            self.batch.clear();
+            self.batch.copies.append(&mut copies);
+            self.logits_of_chunk(ids, positions, &wanted, &sequence.pages, sink);
         }
-        pages.into_iter().for_each(|page| self.pool.release(page, Keep::Nothing));
+        sequence.num_computed = ids.len();
+        sequence.register_pages(first, &mut self.pool);
+        sequence.release_pages(&mut self.pool, Keep::Nothing);
         Ok(())
+    }
+
+    /// A sequence of `ids` with the pages that hold its beginning, as far as position
+    /// `first_wanted`, which is left to be computed.
+    fn find_prefix(&mut self, ids: &[u32], first_wanted: usize) -> Sequence {
+        let (known, rest) = ids.split_at(first_wanted.min(ids.len() - 1) + 1);
+        let mut sequence = Sequence::new(RequestId(self.next_id), known.to_vec(), ids.len());
+        if self.uses_prefixes {
+            let variant = self.rope.variant(ids.len());
+            sequence.find_in(self.pool.root_hash(Namespace::default(), variant));
+            sequence.find_pages(&mut self.pool);
+        }
+        sequence.tokens.extend_from_slice(rest);
+        sequence
     }
 
     fn logits_of_chunk(
@@ -257,7 +277,6 @@ impl Engine {
         sink: &mut dyn FnMut(usize, &[f32]),
     ) {
         let batch = &mut self.batch;
-        batch.clear();
         append_span(batch, ids, positions.clone(), pages, self.shape.page_size);
         self.rope.fill(batch, &[ids.len()]);
         let rows = positions.filter(|position| wanted.contains(position));

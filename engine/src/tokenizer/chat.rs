@@ -1,7 +1,7 @@
 //! Chat templates: Jinja as Hugging Face tokenizers render it, from strangers' files, with limits.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
@@ -148,20 +148,29 @@ impl ChatTemplate {
         config: Option<&Map<String, Json>>,
     ) -> Result<Option<ChatTemplate>, Error> {
         let tokens = config.map(named_tokens).unwrap_or_default();
+        match ChatTemplate::source(dir, config)? {
+            Some((path, source)) => ChatTemplate::new(&path, &source, tokens).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The text of that template, and the file it stands in.
+    pub(crate) fn source(
+        dir: &Path,
+        config: Option<&Map<String, Json>>,
+    ) -> Result<Option<(PathBuf, String)>, Error> {
         let path = dir.join("chat_template.jinja");
         if let Some(bytes) = read_limited(&path, TEMPLATE_BYTES_MAX as u64)? {
             let source = String::from_utf8(bytes)
                 .map_err(|_| Error::model(&path, "the template is not valid UTF-8"))?;
-            return ChatTemplate::new(&path, &source, tokens).map(Some);
+            return Ok(Some((path, source)));
         }
         let path = dir.join("tokenizer_config.json");
         let Some(value) = config.and_then(|object| object.get("chat_template")) else {
             return Ok(None);
         };
-        match select(value).map_err(|message| Error::model(&path, message))? {
-            Some(source) => ChatTemplate::new(&path, source, tokens).map(Some),
-            None => Ok(None),
-        }
+        let source = select(value).map_err(|message| Error::model(&path, message))?;
+        Ok(source.map(|source| (path, source.to_owned())))
     }
 
     /// Compiles `source`, which came from the file `path`. `tokens` are variables of the template,
@@ -331,7 +340,7 @@ fn select(value: &Json) -> Result<Option<&str>, String> {
 }
 
 /// The text of a token in `tokenizer_config.json`: a string, or an object with `content`.
-pub(super) fn token_text(value: &Json) -> Option<&str> {
+pub(crate) fn token_text(value: &Json) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
 

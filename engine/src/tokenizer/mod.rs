@@ -193,7 +193,7 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer, Error> {
 }
 
 /// The bytes of a file of at most `bytes_max`, or `None` where there is no such file.
-fn read_limited(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, Error> {
+pub(crate) fn read_limited(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, Error> {
     let file = match fs::File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -209,7 +209,7 @@ fn read_limited(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, Error> {
 }
 
 /// A JSON file that holds one object, or `None` where there is no such file.
-fn read_object(path: &Path) -> Result<Option<serde_json::Map<String, Value>>, Error> {
+pub(crate) fn read_object(path: &Path) -> Result<Option<serde_json::Map<String, Value>>, Error> {
     let Some(bytes) = read_limited(path, CONFIG_BYTES_MAX)? else { return Ok(None) };
     match serde_json::from_slice(&bytes) {
         Ok(Value::Object(object)) => Ok(Some(object)),

@@ -24,6 +24,10 @@ import unittest
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import python_environment  # noqa: E402
+
 VENV = ROOT / "target" / "server-python"
 KEY = "schemathesis-key-5b2e8a91"
 
@@ -46,27 +50,14 @@ def arguments():
     return parser.parse_args()
 
 
-def enter_venv():
-    """Goes on in the virtual environment, which is made where it is not there."""
-    python = VENV / "bin/python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
-    if pathlib.Path(sys.prefix) == VENV:
-        return
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-r", HERE / "requirements.txt"], check=True)
-    os.execv(python, [python, *sys.argv])
-
-
 def model_folder(chosen):
     """SmolLM2 in the model cache, as the quick start leaves it there."""
     if chosen is not None:
         return chosen.resolve()
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    home = os.environ.get("BESPOKE_HOME") or pathlib.Path(cache) / "bespoke"
-    folder = pathlib.Path(home) / "models" / "smollm2-135m-rtn-g64"
-    if not folder.is_dir():
-        sys.exit(f"no model in {folder}; `cargo run --release -- quickstart` puts it there")
+    name = "smollm2-135m-rtn-g64"
+    folder = python_environment.model_folder(name)
+    if folder is None:
+        sys.exit(f"no model {name} in the cache; `cargo run --release -- quickstart` puts it there")
     return folder
 
 
@@ -182,7 +173,7 @@ def schemathesis_command(server, options):
 def main():
     """Runs what the command line asks for."""
     options = arguments()
-    enter_venv()
+    python_environment.enter("server-python", "-r", HERE / "requirements.txt")
     # Whoever ends the run ends its servers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.insert(0, str(HERE))

@@ -80,6 +80,11 @@ impl BlockFormat {
         self.row().1
     }
 
+    /// The GGML type id.
+    pub fn id(self) -> u32 {
+        self.row().2
+    }
+
     /// Weights a block holds.
     pub fn elements(self) -> usize {
         self.row().3

@@ -3,7 +3,8 @@
 mod dequantize;
 mod reader;
 mod sizes;
-mod tokenizer;
+pub(crate) mod split;
+pub(crate) mod tokenizer;
 mod weights;
 
 use std::fs::File;

@@ -6,45 +6,15 @@ use std::io::{Read, Seek};
 use serde_json::{Map, Value as Json, json};
 
 use super::reader::{Gguf, Value};
+use super::split::{SPLITS, Split, byte_level};
 use crate::error::Error;
 
 /// Token types of GGUF.
-const TYPE_NORMAL: i64 = 1;
-const TYPE_CONTROL: i64 = 3;
-const TYPE_USER_DEFINED: i64 = 4;
-
-/// The split of GPT-4's tokenizer; `{digits}` is how many digits stay together.
-const LLAMA3_SPLIT: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\
-    \\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
-const QWEN2_SPLIT: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\
-    \\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
-
-/// How text is cut before byte-pair merging.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Split {
-    /// The byte-level rule of GPT-2.
-    Gpt2,
-    /// Every digit alone, then the rule of GPT-2.
-    DigitsThenGpt2,
-    Llama3,
-    Qwen2,
-}
-
-/// `tokenizer.ggml.pre`, its split, and whether a whole word in the vocabulary skips merging.
-const SPLITS: [(&str, Split, bool); 12] = [
-    ("gpt-2", Split::Gpt2, false),
-    ("default", Split::Gpt2, false),
-    ("smollm", Split::DigitsThenGpt2, false),
-    ("llama-bpe", Split::Llama3, true),
-    ("llama3", Split::Llama3, true),
-    ("llama-v3", Split::Llama3, true),
-    ("dbrx", Split::Llama3, false),
-    ("smaug-bpe", Split::Llama3, false),
-    ("qwen2", Split::Qwen2, false),
-    ("deepseek-r1-qwen", Split::Qwen2, false),
-    ("megrez", Split::Qwen2, false),
-    ("hunyuan", Split::Qwen2, false),
-];
+pub(crate) const TYPE_NORMAL: i64 = 1;
+pub(crate) const TYPE_CONTROL: i64 = 3;
+pub(crate) const TYPE_USER_DEFINED: i64 = 4;
+/// Fills the vocabulary up to the rows of the embedding.
+pub(crate) const TYPE_UNUSED: i64 = 5;
 
 /// What the file says about its tokenizer, checked.
 pub(super) struct Vocabulary<'a> {
@@ -86,6 +56,7 @@ impl<'a> Vocabulary<'a> {
                 )));
             }
         };
+        let tokens = &tokens[..num_known(tokens, &types)];
         let merges = strings(gguf, "tokenizer.ggml.merges")?;
         let (split, ignore_merges) = split(gguf)?;
         let special = |key: &str| token_id(gguf, &format!("tokenizer.ggml.{key}"), tokens.len());
@@ -145,8 +116,8 @@ impl<'a> Vocabulary<'a> {
             "truncation": null,
             "padding": null,
             "added_tokens": self.added_tokens(),
-            "normalizer": self.normalizer(),
-            "pre_tokenizer": self.pre_tokenizer(),
+            "normalizer": self.split.normalizer(),
+            "pre_tokenizer": self.split.pre_tokenizer(),
             "post_processor": self.post_processor(),
             "decoder": byte_level(true),
             "model": {
@@ -223,42 +194,6 @@ impl<'a> Vocabulary<'a> {
             .collect()
     }
 
-    fn normalizer(&self) -> Json {
-        match self.split {
-            Split::Qwen2 => json!({"type": "NFC"}),
-            _ => Json::Null,
-        }
-    }
-
-    fn pre_tokenizer(&self) -> Json {
-        let by_regex = |pattern: &str| {
-            json!({
-                "type": "Sequence",
-                "pretokenizers": [
-                    {
-                        "type": "Split",
-                        "pattern": {"Regex": pattern},
-                        "behavior": "Isolated",
-                        "invert": false,
-                    },
-                    byte_level(false),
-                ],
-            })
-        };
-        match self.split {
-            Split::Gpt2 => byte_level(true),
-            Split::DigitsThenGpt2 => json!({
-                "type": "Sequence",
-                "pretokenizers": [
-                    {"type": "Digits", "individual_digits": true},
-                    byte_level(true),
-                ],
-            }),
-            Split::Llama3 => by_regex(LLAMA3_SPLIT),
-            Split::Qwen2 => by_regex(QWEN2_SPLIT),
-        }
-    }
-
     fn post_processor(&self) -> Json {
         let Some(id) = self.bos.filter(|_| self.add_bos) else { return Json::Null };
         let token = &self.tokens[id as usize];
@@ -273,13 +208,19 @@ impl<'a> Vocabulary<'a> {
     }
 }
 
-fn byte_level(use_regex: bool) -> Json {
-    json!({
-        "type": "ByteLevel",
-        "add_prefix_space": false,
-        "trim_offsets": true,
-        "use_regex": use_regex,
-    })
+/// Tokens before the fillers at the end, which are in GGUF because it wants one for every row of
+/// the embedding.
+fn num_known(tokens: &[String], types: &[i64]) -> usize {
+    let fillers = tokens.iter().zip(types).enumerate().rev();
+    let num_fillers = fillers
+        .take_while(|(id, (token, kind))| **kind == TYPE_UNUSED && **token == filler(*id))
+        .count();
+    tokens.len() - num_fillers
+}
+
+/// The text of the unused token `id`.
+pub(crate) fn filler(id: usize) -> String {
+    format!("[PAD{id}]")
 }
 
 /// Only byte-level byte-pair tokenizers can be rebuilt.

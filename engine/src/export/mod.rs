@@ -1,0 +1,3 @@
+//! Models as files of other programs.
+
+pub mod gguf;
