@@ -7,6 +7,7 @@ mod repack;
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 use bespoke_kernel_gen::model::{Architecture, ModelConfig, Packing};
 use bespoke_kernel_gen::spec::{DType, LinearRole, LinearShape, ModelShape, WeightFormat};
@@ -28,6 +29,8 @@ pub struct Weights<'a> {
     checkpoint: Checkpoint,
     config: &'a ModelConfig,
     shape: &'a ModelShape,
+    /// An embedding that is the head too, once it was read: it is large, and wanted twice.
+    tied: OnceLock<DenseTensor>,
 }
 
 /// What a decoder is loaded from, part by part.
@@ -73,12 +76,12 @@ enum PartTensors {
 }
 
 /// A dense matrix, read into memory.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DenseTensor {
     n: usize,
     k: usize,
     dtype: DType,
-    bytes: Vec<u8>,
+    bytes: Arc<Vec<u8>>,
 }
 
 /// A stretch of a linear's outputs that is one module of the checkpoint.
@@ -109,7 +112,7 @@ impl<'a> Weights<'a> {
         shape: &'a ModelShape,
     ) -> Result<Weights<'a>, Error> {
         let checkpoint = Checkpoint::open(dir)?;
-        let weights = Weights { checkpoint, config, shape };
+        let weights = Weights { checkpoint, config, shape, tied: OnceLock::new() };
         weights.check_groups()?;
         weights.check_tensors()?;
         Ok(weights)
@@ -154,8 +157,16 @@ impl<'a> Weights<'a> {
     }
 
     fn read_dense(&self, name: &str, n: usize, k: usize) -> Result<DenseTensor, Error> {
+        let is_tied = self.config.tie_word_embeddings && name == self.embedding_name();
+        if let Some(tied) = self.tied.get().filter(|_| is_tied) {
+            return Ok(tied.clone());
+        }
         let dtype = dtype_of(&self.checkpoint, name)?;
-        Ok(DenseTensor { n, k, dtype, bytes: self.checkpoint.read(name)? })
+        let tensor = DenseTensor { n, k, dtype, bytes: Arc::new(self.checkpoint.read(name)?) };
+        match is_tied {
+            true => Ok(self.tied.get_or_init(|| tensor).clone()),
+            false => Ok(tensor),
+        }
     }
 
     /// A small tensor in float32; its values must be finite.

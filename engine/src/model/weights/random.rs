@@ -1,6 +1,8 @@
 //! Random weights in a model's shapes: for measuring speed where there is no checkpoint, and for
 //! comparing backends. What a model says with them means nothing.
 
+use std::sync::Arc;
+
 use bespoke_kernel_gen::spec::{DType, LinearRole, ModelShape, WeightFormat};
 use half::{bf16, f16};
 
@@ -132,7 +134,7 @@ fn dense(random: &mut Random, n: usize, k: usize, dtype: DType) -> Result<DenseT
         }
         row[..size].copy_from_slice(&elements[2 * LEVEL_MAX as usize][..size]);
     }
-    Ok(DenseTensor { n, k, dtype, bytes })
+    Ok(DenseTensor { n, k, dtype, bytes: Arc::new(bytes) })
 }
 
 /// Random numbers by SplitMix64.
