@@ -69,9 +69,16 @@ def theirs(options, path):
     from cyllama.llama import llama_cpp as llama
     import numpy as np
 
+    class Model(llama.LlamaModel):
+        """With what this version of cyllama reads of a model and does not give it."""
+
+        @property
+        def n_vocab(self):
+            return self.get_vocab().n_vocab
+
     llama.disable_logging()
     llama.llama_backend_init()
-    model = llama.LlamaModel(str(path))
+    model = Model(str(path))
     params = llama.LlamaContextParams()
     params.n_ctx = params.n_batch = params.n_ubatch = options.ctx
     params.n_threads = params.n_threads_batch = options.threads
