@@ -3,10 +3,21 @@
 //! [`rtn`] rounds every weight to the nearest step of its group. One tensor is in memory at a
 //! time.
 
+mod activations;
 pub mod awq_format;
 pub mod checkpoint;
+mod gram;
+mod grid;
+mod group;
+mod layer_builder;
+pub mod layer_pass;
+mod layer_runner;
+mod linalg;
 pub mod quantized_layer;
+mod rounding;
 pub mod rtn;
+mod scales;
+mod streams;
 
 use std::collections::BTreeMap;
 use std::fs;
