@@ -1,12 +1,14 @@
 //! Round-to-nearest quantization of whole folders, against a naive computation.
 
+mod awq;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use bespoke::files::IfExists;
 use bespoke::quantize::awq_format::{pack, unpack};
-use bespoke::quantize::{RtnOptions, rtn};
+use bespoke::quantize::{RtnOptions, SHARD_BYTES_MAX, rtn};
 use bespoke::safetensors_writer::{SafetensorsWriter, TensorSpec};
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::GroupSize;
@@ -103,7 +105,12 @@ fn write_model(dir: &Path, tensors: &Tensors, dtype: Dtype) {
 }
 
 fn options(group_size: GroupSize) -> RtnOptions {
-    RtnOptions { group_size, if_exists: IfExists::Refuse }
+    RtnOptions {
+        group_size,
+        skip: Vec::new(),
+        shard_bytes_max: SHARD_BYTES_MAX,
+        if_exists: IfExists::Refuse,
+    }
 }
 
 /// Zero, scale and 4-bit values of one group, one line of the rule after the other.

@@ -63,7 +63,7 @@ def model_folder(chosen):
         return chosen.resolve()
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     home = os.environ.get("BESPOKE_HOME") or pathlib.Path(cache) / "bespoke"
-    folder = pathlib.Path(home) / "models" / "smollm2-135m-rtn-g64"
+    folder = pathlib.Path(home) / "models" / "smollm2-135m-awq-g64"
     if not folder.is_dir():
         sys.exit(f"no model in {folder}; `cargo run --release -- quickstart` puts it there")
     return folder
