@@ -47,6 +47,18 @@ pub struct RtnOptions {
     pub if_exists: IfExists,
 }
 
+impl RtnOptions {
+    /// All linears, into a folder that must not be there yet.
+    pub fn new(group_size: GroupSize) -> RtnOptions {
+        RtnOptions {
+            group_size,
+            skip: Vec::new(),
+            shard_bytes_max: SHARD_BYTES_MAX,
+            if_exists: IfExists::Refuse,
+        }
+    }
+}
+
 /// Quantizes the model in `model_dir` by rounding to nearest, into the new folder `out_dir`. One
 /// tensor is in memory at a time.
 pub fn rtn(
