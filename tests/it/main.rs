@@ -12,6 +12,8 @@ mod engine;
 mod golden;
 /// GGUF files, the Hub, packages and the model cache.
 mod import;
+/// Layers of tiny models from calibration tokens to 4 bits.
+mod layer_pass;
 /// Declarations of kernels, as the compiler takes or refuses them.
 mod macros;
 /// Model folders, sound and hostile.

@@ -214,10 +214,14 @@ pub enum Precision {
     Levels { group: usize },
 }
 
-/// A backend whose rows can be looked at, so that its kernels can be verified.
+/// A backend whose rows can be looked at and set: to verify its kernels, and to run layers one by
+/// one.
 pub trait Inspect: Backend {
     /// The first `num_rows` rows that an op wrote.
     fn read_rows(&mut self, num_rows: usize, rows: &Self::Rows) -> Vec<f32>;
+
+    /// Fills the first rows with `values`, as [`RowsKind::Residual`] holds them.
+    fn write_rows(&mut self, values: &[f32], rows: &mut Self::Rows);
 
     /// The first `num_rows` rows as a linear reads them.
     fn read_input(&mut self, num_rows: usize, input: &Self::Input) -> Vec<f32>;

@@ -118,6 +118,16 @@ impl<'a> Weights<'a> {
         self.checkpoint.fingerprint()
     }
 
+    /// The model folder.
+    pub fn dir(&self) -> &Path {
+        self.checkpoint.dir()
+    }
+
+    /// Whether the checkpoint has the tensor `name`.
+    pub fn has(&self, name: &str) -> bool {
+        self.checkpoint.get(name).is_some()
+    }
+
     /// Bytes of all tensors that will be read.
     pub fn num_bytes(&self) -> u64 {
         let wanted = self.checkpoint.tensors().filter(|(name, _)| !self.is_ignored(name));
@@ -156,7 +166,7 @@ impl<'a> Weights<'a> {
     }
 
     /// A small tensor in float32; its values must be finite.
-    fn read_floats(&self, name: &str) -> Result<Vec<f32>, Error> {
+    pub fn read_floats(&self, name: &str) -> Result<Vec<f32>, Error> {
         let dtype = self.dtype(name)?;
         let bytes = self.checkpoint.read(name)?;
         let k = bytes.len() / dtype.size();
@@ -173,7 +183,8 @@ impl<'a> Weights<'a> {
         Error::model(self.checkpoint.dir(), message)
     }
 
-    fn dtype(&self, name: &str) -> Result<DType, Error> {
+    /// The type of a tensor of floats.
+    pub fn dtype(&self, name: &str) -> Result<DType, Error> {
         match self.checkpoint.get(name).map(|tensor| tensor.dtype) {
             Some(Dtype::F32) => Ok(DType::F32),
             Some(Dtype::F16) => Ok(DType::F16),
@@ -403,7 +414,8 @@ impl Weights<'_> {
         }
     }
 
-    fn norm_names(&self, layer_idx: usize) -> (String, String) {
+    /// The norm before attention and the one before the MLP.
+    pub fn norm_names(&self, layer_idx: usize) -> (String, String) {
         let (attention, mlp) = match self.config.architecture {
             Architecture::InternLm2 => ("attention_norm", "ffn_norm"),
             _ => ("input_layernorm", "post_attention_layernorm"),

@@ -5,19 +5,29 @@
 //! by layer, [`LayerPass`](layer_pass::LayerPass), and says how well that went,
 //! [`QuantizationReport`](report::QuantizationReport).
 
+mod activations;
 mod awq;
 pub mod awq_format;
 mod budget;
 pub mod calibration;
 pub mod checkpoint;
+mod gram;
+mod grid;
+mod group;
+mod layer_builder;
 mod layer_file;
 pub mod layer_pass;
+mod layer_runner;
+mod linalg;
 mod output;
 mod plot;
 pub mod quantized_layer;
 pub mod report;
+mod rounding;
 pub mod rtn;
+mod scales;
 mod source;
+mod streams;
 mod work_dir;
 
 use std::borrow::Cow;

@@ -20,6 +20,17 @@ pub struct AwqOptions {
     pub skip: Vec<String>,
 }
 
+impl AwqOptions {
+    /// Whether the dotted parts of a pattern appear in the module's name, side by side.
+    pub fn skips(&self, module: &str) -> bool {
+        let module: Vec<&str> = module.split('.').collect();
+        self.skip.iter().any(|pattern| {
+            let pattern: Vec<&str> = pattern.split('.').collect();
+            module.windows(pattern.len()).any(|parts| parts == pattern)
+        })
+    }
+}
+
 /// One layer with 4-bit weights.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedLayer {

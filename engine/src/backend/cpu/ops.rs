@@ -391,6 +391,10 @@ impl Inspect for CpuBackend {
         rows.data.as_f32()[..num_rows * rows.width].to_vec()
     }
 
+    fn write_rows(&mut self, values: &[f32], rows: &mut CpuRows) {
+        rows.data.as_f32_mut()[..values.len()].copy_from_slice(values);
+    }
+
     fn read_input(&mut self, num_rows: usize, input: &CpuInput) -> Vec<f32> {
         input.values(num_rows)
     }

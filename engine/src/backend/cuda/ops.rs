@@ -212,6 +212,12 @@ impl<D: Device> Inspect for CudaBackend<D> {
         bytes.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect()
     }
 
+    fn write_rows(&mut self, values: &[f32], rows: &mut CudaRows) {
+        assert!(rows.is_f32 && values.len() <= rows.rows_max * rows.width);
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.device.upload(rows.data, &bytes);
+    }
+
     fn read_input(&mut self, num_rows: usize, input: &CudaInput) -> Vec<f32> {
         assert!(num_rows <= input.rows_max);
         self.read_16_bit(input.data, num_rows * input.k)

@@ -312,6 +312,10 @@ impl Inspect for ReferenceBackend {
         rows.values[..num_rows * rows.width].to_vec()
     }
 
+    fn write_rows(&mut self, values: &[f32], rows: &mut Rows) {
+        rows.values[..values.len()].copy_from_slice(values);
+    }
+
     fn read_input(&mut self, num_rows: usize, input: &Rows) -> Vec<f32> {
         self.read_rows(num_rows, input)
     }
