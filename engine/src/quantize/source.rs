@@ -10,6 +10,7 @@ use serde_json::{Value as Json, json};
 
 use super::awq_format::PACK;
 use super::checkpoint::Checkpoint;
+use super::quantized_layer::is_named;
 use crate::error::Error;
 use crate::model::safetensors::read_json_file;
 
@@ -172,13 +173,6 @@ pub(super) fn named_modules(
         named.extend(found);
     }
     Ok(named)
-}
-
-/// Whether the dotted parts of `pattern` appear in the module's name, side by side.
-fn is_named(pattern: &str, module: &str) -> bool {
-    let pattern: Vec<&str> = pattern.split('.').collect();
-    let module: Vec<&str> = module.split('.').collect();
-    module.windows(pattern.len()).any(|parts| parts == pattern)
 }
 
 #[cfg(test)]
