@@ -399,10 +399,11 @@ fn json_lines_are_texts_and_chats() {
     let report = work.run("small", &job);
     assert_eq!(report.calibration.num_samples, 2);
     assert!(report.perplexity_note.unwrap().contains("--report-perplexity"));
-    job.perplexity = PerplexityOf::Text(TextSource::Shipped);
-    job.calibration.sample_len = 64;
-    let report = work.run("shipped", &job);
-    assert_eq!(report.perplexity.unwrap().ctx, 64);
+    let other = work.dir.path().join("other.txt");
+    fs::write(&other, "y".repeat(40)).unwrap();
+    job.perplexity = PerplexityOf::Text(TextSource::File(other));
+    let perplexity = work.run("other", &job).perplexity.unwrap();
+    assert_eq!((perplexity.text.as_str(), perplexity.tokens_scored), ("other.txt", 15));
 }
 
 #[test]
