@@ -24,7 +24,7 @@ use bespoke_kernel_gen::spec::{LinearRole, ModelShape, RowRegime};
 use criterion::{BenchmarkId, Criterion, Throughput};
 
 /// Names in the model cache, as the quick start gives them.
-const MODELS: [&str; 2] = ["smollm2-135m-rtn-g64", "smollm2-135m"];
+const MODELS: [&str; 2] = ["smollm2-135m-awq-g64", "smollm2-135m"];
 
 /// Tokens before the first decoded one, and decoded tokens of one call.
 const DECODE_CONTEXT: usize = 128;

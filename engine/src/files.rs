@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::Error;
 
+/// How often a lock is tried whose file others remove at the same time.
+const LOCK_TRIES: usize = 100;
+
 /// What to do when the target is already there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IfExists {
@@ -173,6 +176,7 @@ pub struct SidecarLock {
 
 impl SidecarLock {
     /// Waits until no other process or thread holds the lock; `on_wait` is called before waiting.
+    /// For files that nobody removes.
     pub fn acquire(path: &Path, on_wait: &mut dyn FnMut()) -> Result<SidecarLock, Error> {
         if let Some(lock) = SidecarLock::try_acquire(path)? {
             return Ok(lock);
@@ -185,12 +189,38 @@ impl SidecarLock {
 
     /// `None` when somebody holds it.
     pub fn try_acquire(path: &Path) -> Result<Option<SidecarLock>, Error> {
-        let file = open_lock_file(path)?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(SidecarLock { path: path.to_owned(), _file: file })),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(e)) => Err(Error::io(path, e)),
+        for _ in 0..LOCK_TRIES {
+            let file = open_lock_file(path)?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(e)) => return Err(Error::io(path, e)),
+            }
+            // Whoever held the lock before may have removed the file in between, and then it
+            // locks nobody out.
+            if is_at(&file, path) {
+                return Ok(Some(SidecarLock { path: path.to_owned(), _file: file }));
+            }
         }
+        Ok(None)
+    }
+}
+
+/// Whether `path` still names `file`.
+fn is_at(file: &File, path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        match (file.metadata(), fs::metadata(path)) {
+            (Ok(file), Ok(named)) => (file.dev(), file.ino()) == (named.dev(), named.ino()),
+            _ => false,
+        }
+    }
+    #[cfg(not(unix))]
+    {
+        // An open file cannot be removed.
+        let _ = (file, path);
+        true
     }
 }
 
@@ -314,7 +344,7 @@ fn refuse_existing(target: &Path) -> Result<(), Error> {
 }
 
 /// The folder that will hold `target`, and the target's own name.
-fn split_target(target: &Path) -> Result<(PathBuf, String), Error> {
+pub(crate) fn split_target(target: &Path) -> Result<(PathBuf, String), Error> {
     let name = target.file_name().and_then(|name| name.to_str()).ok_or_else(|| {
         Error::Request(format!(
             "'{}' cannot name an output; give a new name in UTF-8",

@@ -5,6 +5,11 @@
 pub enum Unit {
     Bytes,
     Tensors,
+    Layers,
+    /// Chunks of a text.
+    Chunks,
+    /// Parts of the whole that take about the same time: only their share means something.
+    Share,
 }
 
 /// One report of a long operation. A new `stage` starts a new count.

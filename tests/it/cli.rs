@@ -94,6 +94,9 @@ fn wrong_usage_exits_with_2() {
     check(&["logits", "--model", "m", "--prompt-ids", "1"], "--output");
     check(&["quantize", "m", "-o", "d", "--group-size", "48"], "'48'");
     check(&["quantize", "m", "-o", "d", "--method", "guess"], "'guess'");
+    check(&["quantize", "m", "-o", "d", "--shard-size", "5T"], "such as 500M or 5G");
+    let both = ["--report-perplexity", "f", "--no-report-perplexity"];
+    check(&[&["quantize", "m", "-o", "d"], &both[..]].concat(), "cannot be used");
 }
 
 #[test]
@@ -412,7 +415,7 @@ fn quantizes() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("q");
     let (model, out) = (tiny("llama-gqa2"), out.to_str().unwrap());
-    let args = ["quantize", model.to_str().unwrap(), "-o", out];
+    let args = ["quantize", model.to_str().unwrap(), "-o", out, "--method", "rtn"];
     check_error(&[&args[..], &["--group-size", "128"]].concat(), Exit::Failed, "128");
     assert!(!Path::new(out).exists());
     let report = json(&[&args[..], &["--json"]].concat());
@@ -421,6 +424,54 @@ fn quantizes() {
     let args = ["generate", "--model", out, "--prompt-ids", "1,2,3", "--max-tokens", "2"];
     let report = json(&[&args[..], &REFERENCE, &["--json", "--activations", "float"]].concat());
     assert_eq!(report["backend"], "reference");
+}
+
+#[test]
+fn quantizes_by_activations() {
+    let model = tiny_with_tokenizer();
+    let dir = tempfile::tempdir().unwrap();
+    let (text, out) = (dir.path().join("text.txt"), dir.path().join("q"));
+    fs::write(&text, "Some words to look at. ".repeat(20)).unwrap();
+    let (text, out) = (text.to_str().unwrap(), out.to_str().unwrap());
+    let args = ["quantize", model.path().to_str().unwrap(), "-o", out, "--seqlen", "32"];
+    let args = [&args[..], &["--calibration", text, "--samples", "100"]].concat();
+    // Without kernels for the model there are two ways out.
+    check_error(&args, Exit::Failed, "BESPOKE_MODEL=");
+    check_error(&args, Exit::Failed, "--backend reference");
+    assert!(!Path::new(out).exists());
+
+    let reference = [&args[..], &REFERENCE].concat();
+    let run = run(&reference);
+    assert_eq!(run.exit, Exit::Done, "{}", run.err);
+    assert!(run.err.contains("14 samples of 32 tokens, fewer than the 100"), "{}", run.err);
+    assert!(run.out.contains("quantization.html") && run.out.contains("bits per weight"));
+    let report = json(&[&reference[..], &["--overwrite", "--method", "awq+", "--json"]].concat());
+    assert_eq!(
+        keys(&report),
+        [
+            "model",
+            "output",
+            "method",
+            "group_size",
+            "symmetric",
+            "calibration",
+            "bits_per_weight",
+            "modules_not_converted",
+            "bytes",
+            "error",
+            "perplexity",
+            "perplexity_note",
+            "num_layers",
+            "num_layers_resumed",
+            "seconds",
+            "peak_rss_bytes",
+        ]
+    );
+    assert_eq!((&report["method"], &report["group_size"]), (&"awq+".into(), &"32".into()));
+    assert!(report["error"]["written"].as_f64() <= report["error"]["rtn"].as_f64());
+
+    let args = [&args[..], &["--overwrite", "--method", "rtn", "--max-bits-per-weight", "5"]];
+    check_error(&args.concat(), Exit::Failed, "--max-bits-per-weight needs");
 }
 
 #[test]

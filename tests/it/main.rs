@@ -24,7 +24,7 @@ mod macros;
 mod model;
 /// Kernel templates against naive loops, instantiated for every instruction set of this machine.
 mod ops;
-/// Round-to-nearest checkpoints.
+/// Quantized checkpoints, and how they are made.
 mod quantize;
 /// Style, names and directions of dependency.
 mod tidy;

@@ -1,5 +1,7 @@
 //! Round-to-nearest quantization of whole folders, against a naive computation.
 
+mod awq;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -102,10 +104,6 @@ fn write_model(dir: &Path, tensors: &Tensors, dtype: Dtype) {
     write_file(&dir.join("model.safetensors"), tensors, dtype);
 }
 
-fn options(group_size: GroupSize) -> RtnOptions {
-    RtnOptions { group_size, if_exists: IfExists::Refuse }
-}
-
 /// Zero, scale and 4-bit values of one group, one line of the rule after the other.
 fn naive_group(weights: &[f32]) -> (f32, f32, Vec<f32>) {
     let max = weights.iter().fold(0.0f32, |max, &w| if w > max { w } else { max });
@@ -174,7 +172,8 @@ fn folders_have_the_values_of_the_rule() {
         let (dir, out) = (work.path().join("model"), work.path().join("quantized"));
         write_model(&dir, &model(), dtype);
         let mut last = (0, 0);
-        rtn(&dir, &out, &options(group_size), &mut |p| last = (p.done, p.total)).expect("a folder");
+        rtn(&dir, &out, &RtnOptions::new(group_size), &mut |p| last = (p.done, p.total))
+            .expect("a folder");
         assert!(last.0 == last.1 && last.1 > 0, "progress reaches its end: {last:?}");
         check_folder(&out, &model(), dtype, group_size);
         let config = ModelConfig::from_file(&out.join("config.json")).expect("a sound config");
@@ -204,11 +203,11 @@ fn shards_give_the_same_as_one_file() {
     }
     let index = json!({"metadata": {}, "weight_map": map}).to_string();
     fs::write(dir.join("model.safetensors.index.json"), index).expect("a file");
-    rtn(&dir, &out, &options(GroupSize::Of(16)), &mut |_| ()).expect("a folder");
+    rtn(&dir, &out, &RtnOptions::new(GroupSize::Of(16)), &mut |_| ()).expect("a folder");
     check_folder(&out, &model(), Dtype::F32, GroupSize::Of(16));
     assert!(!out.join("model.safetensors.index.json").exists());
     fs::remove_file(dir.join("model-1.safetensors")).expect("a file");
-    let again = rtn(&dir, &work.path().join("b"), &options(GroupSize::Of(16)), &mut |_| ());
+    let again = rtn(&dir, &work.path().join("b"), &RtnOptions::new(GroupSize::Of(16)), &mut |_| ());
     assert!(again.expect_err("a shard is missing").to_string().contains("model-1.safetensors"));
 }
 
@@ -218,7 +217,7 @@ fn a_group_that_does_not_divide_is_refused_with_both_numbers() {
     let (dir, out) = (work.path().join("model"), work.path().join("quantized"));
     write_model(&dir, &model(), Dtype::F32);
     for (group, k) in [(128, "64"), (64, "96"), (40, "64")] {
-        let error = rtn(&dir, &out, &options(GroupSize::Of(group)), &mut |_| ())
+        let error = rtn(&dir, &out, &RtnOptions::new(GroupSize::Of(group)), &mut |_| ())
             .expect_err("it does not divide")
             .to_string();
         assert!(error.contains(&group.to_string()) && error.contains(k), "{error}");
@@ -233,7 +232,7 @@ fn folders_that_are_there_are_kept_unless_told() {
     write_model(&dir, &model(), Dtype::F32);
     fs::create_dir(&out).expect("a folder");
     fs::write(out.join("mine"), "keep").expect("a file");
-    let mut options = options(GroupSize::Of(32));
+    let mut options = RtnOptions::new(GroupSize::Of(32));
     let error = rtn(&dir, &out, &options, &mut |_| ()).expect_err("it is there").to_string();
     assert!(error.contains("already exists"), "{error}");
     assert_eq!(fs::read(out.join("mine")).expect("kept"), b"keep");
@@ -264,7 +263,8 @@ fn unsound_models_are_refused_and_leave_nothing() {
         let work = TempDir::new().expect("a folder");
         let (dir, out) = (work.path().join("model"), work.path().join("quantized"));
         write_model(&dir, &tensors, Dtype::F32);
-        let error = rtn(&dir, &out, &options(GroupSize::Of(32)), &mut |_| ()).expect_err("unsound");
+        let error =
+            rtn(&dir, &out, &RtnOptions::new(GroupSize::Of(32)), &mut |_| ()).expect_err("unsound");
         assert!(error.to_string().contains("model.layers.1.mlp.down_proj"), "{error}");
         assert_eq!(fs::read_dir(work.path()).expect("a folder").count(), 1, "{error}");
     }
@@ -301,7 +301,8 @@ fn damaged_files_are_refused() {
     ];
     for bytes in cases {
         fs::write(&path, &bytes).expect("a file");
-        let error = rtn(&dir, &out, &options(GroupSize::Of(32)), &mut |_| ()).expect_err("damaged");
+        let error =
+            rtn(&dir, &out, &RtnOptions::new(GroupSize::Of(32)), &mut |_| ()).expect_err("damaged");
         assert!(error.to_string().contains("damaged"), "{error}");
         assert!(!out.exists());
     }

@@ -72,6 +72,18 @@ pub(super) enum Backend {
     Null,
 }
 
+impl Backend {
+    pub(super) fn choice(self) -> BackendChoice {
+        match self {
+            Backend::Auto => BackendChoice::Auto,
+            Backend::Reference => BackendChoice::Reference,
+            Backend::Cpu => BackendChoice::Cpu,
+            Backend::Cuda => BackendChoice::Cuda,
+            Backend::Null => BackendChoice::Null,
+        }
+    }
+}
+
 #[derive(ValueEnum, Clone, Copy, Debug)]
 pub(super) enum Kv {
     F16,
@@ -106,7 +118,7 @@ fn parse_kv_memory(text: &str) -> Result<KvMemory, String> {
     }
 }
 
-fn parse_threads(text: &str) -> Result<usize, String> {
+pub(super) fn parse_threads(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(threads) if (1..=1024).contains(&threads) => Ok(threads),
         _ => Err("expected a number from 1 to 1024".to_owned()),
@@ -206,13 +218,7 @@ pub(super) fn options(
     console: &Console<'_>,
 ) -> EngineOptions {
     EngineOptions {
-        backend: match run.backend {
-            Backend::Auto => BackendChoice::Auto,
-            Backend::Reference => BackendChoice::Reference,
-            Backend::Cpu => BackendChoice::Cpu,
-            Backend::Cuda => BackendChoice::Cuda,
-            Backend::Null => BackendChoice::Null,
-        },
+        backend: run.backend.choice(),
         load_format: match run.load_format {
             Format::Checkpoint => LoadFormat::Checkpoint,
             Format::Dummy => LoadFormat::Dummy,

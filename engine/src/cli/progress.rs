@@ -23,6 +23,9 @@ impl<'a, 'b> Meter<'a, 'b> {
         let template = match progress.unit {
             Unit::Bytes => "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}",
             Unit::Tensors => "{msg} {wide_bar} {pos}/{len}",
+            Unit::Layers => "{msg} {wide_bar} {pos}/{len} layers",
+            Unit::Chunks => "{msg} {wide_bar} {pos}/{len} chunks, {eta} left",
+            Unit::Share => "{msg} {wide_bar} {percent} %, {eta} left",
         };
         self.set(progress.stage, template, progress.done, progress.total);
     }
@@ -36,7 +39,7 @@ impl<'a, 'b> Meter<'a, 'b> {
     /// Shows `done` of `total` things of a stage.
     pub(super) fn set(&mut self, stage: &str, template: &str, done: u64, total: u64) {
         if stage != self.stage {
-            self.start(stage, template, total);
+            self.start(stage, template, done, total);
         }
         if let Some(bar) = &self.bar {
             bar.set_length(total.max(done));
@@ -44,7 +47,7 @@ impl<'a, 'b> Meter<'a, 'b> {
         }
     }
 
-    fn start(&mut self, stage: &str, template: &str, total: u64) {
+    fn start(&mut self, stage: &str, template: &str, done: u64, total: u64) {
         self.clear();
         stage.clone_into(&mut self.stage);
         if !self.console.is_terminal {
@@ -56,6 +59,9 @@ impl<'a, 'b> Meter<'a, 'b> {
             ProgressStyle::default_bar()
         });
         let bar = ProgressBar::new(total).with_style(style).with_message(stage.to_owned());
+        // What was done before is no measure of the speed.
+        let bar = bar.with_position(done);
+        bar.reset_eta();
         self.bar = Some(bar);
     }
 

@@ -13,9 +13,8 @@ use super::generate::{TextWriter, answer};
 use super::model::{ModelFiles, RunArgs};
 use super::{perplexity, prompt, pull, quantize};
 use crate::engine::Engine;
-use crate::files::{IfExists, human_bytes};
+use crate::files::{SidecarLock, human_bytes};
 use crate::import::cache::is_model_dir;
-use crate::quantize::RtnOptions;
 use crate::request::Request;
 use crate::tokenizer::chat::Message;
 
@@ -36,7 +35,9 @@ pub(super) struct Args {
 }
 
 const MODEL: &str = "smollm2-135m";
-const QUANTIZED: &str = "smollm2-135m-rtn-g64";
+const QUANTIZED: &str = "smollm2-135m-awq-g64";
+/// Samples of the calibration: a minute's worth.
+const NUM_SAMPLES: usize = 16;
 const QUESTION: &str = "What is the capital of France?";
 const ANSWER_TOKENS_MAX: usize = 48;
 
@@ -65,10 +66,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let dir = pull::pull(MODEL, console)?;
     let quantized = console.cache()?.models_dir().join(QUANTIZED);
     if !is_model_dir(&quantized) {
-        let options = RtnOptions { group_size: GroupSize::Of(64), if_exists: IfExists::Refuse };
-        let result = quantize::rtn(&dir, &quantized, &options, console);
-        // Another quickstart may have been faster.
-        result.or_else(|error| if is_model_dir(&quantized) { Ok(()) } else { Err(error) })?;
+        quantize_into(&quantized, &dir, &args.run, console)?;
     }
     if !args.json {
         console.print(&format!("Question: {QUESTION}\n"))?;
@@ -85,6 +83,26 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
         true => console.print_json(&Report { question: QUESTION, models }),
         false => console.print(&table(&models)),
     }
+}
+
+/// Quantizes after a quick calibration on the shipped text, unless another quickstart does.
+fn quantize_into(
+    quantized: &Path,
+    dir: &Path,
+    run: &RunArgs,
+    console: &mut Console<'_>,
+) -> anyhow::Result<()> {
+    let lock_path = quantized.with_file_name(format!(".{QUANTIZED}.lock"));
+    let _lock = SidecarLock::acquire(&lock_path, &mut || {
+        console.report("waiting for another process\n");
+    })?;
+    if is_model_dir(quantized) {
+        return Ok(());
+    }
+    let (backend, threads) = (run.backend.choice(), run.threads);
+    let group_size = GroupSize::Of(64);
+    let job = quantize::quick_job(group_size, NUM_SAMPLES, backend, threads, console);
+    quantize::awq(dir, quantized, &job, console).map(|_| ())
 }
 
 fn row(

@@ -33,6 +33,7 @@ pub struct StoredTensor {
 /// All tensors of a model folder.
 #[derive(Debug)]
 pub struct Checkpoint {
+    dir: PathBuf,
     shards: Vec<(PathBuf, File)>,
     pub tensors: BTreeMap<String, StoredTensor>,
 }
@@ -46,11 +47,16 @@ impl Checkpoint {
         } else {
             shard_names(&index)?
         };
-        let mut checkpoint = Checkpoint { shards: Vec::new(), tensors: BTreeMap::new() };
+        let mut checkpoint =
+            Checkpoint { dir: dir.to_owned(), shards: Vec::new(), tensors: BTreeMap::new() };
         for name in names {
             checkpoint.add_shard(&dir.join(name))?;
         }
         Ok(checkpoint)
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     fn add_shard(&mut self, path: &Path) -> Result<(), Error> {

@@ -21,14 +21,17 @@ pub struct AwqOptions {
 }
 
 impl AwqOptions {
-    /// Whether the dotted parts of a pattern appear in the module's name, side by side.
+    /// Whether the weights of a module stay as they are.
     pub fn skips(&self, module: &str) -> bool {
-        let module: Vec<&str> = module.split('.').collect();
-        self.skip.iter().any(|pattern| {
-            let pattern: Vec<&str> = pattern.split('.').collect();
-            module.windows(pattern.len()).any(|parts| parts == pattern)
-        })
+        self.skip.iter().any(|pattern| is_named(pattern, module))
     }
+}
+
+/// Whether the dotted parts of `pattern` appear in the module's name, side by side.
+pub fn is_named(pattern: &str, module: &str) -> bool {
+    let pattern: Vec<&str> = pattern.split('.').collect();
+    let module: Vec<&str> = module.split('.').collect();
+    module.windows(pattern.len()).any(|parts| parts == pattern)
 }
 
 /// One layer with 4-bit weights.

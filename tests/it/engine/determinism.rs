@@ -306,7 +306,7 @@ pub(crate) fn cached_model(name: &str) -> Option<PathBuf> {
 
 #[test]
 fn smollm2_in_any_company() {
-    let Some(dir) = cached_model("smollm2-135m-rtn-g64") else { return };
+    let Some(dir) = cached_model("smollm2-135m-awq-g64") else { return };
     let setup = Setup {
         dir,
         options: EngineOptions {

@@ -5,7 +5,6 @@ use std::time::SystemTime;
 
 use bespoke::config::{BackendChoice, EngineOptions};
 use bespoke::engine::Engine;
-use bespoke::files::IfExists;
 use bespoke::import::environment;
 use bespoke::kernels::{KernelTable, generated};
 use bespoke::perplexity;
@@ -200,8 +199,7 @@ fn check_rounded(group_size: usize, expected: f64) {
     let Some(dir) = model_dir() else { return };
     let folder = tempfile::tempdir().unwrap();
     let quantized = folder.path().join("quantized");
-    let group_size = GroupSize::Of(group_size);
-    let rtn_options = RtnOptions { group_size, if_exists: IfExists::Refuse };
+    let rtn_options = RtnOptions::new(GroupSize::Of(group_size));
     quantize::rtn(&dir, &quantized, &rtn_options, &mut |_| {}).unwrap();
     for (activation, allowed) in [(ActivationType::Float, 0.10), (ActivationType::Int8, 0.30)] {
         let options = EngineOptions { activation, ..EngineOptions::new(generated::table()) };

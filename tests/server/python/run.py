@@ -54,7 +54,7 @@ def model_folder(chosen):
     """SmolLM2 in the model cache, as the quick start leaves it there."""
     if chosen is not None:
         return chosen.resolve()
-    name = "smollm2-135m-rtn-g64"
+    name = "smollm2-135m-awq-g64"
     folder = python_environment.model_folder(name)
     if folder is None:
         sys.exit(f"no model {name} in the cache; `cargo run --release -- quickstart` puts it there")
