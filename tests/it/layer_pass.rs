@@ -171,7 +171,8 @@ fn factors_leave_the_model_as_it_is() {
 #[test]
 fn no_module_is_worse_than_plain_rounding() {
     for model in MODELS {
-        for (compensate, symmetric) in [(false, false), (true, false), (false, true), (true, true)] {
+        for (compensate, symmetric) in [(false, false), (true, false), (false, true), (true, true)]
+        {
             let options = AwqOptions { symmetric, ..options(compensate) };
             for layer in quantize(model, &options, &pass_options(2)) {
                 for group in &layer.report.groups {
@@ -250,7 +251,8 @@ fn a_resumed_pass_ends_as_one_in_one_go() {
 
 #[test]
 fn skipped_modules_stay_and_carry_nothing() {
-    let options = AwqOptions { skip: vec!["v_proj".into(), "1.mlp.down_proj".into()], ..options(true) };
+    let options =
+        AwqOptions { skip: vec!["v_proj".into(), "1.mlp.down_proj".into()], ..options(true) };
     let layers = quantize("llama-gqa2", &options, &pass_options(2));
     for layer in &layers {
         let prefix = format!("model.layers.{}", layer.layer_idx);

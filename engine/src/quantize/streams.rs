@@ -333,7 +333,6 @@ fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
 /// One over the size of each row of the residual stream: the next norm divides by it, and with it
 /// the errors that are added to the row.
 fn row_weights(rows: &[f32], hidden: usize) -> Vec<f32> {
-    if super::group::tune("ROWW", 1.0) == 0.0 { return vec![1.0; rows.len() / hidden]; }
     let weight = |row: &[f32]| {
         let square: f64 = row.iter().map(|x| f64::from(*x).powi(2)).sum();
         1.0 / (square / hidden as f64).sqrt().max(1e-6) as f32
