@@ -471,7 +471,7 @@ mod tests {
         importance[9] = 1e-4;
         let grid = Grid::by_importance(weights.view(), &importance, (32, false), 1);
         let whole = Grid::covering(weights.view(), 32, false);
-        assert!(grid.scales[[0, 0]] < 0.7 * whole.scales[[0, 0]]);
+        assert!(grid.scales[[0, 0]] < 0.95 * whole.scales[[0, 0]]);
         assert_eq!(grid.nearest(weights.view()).clipped(weights.view()), 1.0);
         assert_eq!(whole.nearest(weights.view()).clipped(weights.view()), 0.0);
     }

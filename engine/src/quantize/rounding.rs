@@ -1,10 +1,10 @@
 //! Levels that make up for each other's errors.
 //!
 //! The error of the outputs over all calibration rows is `‖e · L‖²` for each row e of weight
-//! errors, where `L · Lᵀ` is the Gram matrix of the inputs. [`compensated`] rounds inputs one after the
-//! other, each to what is best after the errors of those before it: Babai's nearest plane, which is
-//! what GPTQ does (Frantar et al. 2022; Chen et al., "The geometry of LLM quantization", 2025).
-//! [`improved`] then moves single levels and scales for as long as that helps.
+//! errors, where `L · Lᵀ` is the Gram matrix of the inputs. [`compensated`] rounds inputs one after
+//! the other, each to what is best after the errors of those before it: Babai's nearest plane,
+//! which is what GPTQ does (Frantar et al. 2022; Chen et al., "The geometry of LLM quantization",
+//! 2025). [`improved`] then moves single levels and scales for as long as that helps.
 
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};

@@ -133,16 +133,20 @@ impl Streams {
         let mut counter = Counter { progress, done: 0, total };
         let calibration = self.see_qkv(runner, builder, &mut counter)?;
         builder.quantize(LinearRole::Qkv, calibration)?;
+        counter.step();
         builder.load(runner, &[LinearRole::Qkv])?;
         let calibration = self.see_second(LinearRole::O, runner, builder, &mut counter)?;
         builder.quantize(LinearRole::O, calibration)?;
+        counter.step();
         // The factors on attention's outputs are in the values now.
         builder.load(runner, &[LinearRole::Qkv, LinearRole::O])?;
         let calibration = self.see_gate_up(runner, builder, &mut counter)?;
         builder.quantize(LinearRole::GateUp, calibration)?;
+        counter.step();
         builder.load(runner, &[LinearRole::GateUp])?;
         let calibration = self.see_second(LinearRole::Down, runner, builder, &mut counter)?;
         builder.quantize(LinearRole::Down, calibration)?;
+        counter.step();
         builder.load(runner, &[LinearRole::GateUp, LinearRole::Down])?;
         for idx in 0..self.num_samples {
             self.move_half(idx, runner, WeightSet::Quantized, &ROLES[2..])?;
