@@ -41,9 +41,7 @@ impl Activations {
             Some(dir) => Store::File(SpillFile::create(dir, name, num_values as u64 * 4)?),
             None => {
                 let mut values = Vec::new();
-                values
-                    .try_reserve_exact(num_values)
-                    .map_err(|_| too_many(num_samples, len))?;
+                values.try_reserve_exact(num_values).map_err(|_| too_many(num_samples, len))?;
                 values.resize(num_values, 0.0);
                 Store::Memory(values)
             }

@@ -22,7 +22,7 @@ impl Gram {
         Gram { matrix: Array2::zeros((k, k)), sums: vec![0.0; k], num_rows: 0, num_threads }
     }
 
-    /// Adds some rows, each with a weight of its own where there are any.
+    /// Adds some rows.
     pub(super) fn add(&mut self, rows: ArrayView2<'_, f32>) {
         add_gram(&mut self.matrix, rows, self.num_threads);
         for row in rows.rows() {

@@ -2,16 +2,19 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::grid::{Grid, Rounded};
 use super::gram::{Gram, energy};
+use super::grid::{Grid, Rounded};
 use super::linalg::{multiply, solve};
 use super::quantized_layer::{AwqOptions, GroupReport, ModuleReport};
-use super::rounding::{Feedback, compensated, improved, damped_factor};
+use super::rounding::{Feedback, compensated, damped_factor, improved};
 use super::scales::{Carrier, Choice, Costs, Search};
 
-pub(super) fn tune(name: &str, default: f32) -> f32 {
-    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
-}
+/// Shares of the mean of a Gram matrix's diagonal that are added to the diagonal: where errors are
+/// compensated for, and where weights make up for other inputs, which follows noise more easily.
+const DAMPING: f32 = 0.01;
+const TARGET_DAMPING: f32 = 0.03;
+/// How often levels and scales are improved after they were found.
+const NUM_SWEEPS: usize = 2;
 
 /// A module of the checkpoint.
 pub(super) struct Module {
@@ -74,7 +77,7 @@ pub(super) fn quantize(
     let targets: Vec<Array2<f32>> =
         modules.iter().map(|module| target(module, calibration, num_threads)).collect();
     let energies: Vec<f64> = targets.iter().map(|t| energy(t.view(), gram, num_threads)).collect();
-    let (damping, compensate) = (tune("DAMP", 0.01), settings.options.compensate);
+    let compensate = settings.options.compensate;
     let k = gram.nrows();
     let group = (settings.options.group_size.of(k), settings.options.symmetric);
     let choice = {
@@ -84,7 +87,7 @@ pub(super) fn quantize(
             .filter(|(module, _)| !module.is_skipped)
             .map(|(_, (target, energy))| (target.view(), *energy))
             .collect();
-        let feedback = compensate.then(|| Feedback::new(gram, damping, num_threads)).flatten();
+        let feedback = compensate.then(|| Feedback::new(gram, DAMPING, num_threads)).flatten();
         let importance = feedback.map(|feedback| feedback.importance());
         let costs = match &importance {
             Some(importance) => Costs::Importance(importance),
@@ -117,13 +120,13 @@ impl Job<'_> {
     fn run(&self, role: &str, choice: Choice) -> Result<QuantizedGroup, Overflow> {
         let num_threads = self.settings.num_threads;
         let scaled = scaled_gram(self.gram, &choice.factors);
-        let damping = tune("DAMP", 0.01);
         let feedback = match self.settings.options.compensate {
-            true => Feedback::new(scaled.view(), damping, num_threads),
+            true => Feedback::new(scaled.view(), DAMPING, num_threads),
             false => None,
         };
         let scaled = scaled.view();
-        let rounding = Rounding { scaled, feedback, choice: &choice, group: self.group, num_threads };
+        let rounding =
+            Rounding { scaled, feedback, choice: &choice, group: self.group, num_threads };
         let mut rounded = Vec::new();
         let mut reports = Vec::new();
         for (module_idx, module) in self.modules.iter().enumerate() {
@@ -189,13 +192,11 @@ fn target(module: &Module, calibration: &Calibration, num_threads: usize) -> Arr
         Deviation::Outputs(moment) => moment.clone(),
     };
     let gram = calibration.gram.matrix.view();
-    let Some(l) = damped_factor(gram, tune("CDAMP", 0.03), num_threads) else {
+    let Some(l) = damped_factor(gram, TARGET_DAMPING, num_threads) else {
         return module.weights.clone();
     };
     solve(&mut moment, l.view(), num_threads);
-    let mut target = module.weights.clone();
-    target.scaled_add(tune("RHO", 1.0), &moment);
-    target
+    moment + &module.weights
 }
 
 /// How the modules of a group are rounded.
@@ -223,9 +224,8 @@ impl Rounding<'_> {
             row.iter_mut().zip(&self.choice.factors).for_each(|(weight, f)| *weight *= f);
         }
         let weights = weights.view();
-        let cost = |rounded: &Rounded| {
-            energy(rounded.errors(weights).view(), self.scaled, num_threads)
-        };
+        let cost =
+            |rounded: &Rounded| energy(rounded.errors(weights).view(), self.scaled, num_threads);
         let grid = Grid::by_gram(weights, self.scaled, self.group, num_threads);
         if let Some(at) = grid.overflow() {
             return Err(at);
@@ -243,8 +243,7 @@ impl Rounding<'_> {
             let importance = feedback.importance();
             let grid = Grid::by_importance(weights, &importance, self.group, num_threads);
             let found = compensated(weights, grid, feedback, num_threads);
-            let sweeps = tune("SWEEPS", 2.0) as usize;
-            let found = improved(found, weights, self.scaled, sweeps, num_threads);
+            let found = improved(found, weights, self.scaled, NUM_SWEEPS, num_threads);
             let found_error = cost(&found);
             if found_error < error {
                 (rounded, error) = (found, found_error);

@@ -219,12 +219,7 @@ impl<'a> LayerBuilder<'a> {
     }
 
     /// Divides what makes the input of `role` by `factors`.
-    fn carry(
-        &mut self,
-        role: LinearRole,
-        carrier: &Carrier,
-        factors: &[f32],
-    ) -> Result<(), Error> {
+    fn carry(&mut self, role: LinearRole, carrier: &Carrier, factors: &[f32]) -> Result<(), Error> {
         match carrier {
             Carrier::Nothing => {}
             Carrier::Norm { weight, dtype } => {
@@ -329,7 +324,8 @@ fn dequantized(
     for (block, rows) in bytes.chunks_exact_mut(PACK * k * 4).enumerate() {
         for input in 0..k {
             let g = block * groups + input / group;
-            let (levels, zeros) = (unpack(packed.qweight[block * k + input]), unpack(packed.qzeros[g]));
+            let (levels, zeros) =
+                (unpack(packed.qweight[block * k + input]), unpack(packed.qzeros[g]));
             for i in 0..PACK {
                 let scale = packed.scales[g * PACK + i].to_f32();
                 let value = (f32::from(levels[i]) - f32::from(zeros[i])) * scale;

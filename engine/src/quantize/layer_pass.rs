@@ -8,9 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use bespoke_kernel_gen::model::ModelConfig;
-use bespoke_kernel_gen::spec::{
-    ActivationType, KvDType, ModelShape, WeightFormat, check_group,
-};
+use bespoke_kernel_gen::spec::{ActivationType, KvDType, ModelShape, WeightFormat, check_group};
 use bespoke_kernel_gen::target::Target;
 
 use super::awq_format::PACK;

@@ -1,5 +1,5 @@
-//! One layer on a backend, half by half: attention and MLP, each from the residual stream to what it
-//! adds to it.
+//! One layer on a backend, half by half: attention and MLP, each from the residual stream to what
+//! it adds to it.
 
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
@@ -68,7 +68,8 @@ struct Norms<B: Backend> {
 }
 
 impl<B: Backend> LayerRunner<B> {
-    /// Room for a sample of `sample_len` tokens. `backend` is made for `shape`, which has one layer.
+    /// Room for a sample of `sample_len` tokens. `backend` is made for `shape`, which has one
+    /// layer.
     pub(super) fn new(
         mut backend: B,
         shape: &ModelShape,

@@ -1,10 +1,10 @@
 //! Levels that make up for each other's errors.
 //!
-//! The error of the outputs over all calibration rows is `‖e · L‖²` for each row e of weight errors,
-//! where `L · Lᵀ` is the Gram matrix of the inputs. [`compensated`] rounds inputs one after the
-//! other, each to what is best after the errors of those before it: Babai's nearest plane, which is
-//! what GPTQ does (Frantar et al. 2022; Chen et al., "The geometry of LLM quantization", 2025).
-//! [`improved`] then moves single levels and scales for as long as that helps.
+//! The error of the outputs over all calibration rows is `‖e · L‖²` for each row e of weight
+//! errors, where `L · Lᵀ` is the Gram matrix of the inputs. [`compensated`] rounds inputs one after
+//! the other, each to what is best after the errors of those before it: Babai's nearest plane,
+//! which is what GPTQ does (Frantar et al. 2022; Chen et al., "The geometry of LLM quantization",
+//! 2025). [`improved`] then moves single levels and scales for as long as that helps.
 
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
@@ -54,9 +54,8 @@ impl Feedback {
     ) -> Option<Feedback> {
         let mut order: Vec<usize> = (0..gram.nrows()).collect();
         order.sort_by(|a, b| gram[[*a, *a]].total_cmp(&gram[[*b, *b]]));
-        let permuted = Array2::from_shape_fn(gram.dim(), |(row, column)| {
-            gram[[order[row], order[column]]]
-        });
+        let permuted =
+            Array2::from_shape_fn(gram.dim(), |(row, column)| gram[[order[row], order[column]]]);
         let l = damped_factor(permuted.view(), damping, num_threads)?;
         Some(Feedback { order, l })
     }
@@ -167,7 +166,8 @@ impl Sweep<'_> {
         let (num_rows, k) = weights.dim();
         let errors = Array2::from_shape_fn((num_rows, k), |(n, input)| {
             let g = input / self.group;
-            weights[[n, input]] - (self.levels[[n, input]] - self.zeros[[n, g]]) * self.scales[[n, g]]
+            weights[[n, input]]
+                - (self.levels[[n, input]] - self.zeros[[n, g]]) * self.scales[[n, g]]
         });
         // Half the slope of the error, for each weight.
         let mut slope = errors.dot(&gram);

@@ -133,16 +133,20 @@ impl Streams {
         let mut counter = Counter { progress, done: 0, total };
         let calibration = self.see_qkv(runner, builder, &mut counter)?;
         builder.quantize(LinearRole::Qkv, calibration)?;
+        counter.step();
         builder.load(runner, &[LinearRole::Qkv])?;
         let calibration = self.see_second(LinearRole::O, runner, builder, &mut counter)?;
         builder.quantize(LinearRole::O, calibration)?;
+        counter.step();
         // The factors on attention's outputs are in the values now.
         builder.load(runner, &[LinearRole::Qkv, LinearRole::O])?;
         let calibration = self.see_gate_up(runner, builder, &mut counter)?;
         builder.quantize(LinearRole::GateUp, calibration)?;
+        counter.step();
         builder.load(runner, &[LinearRole::GateUp])?;
         let calibration = self.see_second(LinearRole::Down, runner, builder, &mut counter)?;
         builder.quantize(LinearRole::Down, calibration)?;
+        counter.step();
         builder.load(runner, &[LinearRole::GateUp, LinearRole::Down])?;
         for idx in 0..self.num_samples {
             self.move_half(idx, runner, WeightSet::Quantized, &ROLES[2..])?;
@@ -333,7 +337,6 @@ fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
 /// One over the size of each row of the residual stream: the next norm divides by it, and with it
 /// the errors that are added to the row.
 fn row_weights(rows: &[f32], hidden: usize) -> Vec<f32> {
-    if super::group::tune("ROWW", 1.0) == 0.0 { return vec![1.0; rows.len() / hidden]; }
     let weight = |row: &[f32]| {
         let square: f64 = row.iter().map(|x| f64::from(*x).powi(2)).sum();
         1.0 / (square / hidden as f64).sqrt().max(1e-6) as f32
