@@ -219,7 +219,13 @@ impl Axis {
                 Axis { scale, min: 0.0, max: if max > 0.0 { max * 1.05 } else { 1.0 } }
             }
             Scale::Log if min > max => Axis { scale, min: 0.1, max: 10.0 },
-            Scale::Log => Axis { scale, min: min / 1.3, max: max * 1.3 },
+            Scale::Log => {
+                // A decade at least, so that there are ticks to compare with.
+                let middle = min.sqrt() * max.sqrt();
+                let (min, max) = (min / 1.3, max * 1.3);
+                let half = 10f64.sqrt();
+                Axis { scale, min: min.min(middle / half), max: max.max(middle * half) }
+            }
         }
     }
 

@@ -224,8 +224,8 @@ impl QuantizationReport {
     }
 
     fn clipping_plot(&self) -> String {
-        let lines = ROLES.map(|(role, name)| Line {
-            name: name.to_owned(),
+        let lines = ROLES.map(|(role, _)| Line {
+            name: role.replace('_', ", "),
             points: over_layers(&self.groups(role), |module| module.clipped * 100.0),
         });
         let plot = LinePlot {
