@@ -77,7 +77,10 @@ impl Plan {
 
     /// The formats of the layers' linears.
     pub(super) fn linear_formats(&self) -> impl Iterator<Item = BlockFormat> {
-        let is_linear = |part: &&Part| matches!(part.source, Source::Linear { role, .. } if role != LinearRole::Head);
+        let is_linear = |part: &&Part| match part.source {
+            Source::Linear { role, .. } => role != LinearRole::Head,
+            _ => false,
+        };
         let tensors = self.parts.iter().filter(is_linear).flat_map(|part| &part.tensors);
         tensors.filter(|t| t.entry.shape.len() == 2).map(|tensor| tensor.entry.format)
     }
