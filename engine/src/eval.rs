@@ -267,7 +267,8 @@ mod tests {
     #[test]
     fn lines_become_questions() {
         let text = "{\"question\": \"Up?\", \"choices\": [\"yes\", \"no\"], \"answer\": \"b\"}\n\n\
-             {\"context\": \"It is \", \"choices\": [\"a\", \"b\", \"c\"], \"answer\": 2, \"id\": 7}";
+             {\"context\": \"It is \", \"choices\": [\"a\", \"b\", \"c\"], \"answer\": 2, \
+             \"id\": 7}";
         let questions = parse(text, None).unwrap();
         assert_eq!(questions.len(), 2);
         assert_eq!(questions[0].context, "Question: Up?\nAnswer:");

@@ -1,8 +1,8 @@
 //! Files and folders that appear whole under their name, or not at all.
 //!
 //! [`StagedDir`] collects files in a temporary folder beside the target and renames it once at the
-//! end; [`StagedFile`] does so with one file. A lock on a sidecar file tells what is in use from what
-//! a killed process left.
+//! end; [`StagedFile`] does so with one file. A lock on a sidecar file tells what is in use from
+//! what a killed process left.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};

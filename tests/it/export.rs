@@ -1,4 +1,4 @@
-//! GGUF files that are written: what the importer, which knows other programs' files, reads in them.
+//! GGUF files that are written, and what the importer, which knows those of others, reads there.
 
 use std::collections::BTreeMap;
 use std::fs;

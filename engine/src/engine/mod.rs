@@ -213,8 +213,8 @@ impl Engine {
         self.logits_of(ids, 0..ids.len(), sink)
     }
 
-    /// As [`Engine::logits`] for the positions `wanted` alone. With a prefix cache, full pages before
-    /// them that an earlier call or a request computed are not computed again.
+    /// As [`Engine::logits`] for the positions `wanted` alone. With a prefix cache, full pages
+    /// before them that an earlier call or a request computed are not computed again.
     pub fn logits_of(
         &mut self,
         ids: &[u32],

@@ -44,6 +44,8 @@ enum Source {
     },
 }
 
+const HEAD: Source = Source::Linear { role: LinearRole::Head, layer_idx: 0 };
+
 /// One tensor of the file.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Tensor {
@@ -77,7 +79,8 @@ impl Plan {
 
     /// The formats of the layers' linears.
     pub(super) fn linear_formats(&self) -> impl Iterator<Item = BlockFormat> {
-        let is_linear = |part: &&Part| matches!(part.source, Source::Linear { role, .. } if role != LinearRole::Head);
+        let is_linear =
+            |part: &&Part| matches!(part.source, Source::Linear { .. }) && part.source != HEAD;
         let tensors = self.parts.iter().filter(is_linear).flat_map(|part| &part.tensors);
         tensors.filter(|t| t.entry.shape.len() == 2).map(|tensor| tensor.entry.format)
     }
@@ -112,8 +115,7 @@ impl Planner<'_> {
                 true => embedding,
                 false => config.architecture.modules(LinearRole::Head)[0],
             };
-            let source = Source::Linear { role: LinearRole::Head, layer_idx: 0 };
-            parts.push(one(source, self.head("output.weight", module, sizes)?));
+            parts.push(one(HEAD, self.head("output.weight", module, sizes)?));
         }
         let norm = vector("output_norm.weight".to_owned(), shape.hidden_size);
         parts.push(one(Source::FinalNorm, norm));

@@ -107,8 +107,8 @@ impl Around {
                 Ok(Around { before: before.first().copied(), after: after.first().copied() })
             }
             _ => Err(Error::Unsupported(format!(
-                "the tokenizer makes {whole:?} of the token {text:?}: GGUF can say one token before \
-                 a text and one behind it"
+                "the tokenizer makes {whole:?} of the token {text:?}: GGUF can say one token \
+                 before a text and one behind it"
             ))),
         }
     }
