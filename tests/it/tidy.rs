@@ -92,11 +92,7 @@ const RULES: &[Rule] = &[
         why: "only backend::cuda knows the CUDA driver",
     },
     Rule {
-        names: &[
-            Name::Path("crate::cli"),
-            Name::Path("crate::server"),
-            Name::Path("bespoke::cli"),
-        ],
+        names: &[Name::Path("crate::cli"), Name::Path("crate::server"), Name::Path("bespoke::cli")],
         within: &["engine/src"],
         except: &["engine/src/cli", "engine/src/server", "engine/src/main.rs"],
         allowed: &[],
