@@ -238,9 +238,9 @@ fn quantized_models_come_back() {
         assert_eq!(rounding.num_groups, exact.rounding.expect("quantized weights").num_groups);
         assert!(rounding.error_max > 0.0 && rounding.error_max < 0.008, "{rounding:?}");
         check_error(&place, rounding.error_max);
-        if blocks > 0 {
-            let linear: u64 = place.gguf().tensors.values().filter(is_q4_1).map(num_blocks).sum();
-            assert_eq!(rounding.num_groups, linear / blocks, "{case}");
+        let linear: u64 = place.gguf().tensors.values().filter(is_q4_1).map(num_blocks).sum();
+        if let Some(num_groups) = linear.checked_div(blocks) {
+            assert_eq!(rounding.num_groups, num_groups, "{case}");
         }
     }
 }

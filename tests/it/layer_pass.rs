@@ -78,8 +78,11 @@ fn next(pass: &mut LayerPass) -> QuantizedLayer {
     layer
 }
 
+/// Changes a tensor: its name, values and shape.
+type Change<'a> = &'a dyn Fn(&str, &mut [f32], &[usize]);
+
 /// A copy of the model with changed tensors.
-fn rewrite(from: &Path, to: &Path, change: &dyn Fn(&str, &mut [f32], &[usize])) {
+fn rewrite(from: &Path, to: &Path, change: Change<'_>) {
     let bytes = fs::read(from.join("model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let mut tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();

@@ -145,7 +145,7 @@ impl QuantizationReport {
     fn facts(&self) -> String {
         let mut html = String::new();
         for (name, value) in self.fact_list() {
-            let _ = write!(html, "<dt>{}</dt><dd>{}</dd>\n", escape(&name), escape(&value));
+            let _ = writeln!(html, "<dt>{}</dt><dd>{}</dd>", escape(&name), escape(&value));
         }
         html
     }
@@ -357,9 +357,9 @@ fn write_row(html: &mut String, layer: &LayerReport, group: &GroupReport, module
     for value in [module.error_rtn, module.error_awq, module.error] {
         let _ = write!(html, "<td>{}</td>", number(value));
     }
-    let _ = write!(
+    let _ = writeln!(
         html,
-        "<td>{} · {} · {}</td><td>{}</td><td>{}</td><td>{:.1} %</td></tr>\n",
+        "<td>{} · {} · {}</td><td>{}</td><td>{}</td><td>{:.1} %</td></tr>",
         number(min),
         number(median),
         number(max),

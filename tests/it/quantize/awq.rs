@@ -320,6 +320,43 @@ fn skipped_modules_stay_as_they_are() {
     assert!(work.refusal(&job).contains("q_proj"));
 }
 
+/// Logits after every token of a text.
+fn logits(dir: &Path) -> Vec<f32> {
+    let ids: Vec<u32> = "the answer to all".bytes().map(u32::from).collect();
+    let mut logits = Vec::new();
+    load(dir).logits_of(&ids, 0..ids.len(), &mut |_, row| logits.extend_from_slice(row)).unwrap();
+    logits
+}
+
+/// `‖a − b‖² / ‖b‖²`
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    let squares: f32 = a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum();
+    squares / b.iter().map(|b| b * b).sum::<f32>()
+}
+
+#[test]
+fn budgets_leave_the_worst_in_16_bits() {
+    let work = Work::new();
+    let mut job = work.job();
+    work.run("all", &job);
+    let mut distances = vec![distance(&logits(&work.out("all")), &logits(&work.model()))];
+    for (bits, name) in [(9.0, "some"), (15.5, "few")] {
+        job.bits_max = Some(bits);
+        let report = work.run(name, &job);
+        assert!(report.bits_per_weight <= bits && report.bits_per_weight > bits - 4.0);
+        let skipped = report.layers.iter().flat_map(|layer| &layer.groups);
+        let skipped = skipped.flat_map(|group| &group.modules).filter(|module| module.is_skipped);
+        assert_eq!(skipped.count(), report.modules_not_converted.len());
+        let config = ModelConfig::from_file(&work.out(name).join("config.json")).unwrap();
+        let left_out = config.quantization.unwrap().modules_to_not_convert;
+        assert_eq!(left_out, report.modules_not_converted);
+        distances.push(distance(&logits(&work.out(name)), &logits(&work.model())));
+    }
+    // Weights that stay are multiplied by the factors that their neighbours were divided by.
+    let [all, some, few] = distances[..] else { panic!("three distances") };
+    assert!(few < some && some < all && few < all / 4.0, "{distances:?}");
+}
+
 #[test]
 fn impossible_budgets_are_refused() {
     let work = Work::new();
