@@ -59,7 +59,7 @@ pub struct CalibrationOptions {
 
 impl Default for CalibrationOptions {
     fn default() -> CalibrationOptions {
-        CalibrationOptions { text: TextSource::Shipped, num_samples: 32, sample_len: 512 }
+        CalibrationOptions { text: TextSource::Shipped, num_samples: 24, sample_len: 512 }
     }
 }
 

@@ -146,7 +146,10 @@ impl SourceModel {
             "zero_point": true,
             "version": "gemm",
             // NOTE: whole names, because some readers look for them anywhere in a module's name.
-            "modules_to_not_convert": if left_out.is_empty() { Json::Null } else { json!(left_out) },
+            "modules_to_not_convert": match left_out.is_empty() {
+                true => Json::Null,
+                false => json!(left_out),
+            },
         });
         let text = format!("{json:#}\n");
         ModelConfig::parse(&text)?.shape("model")?;
