@@ -13,6 +13,7 @@ use crate::cuda::{self, Arch};
 use crate::emit::Generated;
 use crate::error::Error;
 use crate::models_rs::models_rs;
+use crate::plan::PlanOptions;
 use crate::presets;
 use crate::spec::{ModelShape, PAGE_SIZE, PAGE_SIZES};
 use crate::target::Target;
@@ -192,7 +193,8 @@ fn out_dir() -> Result<PathBuf, Error> {
 }
 
 fn generate_into(folder: &Path, shapes: &[ModelShape], targets: &[Target]) -> Result<(), Error> {
-    let Generated { kernels_rs, kernels_json } = crate::generate(shapes, targets)?;
+    let Generated { kernels_rs, kernels_json } =
+        crate::generate(shapes, targets, &PlanOptions::default())?;
     let io = |source| Error::Io { path: folder.display().to_string(), source };
     std::fs::create_dir_all(folder).map_err(io)?;
     write_if_changed(&folder.join("kernels.rs"), kernels_rs.as_bytes())?;

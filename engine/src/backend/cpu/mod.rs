@@ -26,6 +26,7 @@ use team::Team;
 use crate::backend::KernelUsage;
 use crate::error::Error;
 use crate::kernels::KernelTable;
+use crate::kernels::choice::{Choice, DeviceChoice};
 use crate::model::linear::{DenseView, LinearSource};
 
 /// How the CPU backend runs.
@@ -38,6 +39,8 @@ pub struct CpuOptions {
     pub num_threads: Option<usize>,
     /// `None`: the best instruction set of this machine that the table has kernels for.
     pub target: Option<Target>,
+    /// Whose measurements decide about the kernels.
+    pub device: DeviceChoice,
 }
 
 /// The generated kernels of one model, the threads that run them, and their scratch memory.
@@ -94,6 +97,19 @@ pub fn best_target(table: &KernelTable) -> Option<Target> {
     Target::ALL.into_iter().rev().filter(|target| is_available(*target)).find(holds)
 }
 
+/// As many threads as the process may use.
+pub fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// Key of the device class whose servings count.
+pub fn device_key(choice: DeviceChoice, _target: Target, _num_threads: usize) -> Option<String> {
+    match choice {
+        DeviceChoice::Class(key) => Some(key.to_owned()),
+        DeviceChoice::This | DeviceChoice::Any => None,
+    }
+}
+
 impl CpuBackend {
     /// Looks up every kernel the model needs; [`Error::MissingKernels`] names those that are not in
     /// `table`.
@@ -113,13 +129,13 @@ impl CpuBackend {
             }
             None => best_target(table).unwrap_or(Target::Portable),
         };
-        let kernels = Kernels::find(table, shape, target, options)?;
-        let num_threads = options.num_threads.unwrap_or_else(|| {
-            std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
-        });
+        let num_threads = options.num_threads.unwrap_or_else(available_threads);
         if !(1..=1024).contains(&num_threads) {
             return Err(Error::Request(format!("{num_threads} threads; choose 1 to 1024")));
         }
+        let device = device_key(options.device, target, num_threads);
+        let choice = Choice { table, target, device: device.as_deref() };
+        let kernels = Kernels::find(choice, shape, options)?;
         let team = Team::new(num_threads).map_err(|error| {
             Error::Resources(format!("cannot start {num_threads} threads: {error}"))
         })?;
