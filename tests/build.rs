@@ -19,28 +19,12 @@ fn main() {
         .map(|path| path.join("config.json"))
         .collect();
     configs.sort();
-    let targets = [this_machine()];
+    // NOTE: the machine that builds the tests is the one that runs them. The op tests cover the other
+    // targets.
+    let targets = [Target::best()];
     build_configs(&configs, &targets, 32, "");
     let one = [tiny.join("llama-gqa2/config.json")];
     for (page_size, folder) in [(16, "pages16"), (64, "pages64")] {
         build_configs(&one, &targets, page_size, folder);
     }
-}
-
-/// The best target of the machine that builds the tests, which is the one that runs them. The op
-/// tests cover the others.
-fn this_machine() -> Target {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let has_v3 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-        let has_avx512 = is_x86_feature_detected!("avx512vnni")
-            && is_x86_feature_detected!("avx512bf16")
-            && is_x86_feature_detected!("avx512vl");
-        match (has_v3, has_avx512) {
-            (true, true) => return Target::Avx512,
-            (true, false) => return Target::X86_64V3,
-            (false, _) => {}
-        }
-    }
-    Target::Portable
 }

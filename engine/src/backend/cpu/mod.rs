@@ -63,32 +63,7 @@ const STREAM_BYTES: usize = 192 << 20;
 
 /// Whether this machine has the instructions of `target`.
 pub fn is_available(target: Target) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let v3 = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-            && is_x86_feature_detected!("bmi1")
-            && is_x86_feature_detected!("bmi2")
-            && is_x86_feature_detected!("lzcnt")
-            && is_x86_feature_detected!("popcnt");
-        let avx512 = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512cd")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vnni")
-            && is_x86_feature_detected!("avx512bf16");
-        match target {
-            Target::Portable => true,
-            Target::X86_64V3 => v3,
-            Target::Avx512 => v3 && avx512,
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        target == Target::Portable
-    }
+    target.is_available()
 }
 
 /// The best target that this machine has and `table` holds kernels for.
