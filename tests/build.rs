@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use bespoke_kernel_gen::cargo::build_configs;
+use bespoke_kernel_gen::cargo::{Configs, build_configs};
+use bespoke_kernel_gen::plan::PlanOptions;
 use bespoke_kernel_gen::target::Target;
 
 /// Mixture-of-experts models, which the generator refuses; a test checks that it does.
@@ -22,9 +23,11 @@ fn main() {
     // NOTE: the machine that builds the tests is the one that runs them. The op tests cover the other
     // targets.
     let targets = [Target::best()];
-    build_configs(&configs, &targets, 32, "");
+    let options = PlanOptions::default();
+    let all = Configs { paths: &configs, targets: &targets, page_size: 32, options };
+    build_configs(&all, "");
     let one = [tiny.join("llama-gqa2/config.json")];
     for (page_size, folder) in [(16, "pages16"), (64, "pages64")] {
-        build_configs(&one, &targets, page_size, folder);
+        build_configs(&Configs { paths: &one, page_size, ..all }, folder);
     }
 }

@@ -4,7 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::compile::Artifact;
-use crate::plan::{Interval, Serving};
+use crate::plan::{Interval, Plan, Serving};
 
 /// What a build generates.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +14,8 @@ pub struct Generated {
     pub kernels_rs: String,
     /// An array of objects, one a kernel.
     pub kernels_json: String,
+    /// What people should know.
+    pub warnings: Vec<String>,
 }
 
 const HEADER: &str = "\
@@ -26,7 +28,7 @@ const HEADER: &str = "\
 #[derive(Clone, Copy, Debug)]
 pub struct Contents<'a> {
     pub artifacts: &'a [Artifact],
-    pub servings: &'a [Serving],
+    pub plan: &'a Plan,
     /// Token slots of a KV page.
     pub page_size: usize,
     /// Whether kernels are among them that serve nothing, for the tuner.
@@ -35,12 +37,16 @@ pub struct Contents<'a> {
 
 /// Writes both files. The same contents give the same bytes.
 pub fn emit(contents: &Contents<'_>) -> Generated {
-    let Contents { artifacts, servings, page_size, is_tuner } = *contents;
+    let Contents { artifacts, plan, page_size, is_tuner } = *contents;
+    let servings = &plan.servings;
     let mut kernels_rs = String::from(HEADER);
     kernels_rs.push_str("/// Token slots of a KV page.\n");
     kernels_rs.push_str(&format!("pub(crate) const PAGE_SIZE: usize = {page_size};\n\n"));
     kernels_rs.push_str("/// Whether this build also has kernels that serve nothing.\n");
     kernels_rs.push_str(&format!("pub(crate) const IS_TUNER: bool = {is_tuner};\n\n"));
+    kernels_rs.push_str("/// What of the lock decided about the servings.\n");
+    let lock = if plan.lock.problems.is_empty() { String::new() } else { plan.lock.print() };
+    kernels_rs.push_str(&format!("pub(crate) const LOCK: &str = {lock:?};\n\n"));
     kernels_rs.push_str("::bespoke_macros::kernels! {\n");
     for artifact in artifacts {
         kernels_rs.push_str(&artifact.source.declaration(&artifact.hash));
@@ -51,7 +57,7 @@ pub fn emit(contents: &Contents<'_>) -> Generated {
     kernels_rs.push_str("}\n");
     let row = |artifact| row(artifact, servings);
     let kernels_json = json_text(artifacts.iter().map(row).collect());
-    Generated { kernels_rs, kernels_json }
+    Generated { kernels_rs, kernels_json, warnings: plan.warnings.clone() }
 }
 
 /// A serving's declaration for `kernels!`.

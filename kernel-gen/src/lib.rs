@@ -44,18 +44,13 @@ pub use error::Error;
 pub fn generate(
     shapes: &[spec::ModelShape],
     targets: &[target::Target],
-    options: &plan::PlanOptions,
+    options: &plan::PlanOptions<'_>,
 ) -> Result<emit::Generated, Error> {
     let page_size = shapes.first().map_or(spec::PAGE_SIZE, |shape| shape.page_size);
     assert!(shapes.iter().all(|shape| shape.page_size == page_size), "one page size a build");
-    let plan::Plan { variants, servings } = plan::plan(shapes, targets, options)?;
-    let sources = variants.iter().map(render::render).collect();
+    let plan = plan::plan(shapes, targets, options)?;
+    let sources = plan.variants.iter().map(render::render).collect();
     let artifacts = compile::compile(sources)?;
     let is_tuner = options.tuner.is_some();
-    Ok(emit::emit(&emit::Contents {
-        artifacts: &artifacts,
-        servings: &servings,
-        page_size,
-        is_tuner,
-    }))
+    Ok(emit::emit(&emit::Contents { artifacts: &artifacts, plan: &plan, page_size, is_tuner }))
 }

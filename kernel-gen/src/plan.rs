@@ -1,5 +1,7 @@
 //! Specs × targets → the kernels to build.
 
+mod locked;
+
 use std::collections::BTreeSet;
 use std::fmt;
 
@@ -8,6 +10,8 @@ use crate::error::Error;
 use crate::name;
 use crate::spec::{ActivationType, DType, KernelSpec, ModelShape, RowRegime};
 use crate::target::Target;
+use crate::tuning::lock::Lock;
+use locked::Locked;
 
 /// One kernel: what it computes, for how many rows, on which machine, with which choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,6 +25,17 @@ pub struct KernelVariant {
 impl KernelVariant {
     pub fn symbol(&self) -> String {
         name::symbol(self)
+    }
+
+    /// The variant that a symbol names; `None` for anything [`KernelVariant::symbol`] does not
+    /// write.
+    pub fn parse(symbol: &str) -> Option<KernelVariant> {
+        name::parse(symbol)
+    }
+
+    /// Whether its configuration is what is used where nothing was measured.
+    pub fn is_default(&self) -> bool {
+        self.config == KernelConfig::default_for(&self.spec, self.regime, self.target)
     }
 
     /// Kernels of one class give the same bits for a row, whatever the row count.
@@ -37,7 +52,7 @@ impl KernelVariant {
 
     /// Where the choice of the configuration comes from.
     pub fn provenance(&self) -> &'static str {
-        match self.config == KernelConfig::default_for(&self.spec, self.regime, self.target) {
+        match self.is_default() {
             true => "default",
             false => "given",
         }
@@ -151,30 +166,43 @@ fn default_rows_max(spec: &KernelSpec, regime: RowRegime) -> usize {
 
 /// What a plan depends on besides shapes and targets.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct PlanOptions {
+pub struct PlanOptions<'a> {
+    /// Choices by measurement.
+    pub lock: Option<&'a Lock>,
     /// Also the candidates of a tuner for this target.
     pub tuner: Option<Target>,
 }
 
 /// The kernels of a build, and which of them serves what.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
     /// Sorted, each once.
     pub variants: Vec<KernelVariant>,
     /// By spec and target, the one for any device first.
     pub servings: Vec<Serving>,
+    /// What of the lock decided about the servings.
+    pub lock: Lock,
+    /// Choices of the lock that no longer hold, in words.
+    pub warnings: Vec<String>,
 }
 
 /// What the kernels of all `shapes` are on all `targets`.
 ///
-/// A spec that no kernel can serve is an error that names it: nothing is left out in silence.
+/// A spec that no kernel can serve is an error that names it: nothing is left out in silence. So is
+/// a lock that names kernels which cannot be, or are not certified. Where it names one that was
+/// another when it was measured, the default serves, with a warning.
 pub fn plan(
     shapes: &[ModelShape],
     targets: &[Target],
-    options: &PlanOptions,
+    options: &PlanOptions<'_>,
 ) -> Result<Plan, Error> {
     let specs: BTreeSet<KernelSpec> = shapes.iter().flat_map(ModelShape::kernel_specs).collect();
-    let mut variants = BTreeSet::new();
+    let Locked { servings: locked, warnings } = match options.lock {
+        Some(lock) => locked::servings(lock, &specs, targets)?,
+        None => Locked::default(),
+    };
+    let mut variants: BTreeSet<KernelVariant> =
+        locked.iter().flat_map(|serving| &serving.intervals).map(|one| one.variant).collect();
     let mut servings = Vec::new();
     for spec in &specs {
         for target in targets {
@@ -187,12 +215,30 @@ pub fn plan(
                 variants.insert(*variant);
             }
             servings.push(serving);
+            let is_of_spec =
+                |serving: &&Serving| serving.spec == *spec && serving.target == *target;
+            servings.extend(locked.iter().filter(is_of_spec).cloned());
             if options.tuner == Some(*target) {
                 variants.extend(candidates(spec, *target));
             }
         }
     }
-    Ok(Plan { variants: variants.into_iter().collect(), servings })
+    let lock = options.lock.map_or_else(Lock::default, |lock| used(lock, &servings));
+    Ok(Plan { variants: variants.into_iter().collect(), servings, lock, warnings })
+}
+
+/// What of a lock decided about `servings`.
+fn used(lock: &Lock, servings: &[Serving]) -> Lock {
+    let keys: BTreeSet<(String, &str, &str)> = servings
+        .iter()
+        .filter_map(|serving| {
+            let device = serving.device.as_deref()?;
+            Some((name::spec_name(&serving.spec), serving.target.name(), device))
+        })
+        .collect();
+    lock.filtered(|problem| {
+        keys.contains(&(problem.spec.clone(), problem.target.as_str(), problem.device.as_str()))
+    })
 }
 
 /// Every kernel for `spec` on `target` that is worth a trial, the defaults among them.

@@ -15,6 +15,7 @@ macro_rules! generated {
                 servings: SERVINGS,
                 page_size: PAGE_SIZE,
                 is_tuner: IS_TUNER,
+                lock: LOCK,
             };
         }
     };

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 
 use bespoke_kernel_gen::plan::Provenance;
+use bespoke_kernel_gen::target::Target;
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
@@ -66,7 +67,18 @@ struct Config {
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
     let kernels = &console.kernels;
     let code_bytes = code_bytes(kernels.kernels);
-    let row = |kernel: &Kernel| row(kernels, kernel, code_bytes.get(kernel.symbol).copied());
+    let keys = Target::ALL.map(|target| {
+        let key = device_key(DeviceChoice::This, target, available_threads());
+        (target, key.unwrap_or_default())
+    });
+    let row = |kernel: &Kernel| {
+        let choice = keys
+            .iter()
+            .find(|(target, _)| *target == kernel.target)
+            .map(|(_, key)| Choice { table: kernels, target: kernel.target, device: Some(key) });
+        let provenance = choice.and_then(|choice| choice.provenance(kernel));
+        row(kernels, kernel, provenance, code_bytes.get(kernel.symbol).copied())
+    };
     let rows: Vec<Row> = kernels.kernels.iter().map(row).collect();
     match args.json {
         true => console.print_json(&rows),
@@ -74,7 +86,12 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     }
 }
 
-fn row(table: &KernelTable, kernel: &Kernel, bytes: Option<u64>) -> Row {
+fn row(
+    table: &KernelTable,
+    kernel: &Kernel,
+    provenance: Option<Provenance>,
+    bytes: Option<u64>,
+) -> Row {
     let sizes = kernel.spec.sizes().into_iter();
     Row {
         symbol: kernel.symbol,
@@ -90,7 +107,7 @@ fn row(table: &KernelTable, kernel: &Kernel, bytes: Option<u64>) -> Row {
             scratch_bytes: kernel.scratch_bytes,
         },
         reduction_class: kernel.reduction_class,
-        provenance: provenance(table, kernel).map(Provenance::name),
+        provenance: provenance.map(Provenance::name),
         serves: table.serves(kernel).into_iter().map(rows_of).collect(),
         bytes,
     }
@@ -103,16 +120,6 @@ fn rows_of(served: Served) -> Rows {
         device: served.device,
         provenance: served.provenance.name(),
     }
-}
-
-/// Where the choice of a kernel comes from on this machine.
-fn provenance(table: &KernelTable, kernel: &Kernel) -> Option<Provenance> {
-    let device = device_key(DeviceChoice::This, kernel.target, available_threads());
-    let choice = Choice { table, target: kernel.target, device: device.as_deref() };
-    let chosen = choice.serving(&kernel.spec)?;
-    let mut intervals = chosen.serving.intervals.iter();
-    let interval = intervals.find(|interval| interval.symbol == kernel.symbol)?;
-    Some(chosen.provenance(interval))
 }
 
 fn table(rows: &[Row]) -> String {

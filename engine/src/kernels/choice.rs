@@ -60,6 +60,14 @@ impl Choice<'_> {
     pub fn kernel(&self, spec: &KernelSpec, num_rows: usize) -> Option<&'static Kernel> {
         self.table.kernel(self.serving(spec)?.serving.interval(num_rows).symbol)
     }
+
+    /// Where the choice of `kernel` comes from; `None` where it serves nothing here.
+    pub fn provenance(&self, kernel: &Kernel) -> Option<Provenance> {
+        let chosen = self.serving(&kernel.spec)?;
+        let mut intervals = chosen.serving.intervals.iter();
+        let interval = intervals.find(|interval| interval.symbol == kernel.symbol)?;
+        Some(chosen.provenance(interval))
+    }
 }
 
 impl Chosen {

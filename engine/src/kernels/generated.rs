@@ -15,7 +15,13 @@ include!(concat!(env!("OUT_DIR"), "/models.rs"));
 /// All kernels of this build.
 #[cfg(not(test))]
 pub fn table() -> KernelTable {
-    KernelTable { kernels: KERNELS, servings: SERVINGS, page_size: PAGE_SIZE, is_tuner: IS_TUNER }
+    KernelTable {
+        kernels: KERNELS,
+        servings: SERVINGS,
+        page_size: PAGE_SIZE,
+        is_tuner: IS_TUNER,
+        lock: LOCK,
+    }
 }
 
 /// As in a build without kernels.

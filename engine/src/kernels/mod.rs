@@ -115,6 +115,8 @@ pub struct KernelTable {
     pub page_size: usize,
     /// Whether there are kernels that serve nothing: candidates of the tuner.
     pub is_tuner: bool,
+    /// The text of the lock that decided about the servings, as far as it did; may be empty.
+    pub lock: &'static str,
 }
 
 impl Default for KernelTable {
@@ -124,8 +126,13 @@ impl Default for KernelTable {
 }
 
 impl KernelTable {
-    pub const EMPTY: KernelTable =
-        KernelTable { kernels: &[], servings: &[], page_size: PAGE_SIZE, is_tuner: false };
+    pub const EMPTY: KernelTable = KernelTable {
+        kernels: &[],
+        servings: &[],
+        page_size: PAGE_SIZE,
+        is_tuner: false,
+        lock: "",
+    };
 
     /// Device classes that something is served for on `target`, and `None` for any.
     pub fn devices(&self, target: Target) -> BTreeSet<Option<&'static str>> {

@@ -13,6 +13,7 @@ pub mod work;
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::{ActivationType, DType, KvDType, LinearRole, ModelShape};
 use bespoke_kernel_gen::target::Target;
+use bespoke_kernel_gen::tuning::device::{CpuDevice, this_cpu};
 
 use buffers::Packed;
 pub use buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows};
@@ -77,11 +78,12 @@ pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// Key of the device class whose servings count.
-pub fn device_key(choice: DeviceChoice, _target: Target, _num_threads: usize) -> Option<String> {
+/// Key of the device class whose servings count on `target`.
+pub fn device_key(choice: DeviceChoice, target: Target, num_threads: usize) -> Option<String> {
     match choice {
+        DeviceChoice::This => Some(CpuDevice { target, ..this_cpu(num_threads) }.key()),
         DeviceChoice::Class(key) => Some(key.to_owned()),
-        DeviceChoice::This | DeviceChoice::Any => None,
+        DeviceChoice::Any => None,
     }
 }
 
