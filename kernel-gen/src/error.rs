@@ -22,6 +22,10 @@ pub enum Error {
     Toolkit { message: String },
     /// A kernel that the CUDA compiler refuses, or whose machine code is not as it has to be.
     Compile { symbol: String, message: String },
+    /// A measurement that cannot be written down, or records from which nothing can be chosen.
+    Record { message: String },
+    /// `kernels.lock` cannot be followed: why, and what to do.
+    Lock { message: String },
 }
 
 impl fmt::Display for Error {
@@ -42,6 +46,8 @@ impl fmt::Display for Error {
             Error::Source { position, message } => write!(f, "{position}: {message}"),
             Error::Toolkit { message } => f.write_str(message),
             Error::Compile { symbol, message } => write!(f, "{symbol}: {message}"),
+            Error::Record { message } => write!(f, "records: {message}"),
+            Error::Lock { message } => write!(f, "kernels.lock: {message}"),
         }
     }
 }

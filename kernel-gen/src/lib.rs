@@ -35,6 +35,7 @@ pub mod render;
 pub mod spec;
 pub mod target;
 pub mod templates;
+pub mod tuning;
 
 pub use error::Error;
 
