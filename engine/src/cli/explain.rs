@@ -122,11 +122,7 @@ struct Op {
 }
 
 /// All ops of a model in their order; those of layers once for all layers that have the same.
-fn ops(
-    shape: &ModelShape,
-    activation: ActivationType,
-    kv: KvDType,
-) -> anyhow::Result<Vec<Op>> {
+fn ops(shape: &ModelShape, activation: ActivationType, kv: KvDType) -> anyhow::Result<Vec<Op>> {
     let all = layers_text(0, shape.num_layers);
     let hidden = shape.hidden_size;
     let mut ops = Vec::new();
@@ -252,7 +248,7 @@ fn locked<'a>(
 }
 
 fn with_times(row: Row, chosen: Chosen, fact: &LockedInterval) -> Row {
-    let margin = fact.runner_up_us.filter(|_| fact.us > 0.0).map(|us| us / fact.us - 1.0);
+    let margin = fact.runner_up.as_ref().map(|_| fact.margin);
     Row {
         chosen_on: chosen.serving.device,
         us: Some(fact.us),
