@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use bespoke_kernel_gen::cargo::build_configs;
+use bespoke_kernel_gen::cargo::{Configs, build_configs};
+use bespoke_kernel_gen::plan::PlanOptions;
 use bespoke_kernel_gen::target::Target;
 
 /// Mixture-of-experts models, which the generator refuses; a test checks that it does.
@@ -19,28 +20,14 @@ fn main() {
         .map(|path| path.join("config.json"))
         .collect();
     configs.sort();
-    let targets = [this_machine()];
-    build_configs(&configs, &targets, 32, "");
+    // NOTE: the machine that builds the tests is the one that runs them. The op tests cover the other
+    // targets.
+    let targets = [Target::best()];
+    let options = PlanOptions::default();
+    let all = Configs { paths: &configs, targets: &targets, page_size: 32, options };
+    build_configs(&all, "");
     let one = [tiny.join("llama-gqa2/config.json")];
     for (page_size, folder) in [(16, "pages16"), (64, "pages64")] {
-        build_configs(&one, &targets, page_size, folder);
+        build_configs(&Configs { paths: &one, page_size, ..all }, folder);
     }
-}
-
-/// The best target of the machine that builds the tests, which is the one that runs them. The op
-/// tests cover the others.
-fn this_machine() -> Target {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let has_v3 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-        let has_avx512 = is_x86_feature_detected!("avx512vnni")
-            && is_x86_feature_detected!("avx512bf16")
-            && is_x86_feature_detected!("avx512vl");
-        match (has_v3, has_avx512) {
-            (true, true) => return Target::Avx512,
-            (true, false) => return Target::X86_64V3,
-            (false, _) => {}
-        }
-    }
-    Target::Portable
 }

@@ -9,6 +9,7 @@ use bespoke_kernel_gen::cuda::compile::{self, Compiler};
 use bespoke_kernel_gen::cuda::jobs::Jobs;
 use bespoke_kernel_gen::cuda::toolkit::{Environment, Toolkit};
 use bespoke_kernel_gen::cuda::{self, Arch, Variant, commands};
+use bespoke_kernel_gen::plan::{Plan, PlanOptions};
 use bespoke_kernel_gen::spec::ModelShape;
 use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::{Error, cargo, generate, plan, presets, render};
@@ -181,9 +182,13 @@ fn shapes(models: &[String]) -> Result<Vec<ModelShape>, Error> {
     models.iter().map(|model| presets::shape(model, &[PathBuf::new()])).collect()
 }
 
+fn cpu_plan(shapes: &[ModelShape], arguments: &Arguments) -> Result<Plan, Error> {
+    plan::plan(shapes, &arguments.targets, &PlanOptions::default())
+}
+
 fn run_plan(arguments: &Arguments) -> Result<String, Error> {
     let shapes = shapes(&arguments.models)?;
-    let cpu = plan::print(&plan::plan(&shapes, &arguments.targets)?);
+    let cpu = plan::print(&cpu_plan(&shapes, arguments)?.variants);
     Ok(cpu + &cuda::plan::print(&cuda::plan::plan(&shapes, &arguments.archs)?))
 }
 
@@ -193,13 +198,14 @@ fn run_render(arguments: &Arguments) -> Result<String, Error> {
         let source = render::render(variant);
         format!("{} = {}\n", source.symbol, source.instantiation())
     };
-    let cpu: String = plan::plan(&shapes, &arguments.targets)?.iter().map(line).collect();
+    let cpu: String = cpu_plan(&shapes, arguments)?.variants.iter().map(line).collect();
     Ok(cpu + &commands::render(&cuda::plan::plan(&shapes, &arguments.archs)?)?)
 }
 
 fn run_build(arguments: &Arguments) -> Result<String, Error> {
     let folder = arguments.out.as_deref().unwrap_or(Path::new("."));
-    let generated = generate(&shapes(&arguments.models)?, &arguments.targets)?;
+    let shapes = shapes(&arguments.models)?;
+    let generated = generate(&shapes, &arguments.targets, &PlanOptions::default())?;
     let mut report = String::new();
     for (name, text) in
         [("kernels.rs", &generated.kernels_rs), ("kernels.json", &generated.kernels_json)]
@@ -284,13 +290,13 @@ fn run_check(arguments: &Arguments) -> Result<String, Error> {
     }
     let mut report = String::new();
     for (name, shapes) in sets {
-        let first = generate(&shapes, &arguments.targets)?;
+        let generated = || generate(&shapes, &arguments.targets, &PlanOptions::default());
         let cuda = || commands::render(&cuda::plan::plan(&shapes, &arguments.archs)?);
-        if generate(&shapes, &arguments.targets)? != first || cuda()? != cuda()? {
+        if generated()? != generated()? || cuda()? != cuda()? {
             let message = "two runs generated different text".to_string();
             return Err(Error::Model { name, message });
         }
-        let num_kernels = plan::plan(&shapes, &arguments.targets)?.len()
+        let num_kernels = cpu_plan(&shapes, arguments)?.variants.len()
             + cuda::plan::plan(&shapes, &arguments.archs)?.len();
         report.push_str(&format!("{name}: {num_kernels} kernels\n"));
     }

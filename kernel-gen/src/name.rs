@@ -33,7 +33,8 @@ fn rows_name(out: RowFormat) -> String {
     }
 }
 
-fn spec_name(spec: &KernelSpec) -> String {
+/// A spec's name, which the symbols of its kernels begin with.
+pub fn spec_name(spec: &KernelSpec) -> String {
     let op = spec.op();
     match *spec {
         KernelSpec::Embed { hidden, dtype } => format!("{op}_h{hidden}_{}", dtype.name()),

@@ -71,7 +71,6 @@ impl Source {
                  cols: {cols},\n        \
                  scratch_bytes: {scratch},\n        \
                  reduction_class: \"{class}\",\n        \
-                 provenance: \"{provenance}\",\n        \
                  source_hash: \"{source_hash}\",\n    \
              }}\n",
             symbol = self.symbol,
@@ -81,7 +80,6 @@ impl Source {
             cols = config.cols,
             scratch = self.variant.scratch_bytes(),
             class = self.variant.reduction_class(),
-            provenance = self.variant.provenance(),
         )
     }
 }

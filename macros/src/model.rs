@@ -62,7 +62,6 @@ pub(crate) struct Kernel {
     pub(crate) cols: LitInt,
     pub(crate) scratch_bytes: LitInt,
     pub(crate) reduction_class: LitStr,
-    pub(crate) provenance: LitStr,
     pub(crate) source_hash: LitStr,
 }
 
@@ -238,7 +237,6 @@ fn check_one(declaration: Declaration, errors: &mut Errors) -> Option<Kernel> {
     let cols = required(declaration.cols, "cols", &symbol, errors);
     let scratch_bytes = required(declaration.scratch_bytes, "scratch_bytes", &symbol, errors);
     let class = required(declaration.reduction_class, "reduction_class", &symbol, errors);
-    let provenance = required(declaration.provenance, "provenance", &symbol, errors);
     let source_hash = required(declaration.source_hash, "source_hash", &symbol, errors);
     let run = run.and_then(|run| check_run(&run, errors));
     let fields = match (&run, spec) {
@@ -259,7 +257,6 @@ fn check_one(declaration: Declaration, errors: &mut Errors) -> Option<Kernel> {
         cols: cols?,
         scratch_bytes: scratch_bytes?,
         reduction_class: class?,
-        provenance: provenance?,
         source_hash: source_hash?,
     };
     check_agreement(&kernel, errors).then_some(kernel)

@@ -29,7 +29,7 @@ const MODELS: [&str; 9] = [
     "qwen3-qknorm",
 ];
 
-const NO_KERNELS: KernelTable = KernelTable { kernels: &[], page_size: PAGE_SIZE };
+const NO_KERNELS: KernelTable = KernelTable::EMPTY;
 
 fn model_dir(model: &str) -> PathBuf {
     golden_dir().join("tiny").join(model)

@@ -10,8 +10,13 @@ macro_rules! generated {
 
             include!(concat!(env!("OUT_DIR"), $path));
 
-            pub(crate) const TABLE: bespoke::kernels::KernelTable =
-                bespoke::kernels::KernelTable { kernels: KERNELS, page_size: PAGE_SIZE };
+            pub(crate) const TABLE: bespoke::kernels::KernelTable = bespoke::kernels::KernelTable {
+                kernels: KERNELS,
+                servings: SERVINGS,
+                page_size: PAGE_SIZE,
+                is_tuner: IS_TUNER,
+                lock: LOCK,
+            };
         }
     };
 }

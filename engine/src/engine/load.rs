@@ -253,6 +253,7 @@ impl Loader<'_> {
             activation: options.activation,
             num_threads: options.num_threads,
             target: options.target,
+            device: options.device,
         };
         CpuBackend::new(&options.kernels, self.config, self.shape, &cpu_options)
     }

@@ -263,26 +263,29 @@ impl Backend for CpuBackend {
 
     fn linear(&mut self, num_rows: usize, weight: &CpuLinear, x: &CpuInput, out: &mut CpuRows) {
         let shape = self.shape.linear(weight.role);
-        let kernels = self.kernels.linears[weight.kernels_idx];
+        let kernels = &self.kernels.linears[weight.kernels_idx];
         assert!(num_rows <= x.rows_max && num_rows <= out.rows_max);
         assert!(x.k == shape.k && x.format == kernels.rows && out.width == shape.n);
         let (rows, x, out) = (num_rows, x.rows_in(), out.data.ptr_mut());
         let bias = weight.bias_ptr();
-        match (&weight.packed, kernels.matmul) {
-            (Packed::Dense { weight }, Matmul::Gemm(regimes)) => {
+        match (&weight.packed, &kernels.matmul) {
+            (Packed::Dense { weight }, Matmul::Gemm(kernels)) => {
+                let entry = kernels.of(rows);
                 let weight = weight.ptr();
                 let args = GemmArgs { rows, x, weight, scales: std::ptr::null(), bias, out };
                 // SAFETY: sizes and formats were compared above, the weights packed for this
                 // kernel.
-                unsafe { self.run_matmul(rows, regimes.of(rows), &args) }
+                unsafe { self.run_matmul(rows, entry, &args) }
             }
-            (Packed::Int8 { weight, scales }, Matmul::Gemm(regimes)) => {
+            (Packed::Int8 { weight, scales }, Matmul::Gemm(kernels)) => {
+                let entry = kernels.of(rows);
                 let args =
                     GemmArgs { rows, x, weight: weight.ptr(), scales: scales.ptr(), bias, out };
                 // SAFETY: as above.
-                unsafe { self.run_matmul(rows, regimes.of(rows), &args) }
+                unsafe { self.run_matmul(rows, entry, &args) }
             }
-            (Packed::Awq(awq), Matmul::AwqGemm(regimes)) => {
+            (Packed::Awq(awq), Matmul::AwqGemm(kernels)) => {
+                let entry = kernels.of(rows);
                 let args = AwqGemmArgs {
                     rows,
                     x,
@@ -293,7 +296,7 @@ impl Backend for CpuBackend {
                     out,
                 };
                 // SAFETY: as above.
-                unsafe { self.run_matmul(rows, regimes.of(rows), &args) }
+                unsafe { self.run_matmul(rows, entry, &args) }
             }
             _ => unreachable!("weights are packed for the kernel of their role"),
         }
