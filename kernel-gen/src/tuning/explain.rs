@@ -21,6 +21,40 @@ pub struct Explanation {
     pub margin: Option<f64>,
 }
 
+impl Explanation {
+    /// What serves where a lock says nothing.
+    pub fn of_default(rows_min: usize, rows_max: Option<usize>, symbol: String) -> Explanation {
+        Explanation {
+            rows_min,
+            rows_max,
+            symbol,
+            provenance: "default".to_string(),
+            us: 0.0,
+            default_us: 0.0,
+            runner_up: None,
+            runner_up_us: None,
+            margin: None,
+        }
+    }
+
+    /// As text.
+    pub fn line(&self) -> String {
+        let rows = match self.rows_max {
+            Some(max) if max == self.rows_min => format!("{max}"),
+            Some(max) => format!("{}-{max}", self.rows_min),
+            None => format!("{}-", self.rows_min),
+        };
+        let mut text = format!("  rows {rows:8} {:10} {}", self.provenance, self.symbol);
+        if self.us > 0.0 {
+            text.push_str(&format!(" {:.1} µs, default {:.1} µs", self.us, self.default_us));
+        }
+        if let (Some(symbol), Some(margin)) = (&self.runner_up, self.margin) {
+            text.push_str(&format!(", {symbol} {:+.1} %", margin * 100.0));
+        }
+        text + "\n"
+    }
+}
+
 /// What a lock says of a spec on a target and the device of a key; nothing where it knows none.
 pub fn from_lock(lock: &Lock, spec: &str, target: &str, device: &str) -> Vec<Explanation> {
     let found = lock.problems.iter().find(|problem| {

@@ -8,6 +8,8 @@
 
 mod budget;
 pub mod certificate;
+pub mod commands;
+pub mod coverage;
 pub mod device;
 pub mod explain;
 mod intervals;
