@@ -12,6 +12,7 @@ use bespoke_kernel_gen::cuda::{self, Arch, Variant, commands};
 use bespoke_kernel_gen::plan::{Plan, PlanOptions};
 use bespoke_kernel_gen::spec::ModelShape;
 use bespoke_kernel_gen::target::Target;
+use bespoke_kernel_gen::tuning::commands as tuning;
 use bespoke_kernel_gen::{Error, cargo, generate, plan, presets, render};
 
 const USAGE: &str = "\
@@ -21,6 +22,19 @@ kernel-gen source SYMBOL                         the source of a CUDA kernel
 kernel-gen build  [MODEL…] [--target T] -o DIR   writes kernels.rs and kernels.json, for CUDA
                   [--jobs N]                     targets machine code (*.cubin) and kernels.json
 kernel-gen check  [MODEL…] [--target T]          generates twice and compares; nothing is written
+kernel-gen check  --measured [MODEL…]            what serves each layer by kernels.lock; fails where
+                  [--lock FILE] [--target T]     it was not measured on the device (this one, or
+                  [--device KEY]                 that of KEY), but for the specs or ops that are
+                  [--allow SPEC]                 allowed
+                  [--activations float|int8] [--kv f32|f16|int8|int4]
+kernel-gen select [MODEL…] [-o kernels.lock]     chooses kernels from the records of `bespoke tune`,
+                  [--records DIR]                those in tuning/records, for the specs of the
+                  [--from-trace FILE]            models, else for all; weighs row counts by traces
+                  [--max-kernel-bytes N]         of engines; limits the bytes of all kernels beside
+                  [--variants N]                 the defaults, and the kernels of each spec (4)
+                  [--profile invariant|free]
+kernel-gen explain SPEC [--rows N]               all measured times, what was chosen, and why
+                  [--records DIR]
 kernel-gen toolkit [--python PYTHON]             installs the CUDA compiler with pip
 kernel-gen sass   [MODEL…] [--target T]          instructions of CUDA kernels and of their loops
 kernel-gen sass   --check FILE | --write FILE    those of some kernels, compared or written
@@ -57,8 +71,12 @@ fn main() -> ExitCode {
         println!("{USAGE}");
         return ExitCode::SUCCESS;
     }
-    match parse_arguments(command, rest) {
-        Ok(arguments) => match run(command, &arguments) {
+    let result = match tuning::is_command(command, rest) {
+        true => tuning::parse(command, rest).map(|arguments| tuning::run(command, &arguments)),
+        false => parse_arguments(command, rest).map(|arguments| run(command, &arguments)),
+    };
+    match result {
+        Ok(result) => match result {
             Ok(text) => {
                 print!("{text}");
                 ExitCode::SUCCESS

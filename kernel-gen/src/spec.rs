@@ -504,7 +504,7 @@ impl ModelShape {
 
     /// The op that makes the rows which the linear `role` reads. Attention's are always float32,
     /// and another op makes them int8.
-    fn input_kernel(&self, role: LinearRole, out: RowFormat) -> Option<KernelSpec> {
+    pub(crate) fn input_kernel(&self, role: LinearRole, out: RowFormat) -> Option<KernelSpec> {
         match (role, out) {
             (LinearRole::Qkv | LinearRole::GateUp | LinearRole::Head, out) => {
                 Some(KernelSpec::RmsNorm { hidden: self.hidden_size, out })

@@ -6,10 +6,17 @@
 //! - [`lock::Lock`] is the choice, `kernels.lock`: the only one of these that a build reads.
 //! - [`device::Device`] is what timings depend on.
 
+mod budget;
 pub mod certificate;
+pub mod commands;
+pub mod coverage;
 pub mod device;
+pub mod explain;
+mod intervals;
 pub mod lock;
 pub mod record;
+pub mod select;
+pub mod trace;
 
 pub use certificate::Certificate;
 pub use device::{CpuDevice, CudaDevice, Device};
