@@ -426,8 +426,8 @@ unsafe fn int8_panel<
     }
 }
 
-/// Nibbles of `C` tiles as bytes q − z + [`BIAS`], `[block][k / 4][tile][lane][4]` with the `W` tiles
-/// of a register block side by side. The zeros are subtracted here, once for all rows.
+/// Nibbles of `C` tiles as bytes q − z + [`BIAS`], `[block][k / 4][tile][lane][4]` with the `W`
+/// tiles of a register block side by side. The zeros are subtracted here, once for all rows.
 #[inline(always)]
 unsafe fn unpack_bytes<
     S: Simd,
