@@ -24,6 +24,8 @@ pub enum Error {
     Compile { symbol: String, message: String },
     /// A measurement that cannot be written down, or records from which nothing can be chosen.
     Record { message: String },
+    /// `kernels.lock` cannot be followed: why, and what to do.
+    Lock { message: String },
     /// A trace of row counts that cannot be read.
     Trace { message: String },
 }

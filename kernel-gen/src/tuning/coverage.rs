@@ -207,6 +207,7 @@ mod tests {
                 default_us: 1.0,
                 runner_up: None,
                 runner_up_us: None,
+                margin: 0.0,
             };
             let problem = LockedProblem {
                 spec: "sample_v49152".to_string(),

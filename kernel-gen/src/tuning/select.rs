@@ -23,7 +23,7 @@ use serde::Serialize;
 
 use super::budget;
 use super::intervals::{Instance, MarginOver, Point, Table};
-use super::lock::{self, Lock, LockedInterval, LockedProblem, LockedVariant};
+use super::lock::{self, Lock, LockedInterval, LockedOptions, LockedProblem, LockedVariant};
 use super::record::Record;
 use super::trace::Trace;
 use crate::error::Error;
@@ -77,6 +77,18 @@ impl Default for Options {
             kernel_bytes_max: None,
             trace: None,
             uses: BTreeMap::new(),
+        }
+    }
+}
+
+impl Options {
+    /// What the lock says of them.
+    fn locked(&self) -> LockedOptions {
+        LockedOptions {
+            profile: self.profile.name().to_string(),
+            weights: if self.trace.is_some() { "trace" } else { "uniform" }.to_string(),
+            variants_max: self.variants_max,
+            kernel_bytes_max: self.kernel_bytes_max,
         }
     }
 }
@@ -153,7 +165,7 @@ pub fn select(
     let questions: Vec<&Question> = problems.iter().flat_map(|problem| &problem.parts).collect();
     let (limits, frontier) = limits(&questions, options)?;
     let mut limits = limits.into_iter();
-    let mut lock = Lock { version: lock::VERSION, ..Lock::default() };
+    let mut lock = Lock { version: lock::VERSION, options: options.locked(), ..Lock::default() };
     let (mut decisions, mut variants) = (Vec::new(), BTreeMap::new());
     for problem in &problems {
         let tables: Vec<(&Question, Answer)> = problem
@@ -322,14 +334,17 @@ impl Problem {
             let us = mean(&|point| grid.us(*idx, point).unwrap_or(0.0));
             let runner_up = grid.runner_up(&question.points, *idx, (first, *last));
             let is_certified = self.evidence.locked.contains_key(&symbol);
+            let other_us =
+                runner_up.map(|other| rounded(mean(&|point| grid.us(other, point).unwrap_or(0.0))));
+            let margin = other_us.filter(|_| us > 0.0).map_or(0.0, |other| other / us - 1.0);
             all.push(LockedInterval {
                 rows_max,
                 provenance: if is_certified { "measured" } else { "default" }.to_string(),
                 us: rounded(us),
                 default_us: rounded(mean(&|point| question.points[point].default_us)),
                 runner_up: runner_up.map(|other| grid.symbols[other].clone()),
-                runner_up_us: runner_up
-                    .map(|other| rounded(mean(&|point| grid.us(other, point).unwrap_or(0.0)))),
+                runner_up_us: other_us,
+                margin: (margin * 1e4).round() / 1e4,
                 symbol,
             });
             first = last + 1;
@@ -394,6 +409,7 @@ fn default_interval(variant: &KernelVariant, rows_max: Option<usize>) -> LockedI
         default_us: 0.0,
         runner_up: None,
         runner_up_us: None,
+        margin: 0.0,
     }
 }
 

@@ -262,6 +262,8 @@ impl Evidence {
             symbol: variant.symbol.clone(),
             source_hash: variant.source_hash.clone(),
             certificate: certificate.to_string(),
+            compiler: variant.compiler.clone(),
+            code_bytes: variant.code_bytes,
         };
         self.locked.insert(variant.symbol.clone(), locked);
     }
