@@ -83,3 +83,17 @@ impl Target {
         }
     }
 }
+
+impl serde::Serialize for Target {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Target {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Target, D::Error> {
+        let name = std::borrow::Cow::<str>::deserialize(deserializer)?;
+        Target::from_name(&name)
+            .ok_or_else(|| serde::de::Error::custom(format!("no target {name:?}")))
+    }
+}
