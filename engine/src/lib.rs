@@ -25,6 +25,7 @@ pub mod perplexity;
 pub mod progress;
 pub mod quantize;
 pub mod request;
+pub mod row_histogram;
 pub mod safetensors_writer;
 pub mod sampling;
 pub mod scheduler;

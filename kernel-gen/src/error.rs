@@ -14,8 +14,6 @@ pub enum Error {
     PageSize { value: String },
     /// A kernel that no configuration can serve.
     Infeasible { symbol: String, reason: String },
-    /// A lock that no build can follow, and what to do.
-    Lock { message: String },
     /// A file that cannot be read or written.
     Io { path: String, source: std::io::Error },
     /// A template or rendered source that does not parse: `file:line:col: message`.
@@ -26,6 +24,8 @@ pub enum Error {
     Compile { symbol: String, message: String },
     /// A measurement that cannot be written down, or records from which nothing can be chosen.
     Record { message: String },
+    /// `kernels.lock` cannot be followed: why, and what to do.
+    Lock { message: String },
 }
 
 impl fmt::Display for Error {

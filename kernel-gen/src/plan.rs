@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::name;
 use crate::spec::{ActivationType, DType, KernelSpec, ModelShape, RowRegime};
 use crate::target::Target;
-use crate::tuning::lock::Lock;
+use crate::tuning::lock::{Lock, LockedProblem, LockedVariant};
 use locked::Locked;
 
 /// One kernel: what it computes, for how many rows, on which machine, with which choices.
@@ -117,7 +117,7 @@ impl Provenance {
 }
 
 /// Intervals of one serving at most: looking one up is a few compares.
-pub const INTERVALS_MAX: usize = 8;
+pub use crate::tuning::lock::INTERVALS_MAX;
 
 /// Row counts up to `rows_max`, above the interval before, and the kernel that serves them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,9 +236,18 @@ fn used(lock: &Lock, servings: &[Serving]) -> Lock {
             Some((name::spec_name(&serving.spec), serving.target.name(), device))
         })
         .collect();
-    lock.filtered(|problem| {
+    let is_used = |problem: &&LockedProblem| {
         keys.contains(&(problem.spec.clone(), problem.target.as_str(), problem.device.as_str()))
-    })
+    };
+    let problems: Vec<LockedProblem> = lock.problems.iter().filter(is_used).cloned().collect();
+    let symbols: BTreeSet<&str> = problems
+        .iter()
+        .flat_map(|problem| &problem.intervals)
+        .map(|interval| interval.symbol.as_str())
+        .collect();
+    let is_named = |variant: &&LockedVariant| symbols.contains(variant.symbol.as_str());
+    let certificates = lock.certificates.iter().filter(is_named).cloned().collect();
+    Lock { version: lock.version, options: lock.options.clone(), problems, certificates }
 }
 
 /// Every kernel for `spec` on `target` that is worth a trial, the defaults among them.

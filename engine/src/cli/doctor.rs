@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use bespoke_kernel_gen::target::Target;
+use bespoke_kernel_gen::tuning::device::{CpuDevice, Match, this_cpu};
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
@@ -117,6 +118,17 @@ struct Kernels {
     count: usize,
     by_target: BTreeMap<&'static str, usize>,
     by_op: BTreeMap<&'static str, usize>,
+    /// Key of this machine's device class.
+    device: Option<String>,
+    /// Device classes that kernels were chosen for, and how near each is.
+    chosen_for: Vec<ChosenFor>,
+}
+
+#[derive(Serialize)]
+struct ChosenFor {
+    device: &'static str,
+    /// `exact`, `family`, or `other`: not used here.
+    matches: &'static str,
 }
 
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
@@ -137,6 +149,10 @@ fn report(console: &Console<'_>) -> Report {
         *by_target.entry(kernel.target.name()).or_default() += 1;
         *by_op.entry(kernel.spec.op()).or_default() += 1;
     }
+    let target = cpu::best_target(&console.kernels);
+    let device = target.map(|target| CpuDevice { target, ..this_cpu(cpu::available_threads()) });
+    let chosen_for = device.as_ref().map_or(Vec::new(), |device| chosen_for(console, device));
+    let device = device.map(|device| device.key());
     let cache = console.cache().ok();
     Report {
         version: env!("CARGO_PKG_VERSION"),
@@ -145,7 +161,7 @@ fn report(console: &Console<'_>) -> Report {
             threads: thread::available_parallelism().map_or(1, usize::from),
             features: cpu_features(),
             targets: available.map(Target::name).collect(),
-            target: cpu::best_target(&console.kernels).map(Target::name),
+            target: target.map(Target::name),
         },
         memory: MemoryReport {
             total_bytes: memory::total_bytes(),
@@ -157,8 +173,22 @@ fn report(console: &Console<'_>) -> Report {
             models: cache.as_ref().map_or(Vec::new(), |cache| cache.names()),
             path: cache.map(|cache| cache.root),
         },
-        kernels: Kernels { count: kernels.len(), by_target, by_op },
+        kernels: Kernels { count: kernels.len(), by_target, by_op, device, chosen_for },
     }
+}
+
+/// The device classes of this binary's kernels, and how near `device` is to them.
+fn chosen_for(console: &Console<'_>, device: &CpuDevice) -> Vec<ChosenFor> {
+    let devices = Target::ALL.into_iter().flat_map(|target| console.kernels.devices(target));
+    let row = |key: &'static str| ChosenFor {
+        device: key,
+        matches: match device.matches(key) {
+            Some(Match::Exact) => "exact",
+            Some(Match::Family) => "family",
+            None => "other",
+        },
+    };
+    devices.flatten().map(row).collect()
 }
 
 /// `path`, or the nearest folder above it that is there.
@@ -270,6 +300,16 @@ fn text(report: &Report) -> String {
         None => "no folder known; set BESPOKE_HOME".to_owned(),
     };
     let target = cpu.target.unwrap_or("none; only the reference backend works");
+    let chosen_for: Vec<String> = report
+        .kernels
+        .chosen_for
+        .iter()
+        .map(|chosen| format!("{} ({})", chosen.device, chosen.matches))
+        .collect();
+    let chosen_for = match chosen_for.as_slice() {
+        [] => "no device: the defaults serve".to_owned(),
+        _ => chosen_for.join("\n"),
+    };
     let memory = &report.memory;
     let mut table = Table::new();
     table.load_style(NOTHING);
@@ -279,6 +319,8 @@ fn text(report: &Report) -> String {
         ["CPU features", &cpu.features.join(" ")],
         ["targets", &cpu.targets.join(", ")],
         ["kernels used", target],
+        ["device class", report.kernels.device.as_deref().unwrap_or("unknown")],
+        ["kernels chosen for", &chosen_for],
         [
             "memory",
             &format!("{}, {} available", bytes(memory.total_bytes), bytes(memory.available_bytes)),

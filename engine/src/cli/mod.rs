@@ -8,6 +8,7 @@ mod dequantize;
 mod doctor;
 mod elf;
 mod eval;
+mod explain;
 mod export;
 mod generate;
 mod grammar;
@@ -35,6 +36,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 pub use console::Console;
+
+use crate::kernels::choice::Pin;
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +89,7 @@ enum Command {
     #[cfg(feature = "server")]
     Serve(serve::Args),
     Kernels(kernels::Args),
+    Explain(explain::Args),
     Verify(verify::Args),
     Tune(tune::Args),
     Doctor(doctor::Args),
@@ -110,7 +114,22 @@ where
         }
         Err(help) => return console.end(|console| console.print(&help.render().to_string())),
     };
-    console.end(|console| match cli.command {
+    console.end(|console| {
+        pin_kernels(console)?;
+        run_command(cli.command, console)
+    })
+}
+
+/// Puts the kernels that `BESPOKE_KERNEL_PIN` names (`SPEC=SYMBOL`, separated by commas) in place
+/// of those that would serve, to compare them.
+fn pin_kernels(console: &mut Console<'_>) -> anyhow::Result<()> {
+    let pins = Pin::parse_list(&std::env::var("BESPOKE_KERNEL_PIN").unwrap_or_default())?;
+    console.kernels = console.kernels.pinned(&pins)?;
+    Ok(())
+}
+
+fn run_command(command: Command, console: &mut Console<'_>) -> anyhow::Result<()> {
+    match command {
         Command::Quickstart(args) => quickstart::run(&args, console),
         Command::Pull(args) => pull::run(&args, console),
         Command::Import(args) => import::run(&args, console),
@@ -126,13 +145,14 @@ where
         #[cfg(feature = "server")]
         Command::Serve(args) => serve::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
+        Command::Explain(args) => explain::run(&args, console),
         Command::Verify(args) => verify::run(&args, console),
         Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
         Command::Dequantize(args) => dequantize::run(&args, console),
         #[cfg(feature = "server")]
         Command::ProbeTemplate(args) => probation::run(&args),
-    })
+    }
 }
 
 #[cfg(test)]

@@ -100,6 +100,26 @@ pub(super) enum Activations {
     Int8,
 }
 
+impl Kv {
+    pub(super) fn choice(self) -> KvDType {
+        match self {
+            Kv::F16 => KvDType::F16,
+            Kv::F32 => KvDType::F32,
+            Kv::Int8 => KvDType::I8,
+            Kv::Int4 => KvDType::I4,
+        }
+    }
+}
+
+impl Activations {
+    pub(super) fn choice(self) -> ActivationType {
+        match self {
+            Activations::Float => ActivationType::Float,
+            Activations::Int8 => ActivationType::Int8,
+        }
+    }
+}
+
 /// `0.8`, or bytes as `12G`.
 fn parse_kv_memory(text: &str) -> Result<KvMemory, String> {
     let expected = || "expected a share such as 0.8, or bytes such as 512M or 12G".to_owned();
@@ -223,16 +243,8 @@ pub(super) fn options(
             Format::Checkpoint => LoadFormat::Checkpoint,
             Format::Dummy => LoadFormat::Dummy,
         },
-        kv_dtype: match run.kv_dtype {
-            Kv::F16 => KvDType::F16,
-            Kv::F32 => KvDType::F32,
-            Kv::Int8 => KvDType::I8,
-            Kv::Int4 => KvDType::I4,
-        },
-        activation: match run.activations {
-            Activations::Float => ActivationType::Float,
-            Activations::Int8 => ActivationType::Int8,
-        },
+        kv_dtype: run.kv_dtype.choice(),
+        activation: run.activations.choice(),
         num_threads: run.threads,
         cuda_kernels: generated::cuda_table(),
         kv_memory: run.kv_memory,

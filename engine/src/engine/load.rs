@@ -201,6 +201,7 @@ impl Engine {
             stats: Vec::with_capacity(limits.logit_rows_max),
             samples: Vec::with_capacity(limits.logit_rows_max),
             ended: Vec::new(),
+            row_histogram: Arc::default(),
         })
     }
 }

@@ -4,6 +4,7 @@ use bespoke_kernel_gen::name::spec_name;
 use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::{KernelSpec, RowRegime};
 use bespoke_kernel_gen::target::Target;
+use bespoke_kernel_gen::tuning::device::CpuDevice;
 
 use super::{Interval, Kernel, KernelTable, Serving};
 use crate::error::Error;
@@ -94,28 +95,18 @@ enum Distance {
     Any,
 }
 
-/// How far a device class is from `device`; `None`: its measurements say nothing here.
-///
-/// Keys are `target-vendor-family-model-…-t<threads>`, as the generator's `tuning` writes them.
+/// How far a device class is from `device`, by their keys; `None`: its measurements say nothing
+/// here.
 fn distance(device: &str, other: &str) -> Option<Distance> {
     if device == other {
         return Some(Distance::Exact);
     }
-    let family = |key: &str| {
-        let ends = key.match_indices('-').nth(2)?.0;
-        Some(key[..ends].to_owned())
-    };
-    if family(device)? != family(other)? {
-        return None;
-    }
-    let model = |key: &str| key.split('-').nth(3).map(str::to_owned);
-    let threads = |key: &str| {
-        let (_, threads) = key.rsplit_once("-t")?;
-        threads.parse::<usize>().ok()
-    };
+    let device = CpuDevice::parse_key(device)?;
+    device.matches(other)?;
+    let other = CpuDevice::parse_key(other)?;
     Some(Distance::Family {
-        is_other_model: model(device) != model(other),
-        threads: threads(device).unwrap_or(0).abs_diff(threads(other).unwrap_or(0)),
+        is_other_model: device.model != other.model,
+        threads: device.num_threads.abs_diff(other.num_threads),
     })
 }
 
@@ -319,8 +310,12 @@ mod tests {
         assert_eq!(chosen(&without_it, HERE), (Some(EIGHT), Provenance::Transferred));
         let other_model = table(&SERVINGS[..2]);
         assert_eq!(chosen(&other_model, HERE), (Some(OTHER_MODEL), Provenance::Transferred));
-        for stranger in ["avx512-intel-6-143-l2-2048-l3-99-t2", "avx512-amd-26-17-t2", "", "avx512"]
-        {
+        for stranger in [
+            "avx512-intel-6-143-l2-2048-l3-99-t2",
+            "avx512-amd-26-17-l2-1024-l3-32768-t2",
+            "",
+            "avx512",
+        ] {
             assert_eq!(of(stranger), (None, Provenance::Default), "{stranger}");
         }
         let any = Choice { table: &all, target: Target::Avx512, device: None };

@@ -215,6 +215,7 @@ mod tests {
             default_us: 2.0,
             runner_up: None,
             runner_up_us: None,
+            margin: 0.0,
         }
     }
 
@@ -223,6 +224,8 @@ mod tests {
             symbol: variant.symbol(),
             source_hash: compile::hash(&render::render(variant)),
             certificate: "00".to_string(),
+            compiler: "rustc".to_string(),
+            code_bytes: 1,
         }
     }
 
@@ -242,6 +245,7 @@ mod tests {
                 ],
             }],
             certificates: vec![certificate(&few)],
+            ..Lock::default()
         }
     }
 

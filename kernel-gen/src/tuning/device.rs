@@ -113,32 +113,10 @@ impl CpuDevice {
 pub fn this_cpu(num_threads: usize) -> CpuDevice {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let mut device = from_cpuinfo(&text);
-    device.target = best_target();
+    device.target = Target::best();
     device.num_threads = num_threads;
     (device.l2_kib, device.l3_kib) = (cache_kib(2), cache_kib(3));
     device
-}
-
-/// The widest target whose instructions this machine has.
-#[cfg(target_arch = "x86_64")]
-pub fn best_target() -> Target {
-    macro_rules! has {
-        ($($feature:tt),*) => { $(std::arch::is_x86_feature_detected!($feature))&&* };
-    }
-    let is_v3 = has!("avx2", "fma", "f16c", "bmi1", "bmi2", "lzcnt", "popcnt");
-    let is_avx512 = has!("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
-        && has!("avx512vnni", "avx512bf16");
-    match (is_v3, is_avx512) {
-        (true, true) => Target::Avx512,
-        (true, false) => Target::X86_64V3,
-        (false, _) => Target::Portable,
-    }
-}
-
-/// The widest target whose instructions this machine has.
-#[cfg(not(target_arch = "x86_64"))]
-pub fn best_target() -> Target {
-    Target::Portable
 }
 
 /// What Linux says of the first processor.

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape, RowFormat};
 
 use super::buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows, Packed};
@@ -219,6 +220,10 @@ impl Backend for CpuBackend {
 
     fn end_step(&mut self) {
         self.meter.end_step();
+    }
+
+    fn provenances(&self) -> Vec<Provenance> {
+        self.kernels.provenances.clone()
     }
 
     fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error> {
