@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! kernel gemm_n960_k576_bf16_few__avx512 {
-//!     run: gemm::few<S = Avx512, E = BF16, N = 960, K = 576, COLS = 4, ROWS = 8>,
+//!     run: gemm::few<S = Avx512, E = BF16, N = 960, K = 576, COLS = 4, ROWS = 8,
+//!         TILES = 4, UNROLL = 0, PREFETCH = 1024, SPLIT = 0, HALVES = 0>,
 //!     spec: Gemm { n: 960, k: 576, weight: BF16 },
 //!     regime: Few,
 //!     target: Avx512,

@@ -102,6 +102,15 @@ macro_rules! fields {
     (@parameter) => { None };
 }
 
+/// Entries of a matmul: sizes, and behind them the fields of a configuration.
+macro_rules! matmul_entries {
+    ($($regime:ident $name:ident<$($parameter:ident),*>),*) => {
+        entries!($($regime $name<
+            $($parameter,)* COLS, ROWS, TILES, UNROLL, PREFETCH, SPLIT, HALVES
+        >),*)
+    };
+}
+
 macro_rules! entries {
     ($($regime:ident $name:ident<$($parameter:ident),*>),*) => {
         &[$(Entry {
@@ -131,13 +140,13 @@ pub(crate) const OPS: &[Op] = &[
         name: "gemm",
         spec: "Gemm",
         args: "GemmArgs",
-        entries: entries!(
-            One one<S, E, N, K, COLS, ROWS>,
-            Few few<S, E, N, K, COLS, ROWS>,
-            Many many<S, E, N, K, COLS, ROWS>,
-            One int8_one<S, N, K, GROUP, COLS, ROWS>,
-            Few int8_few<S, N, K, GROUP, COLS, ROWS>,
-            Many int8_many<S, N, K, GROUP, COLS, ROWS>
+        entries: matmul_entries!(
+            One one<S, E, N, K>,
+            Few few<S, E, N, K>,
+            Many many<S, E, N, K>,
+            One int8_one<S, N, K, GROUP>,
+            Few int8_few<S, N, K, GROUP>,
+            Many int8_many<S, N, K, GROUP>
         ),
         fields: fields!(n: Size = N, k: Size = K, weight: DType = E),
     },
@@ -145,13 +154,13 @@ pub(crate) const OPS: &[Op] = &[
         name: "awq_gemm",
         spec: "AwqGemm",
         args: "AwqGemmArgs",
-        entries: entries!(
-            One float_one<S, N, K, GROUP, COLS, ROWS>,
-            Few float_few<S, N, K, GROUP, COLS, ROWS>,
-            Many float_many<S, N, K, GROUP, COLS, ROWS>,
-            One int8_one<S, N, K, GROUP, COLS, ROWS>,
-            Few int8_few<S, N, K, GROUP, COLS, ROWS>,
-            Many int8_many<S, N, K, GROUP, COLS, ROWS>
+        entries: matmul_entries!(
+            One float_one<S, N, K, GROUP>,
+            Few float_few<S, N, K, GROUP>,
+            Many float_many<S, N, K, GROUP>,
+            One int8_one<S, N, K, GROUP>,
+            Few int8_few<S, N, K, GROUP>,
+            Many int8_many<S, N, K, GROUP>
         ),
         fields: fields!(
             n: Size = N, k: Size = K, group: GroupSize = GROUP, activation: ActivationType

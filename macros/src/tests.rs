@@ -7,7 +7,8 @@ use crate::{expand_all, kernels_tokens};
 
 const GOOD: &str = r#"
 kernel awq_gemm_n960_k576_g64_int8_few__avx512 {
-    run: awq_gemm::int8_few<S = Avx512, N = 960, K = 576, GROUP = 64, COLS = 4, ROWS = 8>,
+    run: awq_gemm::int8_few<S = Avx512, N = 960, K = 576, GROUP = 64, COLS = 4, ROWS = 8,
+        TILES = 4, UNROLL = 1, PREFETCH = 2048, SPLIT = 0, HALVES = 0>,
     spec: AwqGemm { n: 960, k: 576, group: Of(64), activation: Int8 },
     regime: Few,
     target: Avx512,
