@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use bespoke_kernel_gen::model::{ModelConfig, RopeScaling};
+use std::sync::Arc;
+
 use bespoke_kernel_gen::spec::ModelShape;
 
 use super::{Engine, LOGIT_ROWS, Model};

@@ -8,9 +8,7 @@ use bespoke_kernel_gen::spec::{ActivationType, KernelSpec, LinearRole, ModelShap
 use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::tuning::certificate::Certificate;
 use bespoke_kernel_gen::tuning::device::Device;
-use bespoke_kernel_gen::tuning::record::{
-    Case, Outcome, Problem, Record, Time, VERSION, Variant,
-};
+use bespoke_kernel_gen::tuning::record::{Case, Outcome, Problem, Record, Time, VERSION, Variant};
 
 use super::isolation::Isolation;
 use super::operands::Operands;
@@ -257,9 +255,9 @@ impl<'a> CpuTuning<'a> {
         let (setting, spec) = (&*setting, problem.spec);
         let default_of = |rows: usize| {
             let default = setting.table.serving_kernel(&spec, rows, setting.target);
-            kernels.iter().position(|kernel| {
-                default.is_some_and(|default| default.symbol == kernel.symbol)
-            })
+            kernels
+                .iter()
+                .position(|kernel| default.is_some_and(|default| default.symbol == kernel.symbol))
         };
         let rows = |all: &[usize]| -> Vec<usize> {
             let fits = |rows: &usize| *rows <= problem.rows_max && default_of(*rows).is_some();

@@ -210,9 +210,9 @@ pub fn verify_all(
 ) -> Result<(), Error> {
     let mut by_problem: BTreeMap<(KernelSpec, Target), Vec<&Kernel>> = BTreeMap::new();
     for symbol in symbols {
-        let kernel = table.kernel(symbol).ok_or_else(|| {
-            Error::Unsupported(format!("{symbol} is no kernel of this binary"))
-        })?;
+        let kernel = table
+            .kernel(symbol)
+            .ok_or_else(|| Error::Unsupported(format!("{symbol} is no kernel of this binary")))?;
         by_problem.entry((kernel.spec, kernel.target)).or_default().push(kernel);
     }
     for ((spec, target), kernels) in by_problem {

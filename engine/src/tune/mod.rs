@@ -13,6 +13,7 @@ pub mod ladder;
 mod operands;
 pub mod race;
 mod record;
+pub mod report;
 
 use std::time::{Duration, Instant};
 

@@ -167,8 +167,10 @@ fn rows(format: RowFormat, rows_max: usize, k: usize, random: &mut Random) -> Ro
         6 => 127 - 254 * (i as i32 & 1),
         _ => (random.next() % 255) as i32 - 127,
     };
-    let levels: Vec<i8> =
-        (0..rows_max).flat_map(|row| (0..k).map(move |i| (row, i))).map(|(row, i)| level(row, i) as i8).collect();
+    let levels: Vec<i8> = (0..rows_max)
+        .flat_map(|row| (0..k).map(move |i| (row, i)))
+        .map(|(row, i)| level(row, i) as i8)
+        .collect();
     let scale = |row: usize, idx: usize| match row % 8 {
         3 => 0.0,
         6 => 2f32.powi(10),
@@ -216,8 +218,7 @@ mod tests {
         operands.source().row(23, &mut weights);
         let Rows::Float(rows) = &operands.rows else { panic!("float rows") };
         let row = &rows[64..128];
-        let sum: f64 =
-            row.iter().zip(&weights).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+        let sum: f64 = row.iter().zip(&weights).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
         let exact = operands.exact(&[1, 3], 23);
         assert!((exact[0].value - sum - f64::from(operands.bias[23])).abs() < 1e-9);
         assert_eq!(exact[1].value, f64::from(operands.bias[23]), "row 3 is all zero");

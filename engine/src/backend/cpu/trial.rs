@@ -194,7 +194,10 @@ impl Trial {
         }
         for scratch in &self.scratch {
             if !is_kept(&scratch.bytes()[..CANARY_BYTES]) || !is_kept(&scratch.bytes()[own..]) {
-                return Err(format!("wrote outside of its {} bytes of scratch", own - CANARY_BYTES));
+                return Err(format!(
+                    "wrote outside of its {} bytes of scratch",
+                    own - CANARY_BYTES
+                ));
             }
         }
         Ok(&self.out.as_f32()[first..first + len])
@@ -215,11 +218,11 @@ impl Trial {
         let bias = self.bias.ptr();
         // SAFETY: the outputs stand behind the first canary.
         let out = unsafe { self.out.ptr_mut::<u8>().add(CANARY_BYTES) }.cast();
-        let null = std::ptr::null();
+        let ptr =
+            |memory: &Option<Memory>| memory.as_ref().map_or(std::ptr::null(), Memory::ptr::<u8>);
         match kernel.run {
             KernelFn::AwqGemm(run) => {
-                let scales = weights.scales.as_ref().map_or(null, Memory::ptr).cast();
-                let zeros = weights.zeros.as_ref().map_or(null, Memory::ptr);
+                let (scales, zeros) = (ptr(&weights.scales).cast(), ptr(&weights.zeros));
                 let weight = weights.weight.ptr();
                 let args = AwqGemmArgs { rows, x, weight, scales, zeros, bias, out };
                 // SAFETY: weights are packed for this kernel's layout; rows and outputs hold
@@ -227,7 +230,7 @@ impl Trial {
                 unsafe { run_team(&mut self.team, &mut self.scratch, CANARY_BYTES, run, &args) }
             }
             KernelFn::Gemm(run) => {
-                let scales = weights.scales.as_ref().map_or(null, Memory::ptr).cast();
+                let scales = ptr(&weights.scales).cast();
                 let args = GemmArgs { rows, x, weight: weights.weight.ptr(), scales, bias, out };
                 // SAFETY: as above.
                 unsafe { run_team(&mut self.team, &mut self.scratch, CANARY_BYTES, run, &args) }
@@ -286,12 +289,12 @@ impl RowBuffers {
     }
 
     fn rows_in(&self) -> RowsIn {
-        let null = std::ptr::null();
         let (q, scales, sums) = match &self.int8 {
             Some([q, scales, sums]) => (q.ptr(), scales.ptr(), sums.ptr()),
             None => (std::ptr::null(), std::ptr::null(), std::ptr::null()),
         };
-        RowsIn { f32: self.float.as_ref().map_or(null, Memory::ptr), q, scales, sums }
+        let f32 = self.float.as_ref().map_or(std::ptr::null(), Memory::ptr);
+        RowsIn { f32, q, scales, sums }
     }
 }
 
