@@ -10,7 +10,7 @@ use bespoke::engine::Engine;
 use bespoke::kernels::KernelTable;
 use bespoke::quantize::layer_pass::{LayerPass, PassOptions};
 use bespoke::quantize::quantized_layer::{AwqOptions, QuantizedLayer};
-use bespoke_kernel_gen::spec::{GroupSize, PAGE_SIZE};
+use bespoke_kernel_gen::spec::GroupSize;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 

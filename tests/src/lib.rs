@@ -22,12 +22,19 @@ macro_rules! generated {
 }
 
 generated!(tiny, "/kernels.rs");
+generated!(locked, "/locked/kernels.rs");
 generated!(pages16, "/pages16/kernels.rs");
 generated!(pages64, "/pages64/kernels.rs");
 
 /// The table of the tiny golden models' kernels.
 pub fn tiny_kernels() -> KernelTable {
     tiny::TABLE
+}
+
+/// Kernels of the tiny model `llama-awq-g32`, with a lock that chooses others than the default ones
+/// for two threads of the machine that builds the tests.
+pub fn locked_kernels() -> KernelTable {
+    locked::TABLE
 }
 
 /// Kernels of the tiny model `llama-gqa2` with pages of `page_size` slots, 16, 32 or 64.

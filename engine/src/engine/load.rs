@@ -1,6 +1,7 @@
 //! Loading a model into an engine.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use bespoke_kernel_gen::model::{ModelConfig, RopeScaling};
 use std::sync::Arc;
