@@ -130,7 +130,9 @@ impl KernelConfig {
         let group = form.group_lines(spec);
         let unrolls = form.unrolls() && !is_many;
         let split_max = if is_many { 1 << 20 } else { 0 };
-        let halves_max = usize::from(regime != RowRegime::One);
+        // NOTE: a block of many float rows adds to what it finds, so it cannot be repeated.
+        let repeats = matches!(form, Form::AwqInt8 | Form::GemmInt8) || !is_many;
+        let halves_max = usize::from(repeats && regime != RowRegime::One);
         if unroll != 0 && !group.is_multiple_of(unroll) {
             return Err(format!("turns of {unroll} lines do not divide a group of {group}"));
         }
@@ -245,6 +247,10 @@ impl Form {
 }
 
 /// Configurations around `default`, some of which may not be feasible.
+///
+/// On AVX-512, blocks of four tiles read a panel in one stream, which weights from memory want;
+/// blocks of many rows and one tile unpack a line least often and serve what is bound by the dot
+/// rate.
 fn grid(
     spec: &KernelSpec,
     regime: RowRegime,
@@ -253,32 +259,34 @@ fn grid(
 ) -> Vec<KernelConfig> {
     let form = Form::of(spec);
     let is_int8 = form == Form::AwqInt8 || form == Form::GemmInt8;
-    let blocks: &[(usize, usize)] = match (regime, target, is_int8) {
-        (RowRegime::Any | RowRegime::One, Target::Avx512, _) => &[(1, 1), (1, 2), (1, 4)],
-        (RowRegime::Any | RowRegime::One, ..) => &[(1, 1), (1, 2)],
-        (_, Target::Avx512, true) => &[(4, 2), (8, 1), (8, 2), (12, 1), (12, 2), (14, 1), (16, 1)],
-        (_, Target::Avx512, false) => &[(4, 4), (8, 2), (12, 2)],
-        (_, _, true) => &[(2, 2), (4, 1), (4, 2), (8, 1), (12, 1)],
-        (_, _, false) => &[(4, 2), (8, 1)],
+    let one = matches!(regime, RowRegime::Any | RowRegime::One);
+    let blocks: &[(usize, usize)] = match (target, is_int8) {
+        (Target::Avx512, _) if one => &[(1, 2), (1, 4)],
+        (_, _) if one => &[(1, 1), (1, 2)],
+        (Target::Avx512, true) => {
+            &[(2, 4), (4, 4), (6, 2), (6, 4), (8, 1), (8, 2), (12, 1), (12, 2), (14, 1), (16, 1)]
+        }
+        (Target::Avx512, false) => &[(4, 4), (6, 4), (8, 2)],
+        (_, true) => &[(2, 2), (4, 1), (4, 2), (6, 1), (6, 2), (8, 1), (12, 1)],
+        (_, false) => &[(4, 2), (6, 2)],
     };
     let unrolls: &[usize] = match regime {
         RowRegime::Many => &[0],
         _ if is_int8 => &[1, 2],
         _ => &[0],
     };
-    let prefetches: &[usize] = match regime {
-        RowRegime::Many => &[0],
-        RowRegime::Few => &[0, 2048],
-        _ if is_int8 => &[0, 512, 1024, 2048, 4096],
-        _ => &[0, 1024, 2048],
+    let prefetches: &[usize] = match (regime, is_int8) {
+        (RowRegime::Many, _) => &[0],
+        (RowRegime::Few, _) | (_, false) => &[0, 2048],
+        _ => &[0, 512, 2048, 4096],
     };
     let splits: &[usize] = if regime == RowRegime::Many { &[0, 48] } else { &[0] };
+    let halves = usize::from(!one && (is_int8 || regime == RowRegime::Few));
     let mut all = Vec::new();
     for (rows, tiles) in blocks.iter().copied() {
         for unroll in unrolls.iter().copied() {
             for prefetch in prefetches.iter().copied() {
                 for split in splits.iter().copied() {
-                    let halves = usize::from(rows > 1);
                     let block = KernelConfig { rows, tiles, halves, ..default };
                     all.push(KernelConfig { unroll, prefetch, split, ..block });
                 }
