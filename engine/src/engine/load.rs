@@ -4,8 +4,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bespoke_kernel_gen::model::{ModelConfig, RopeScaling};
-use std::sync::Arc;
-
 use bespoke_kernel_gen::spec::ModelShape;
 
 use super::{Engine, LOGIT_ROWS, Model};
