@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::model::linear::{AWQ_NIBBLE, AwqView, DenseView, LinearPart, LinearSource};
 
 /// Operands of `rows_max` rows.
-pub struct Operands {
+pub(super) struct Operands {
     pub rows: Rows,
     /// `[n]`
     pub bias: Vec<f32>,
@@ -28,7 +28,7 @@ enum Weights {
 
 /// A product, and what its rounding is measured by.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Exact {
+pub(super) struct Exact {
     pub value: f64,
     /// How far a kernel may be off.
     pub allowed: f64,
@@ -37,7 +37,7 @@ pub struct Exact {
 impl Operands {
     /// # Errors
     /// `spec` is no matmul, or one that AWQ checkpoints cannot hold.
-    pub fn new(spec: &KernelSpec, rows_max: usize) -> Result<Operands, Error> {
+    pub(super) fn new(spec: &KernelSpec, rows_max: usize) -> Result<Operands, Error> {
         let mut random = Random(0x9e37_79b9);
         let (n, k, weights) = match *spec {
             KernelSpec::AwqGemm { n, k, group, .. } => {
@@ -57,7 +57,7 @@ impl Operands {
     }
 
     /// The weights as a checkpoint has them.
-    pub fn source(&self) -> LinearSource<'_> {
+    pub(super) fn source(&self) -> LinearSource<'_> {
         let (n, k) = (self.n, self.k);
         let part = match &self.weights {
             Weights::Dense { dtype, bytes } => {
@@ -79,7 +79,7 @@ impl Operands {
     ///
     /// A sum of `k` rounded products is off by about √k units in the last place of the sum of their
     /// magnitudes (N. Higham, T. Mary, "A New Approach to Probabilistic Rounding Error Analysis").
-    pub fn exact(&self, row_idxs: &[usize], column: usize) -> Vec<Exact> {
+    pub(super) fn exact(&self, row_idxs: &[usize], column: usize) -> Vec<Exact> {
         let mut weights = vec![0.0; self.k];
         self.source().row(column, &mut weights);
         let of_row = |row: &usize| {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use bespoke_kernel_gen::spec::{KvDType, ModelShape};
@@ -67,23 +67,22 @@ impl Session {
         let target = table.targets.iter().find(|target| target.arch == info.arch);
         let kernels = target.map_or(&[][..], |target| target.kernels);
         let hashes = kernels.iter().map(|kernel| (kernel.symbol, kernel.source_hash)).collect();
-        let (mut known, mut file) = (BTreeSet::new(), None);
-        if let Some(path) = &args.records {
-            match std::fs::read_to_string(path) {
-                Ok(text) => known = Record::keys(&text),
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(error).context(path.display().to_string()),
-            }
-            let opened = OpenOptions::new().create(true).append(true).open(path);
-            file = Some(opened.with_context(|| path.display().to_string())?);
-        }
+        let path = args.records.join("cuda.jsonl");
+        let at = || path.display().to_string();
+        std::fs::create_dir_all(&args.records).with_context(at)?;
+        let known = match std::fs::read_to_string(&path) {
+            Ok(text) => Record::keys(&text),
+            Err(error) if error.kind() == ErrorKind::NotFound => BTreeSet::new(),
+            Err(error) => return Err(error).with_context(at),
+        };
+        let file = OpenOptions::new().create(true).append(true).open(&path).with_context(at)?;
         Ok(Session {
             info,
             hashes,
             toolkit: table.toolkit,
             known,
-            file,
-            end: args.budget.map(|budget| Instant::now() + Duration::from_secs(budget)),
+            file: Some(file),
+            end: Some(Instant::now() + args.budget),
             num_known: 0,
             is_partial: false,
             records: Vec::new(),
