@@ -22,6 +22,7 @@ pub mod kv_cache;
 pub mod memory;
 pub mod model;
 pub mod perplexity;
+mod plot;
 pub mod progress;
 pub mod quantize;
 pub mod request;

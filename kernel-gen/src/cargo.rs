@@ -33,6 +33,7 @@ use crate::tuning::lock::Lock;
 ///
 /// A failure is printed for cargo and ends the process with exit code 1.
 pub fn build() {
+    tell_compiler();
     const VARIABLES: [&str; 5] = [
         "BESPOKE_MODEL",
         "BESPOKE_PAGE_SIZE",
@@ -54,6 +55,17 @@ pub fn build() {
             None => Ok(()),
         }
     }));
+}
+
+/// The compiler's version as `BESPOKE_COMPILER`: measurements say what made the kernels.
+fn tell_compiler() {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let output = std::process::Command::new(rustc).arg("--version").output();
+    let version = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let version = version.unwrap_or_default();
+    let words: Vec<&str> = version.split_whitespace().take(2).collect();
+    let version = if words.is_empty() { "unknown".to_owned() } else { words.join(" ") };
+    println!("cargo::rustc-env=BESPOKE_COMPILER={version}");
 }
 
 /// What decides about the CUDA compiler and the cache of its results.

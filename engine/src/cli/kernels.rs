@@ -152,7 +152,7 @@ fn table(rows: &[Row]) -> String {
 }
 
 /// Bytes of machine code by kernel, as far as the running executable tells.
-fn code_bytes(kernels: &[Kernel]) -> HashMap<&'static str, u64> {
+pub(super) fn code_bytes(kernels: &[Kernel]) -> HashMap<&'static str, u64> {
     let executable = std::env::current_exe().ok().and_then(|path| File::open(path).ok());
     let functions = executable.and_then(|mut file| elf::functions(&mut file).ok());
     let mut bytes: HashMap<&'static str, u64> = HashMap::new();

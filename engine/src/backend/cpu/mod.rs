@@ -8,6 +8,7 @@ mod meter;
 mod ops;
 pub mod pack;
 pub mod team;
+pub mod trial;
 pub mod work;
 
 use bespoke_kernel_gen::model::ModelConfig;

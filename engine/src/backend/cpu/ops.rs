@@ -33,21 +33,27 @@ struct ScratchPtrs<'a>(&'a mut [Memory]);
 unsafe impl Sync for ScratchPtrs<'_> {}
 
 impl ScratchPtrs<'_> {
-    fn get(&self, thread_idx: usize) -> *mut u8 {
-        self.0[thread_idx].ptr::<u8>().cast_mut()
+    fn get(&self, thread_idx: usize, offset: usize) -> *mut u8 {
+        self.0[thread_idx].ptr::<u8>().cast_mut().wrapping_add(offset)
     }
 }
 
-/// Runs one kernel on the whole team.
+/// Runs one kernel on the whole team; each thread's scratch begins `offset` bytes into its memory.
 ///
 /// # Safety
 /// `args` as the kernel documents them.
-unsafe fn run_team<A>(team: &mut Team, scratch: &mut [Memory], run: Run<A>, args: &A) {
+pub(super) unsafe fn run_team<A>(
+    team: &mut Team,
+    scratch: &mut [Memory],
+    offset: usize,
+    run: Run<A>,
+    args: &A,
+) {
     let count = team.len();
     let (args, scratch) = (Shared(args), ScratchPtrs(scratch));
     let (args, scratch) = (&args, &scratch);
     team.run(&move |idx| {
-        let share = Share { idx, count, scratch: scratch.get(idx) };
+        let share = Share { idx, count, scratch: scratch.get(idx, offset) };
         // SAFETY: the caller vouches for the arguments; the kernel's target was checked when the
         // backend was made.
         unsafe { run(args.0, share) }
@@ -67,7 +73,7 @@ impl CpuBackend {
             unsafe { (entry.run)(args, share) }
         } else {
             // SAFETY: as the caller vouches.
-            unsafe { run_team(&mut self.team, &mut self.scratch, entry.run, args) }
+            unsafe { run_team(&mut self.team, &mut self.scratch, 0, entry.run, args) }
         }
         self.meter.stop(start, entry.idx, |kernel| Work::of(kernel, num_rows));
     }
@@ -79,7 +85,7 @@ impl CpuBackend {
     unsafe fn run_matmul<A>(&mut self, num_rows: usize, entry: Entry<A>, args: &A) {
         let start = self.meter.start();
         // SAFETY: as the caller vouches.
-        unsafe { run_team(&mut self.team, &mut self.scratch, entry.run, args) }
+        unsafe { run_team(&mut self.team, &mut self.scratch, 0, entry.run, args) }
         self.meter.stop(start, entry.idx, |kernel| Work::of(kernel, num_rows));
     }
 
@@ -363,7 +369,7 @@ impl Backend for CpuBackend {
         let entry = if decode { self.kernels.decode } else { self.kernels.prefill };
         let start = self.meter.start();
         // SAFETY: `rope` compared the batch with the cache in this layer.
-        unsafe { run_team(&mut self.team, &mut self.scratch, entry.run, &args) }
+        unsafe { run_team(&mut self.team, &mut self.scratch, 0, entry.run, &args) }
         self.meter.stop(start, entry.idx, |kernel| Work::of_attention(kernel, &batch.spans));
         if let (RowFormat::I8 { .. }, Some(entry)) = (out.format, self.kernels.quantize) {
             let rows = batch.num_rows();
