@@ -230,6 +230,7 @@ fn folders() -> [PathBuf; 2] {
 /// where there is one.
 fn lock(name: &str) -> Result<Option<Lock>, Error> {
     let [workspace, package] = folders();
+    let exists = |path: &PathBuf| path.is_file();
     let found = match name {
         "none" => return Ok(None),
         // NOTE: a file that is not there is not watched: cargo would build anew every time.
@@ -249,10 +250,6 @@ fn lock(name: &str) -> Result<Option<Lock>, Error> {
     rerun_if_changed(&path);
     let io = |source| Error::Io { path: path.display().to_string(), source };
     Lock::parse(&std::fs::read_to_string(&path).map_err(io)?).map(Some)
-}
-
-fn exists(path: &PathBuf) -> bool {
-    path.is_file()
 }
 
 /// The target whose candidates a build has, where it is a tuner's.

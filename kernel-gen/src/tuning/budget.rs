@@ -11,7 +11,7 @@ pub(super) struct Allocation {
     pub(super) choices: Vec<usize>,
 }
 
-/// Sums of the frontier; beyond, the sums of fewest bytes for a cost stand for those near them.
+/// Sums of the frontier at most; beyond, there are no allocations.
 const NUM_SUMS_MAX: usize = 1 << 16;
 
 /// All allocations than which none is cheaper with as few bytes, up to `bytes_max`, by bytes

@@ -422,7 +422,7 @@ fn rounded(us: f64) -> f64 {
 fn limits(
     questions: &[&Question],
     options: &Options,
-) -> Result<(Vec<usize>, Vec<(usize, f64)>), Error> {
+) -> Result<(Vec<usize>, Vec<budget::Choice>), Error> {
     let default: f64 = questions.iter().map(|one| one.default_cost() * one.importance).sum();
     let share = |cost: f64| if default > 0.0 { cost / default } else { 1.0 };
     let choices = |question: &&Question| {
