@@ -4,7 +4,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod gpu;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -23,8 +23,8 @@ use super::model::Activations;
 pub(super) struct Args {
     /// Model folder, name of a cached model, or preset [default: those the binary was built for]
     model: Option<String>,
-    /// Folder of records; files below it are read and appended to
-    #[arg(long, value_name = "DIR", default_value = "tuning/records")]
+    /// Folder of records, of which all are read and one file is appended to; or one file, *.jsonl
+    #[arg(long, value_name = "PATH", default_value = "tuning/records")]
     records: PathBuf,
     /// End after so long: 300, 300s or 5m; a later run goes on
     #[arg(long, value_name = "TIME", value_parser = parse_budget, default_value = "300s")]
@@ -44,6 +44,16 @@ pub(super) struct Args {
     /// Hidden: verify these kernels, in the process that does nothing else
     #[arg(long, value_name = "SYMBOL,…", value_delimiter = ',', hide = true)]
     verify_candidates: Vec<String>,
+}
+
+impl Args {
+    /// The file that is appended to: `name` in the folder, or the one that is given.
+    fn records_file(&self, name: &Path) -> PathBuf {
+        match self.records.extension().is_some_and(|extension| extension == "jsonl") {
+            true => self.records.clone(),
+            false => self.records.join(name),
+        }
+    }
 }
 
 const EXAMPLES: &str = "\

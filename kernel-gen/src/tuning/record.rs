@@ -271,11 +271,15 @@ pub struct Records {
 }
 
 impl Records {
-    /// Reads every `*.jsonl` in and below `folder`; a missing folder has no records. What cannot be
-    /// read is skipped with a warning.
-    pub fn open(folder: &Path) -> (Records, Vec<Warning>) {
+    /// Reads a file, or every `*.jsonl` in and below a folder; where nothing is, there are no
+    /// records. What cannot be read is skipped with a warning.
+    pub fn open(path: &Path) -> (Records, Vec<Warning>) {
         let (mut records, mut warnings) = (Records::default(), Vec::new());
-        for path in files_below(folder, &mut warnings) {
+        let paths = match path.is_file() {
+            true => vec![path.to_path_buf()],
+            false => files_below(path, &mut warnings),
+        };
+        for path in paths {
             read_file(&path, &mut records.all, &mut warnings);
         }
         (records, warnings)

@@ -1,6 +1,7 @@
 //! Tuning of this machine's CPU.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -63,7 +64,8 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     for warning in warnings {
         console.report(&format!("warning: {warning}\n"));
     }
-    let path = args.records.join(device.key()).join(format!("{}.jsonl", std::process::id()));
+    let name = Path::new(&device.key()).join(format!("{}.jsonl", std::process::id()));
+    let path = args.records_file(&name);
     let mut appender = Appender::open(&path)?;
     let mut append = |record: &Record| appender.append(record).map_err(Error::from);
     let program = console.program.clone().context("only the program itself can tune")?;
@@ -93,9 +95,10 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     }
     let names: Vec<&str> = shapes.iter().map(|shape| shape.name.as_str()).collect();
     let report = TuningReport::new(&names.join(", "), &device, &tuning.into_records());
-    let page = args.records.join("tuning.html");
+    let page = args.records_file(Path::new("tuning.html")).with_file_name("tuning.html");
     write_file(&page, report.page().as_bytes(), IfExists::Replace)?;
-    write_file(&args.records.join("tuning.json"), report.json().as_bytes(), IfExists::Replace)?;
+    let json = page.with_extension("json");
+    write_file(&json, report.json().as_bytes(), IfExists::Replace)?;
     if args.json {
         let CpuSummary { num_verified, num_failed, num_measured, num_known } = summary;
         return console.print_json(&Summary {

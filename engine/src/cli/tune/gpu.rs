@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
+use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
@@ -67,9 +68,11 @@ impl Session {
         let target = table.targets.iter().find(|target| target.arch == info.arch);
         let kernels = target.map_or(&[][..], |target| target.kernels);
         let hashes = kernels.iter().map(|kernel| (kernel.symbol, kernel.source_hash)).collect();
-        let path = args.records.join("cuda.jsonl");
+        let path = args.records_file(Path::new("cuda.jsonl"));
         let at = || path.display().to_string();
-        std::fs::create_dir_all(&args.records).with_context(at)?;
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).with_context(at)?;
+        }
         let known = match std::fs::read_to_string(&path) {
             Ok(text) => Record::keys(&text),
             Err(error) if error.kind() == ErrorKind::NotFound => BTreeSet::new(),
