@@ -14,7 +14,7 @@ use comfy_table::presets::NOTHING;
 use serde::Serialize;
 
 use super::console::Console;
-use super::model::{Activations, Kv, ModelFiles, parse_threads};
+use super::model::{Activations, Kv, parse_threads, shape_of};
 use crate::backend::cpu::{available_threads, best_target, device_key};
 use crate::kernels::choice::{Choice, Chosen, DeviceChoice};
 use crate::kernels::generated;
@@ -77,7 +77,7 @@ struct Row {
 }
 
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
-    let shape = shape(&args.model, console)?;
+    let shape = shape_of(&args.model, console)?;
     let target = best_target(&console.kernels).unwrap_or(Target::Portable);
     let num_threads = args.threads.unwrap_or_else(available_threads);
     let device = device_key(DeviceChoice::This, target, num_threads).unwrap_or_default();
@@ -100,18 +100,6 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
         true => console.print_json(&report),
         false => console.print(&text(&report)),
     }
-}
-
-/// The shape of a model that the binary was built for, or of one that is found.
-fn shape(model: &str, console: &Console<'_>) -> anyhow::Result<ModelShape> {
-    let built = generated::models().into_iter().find(|shape| shape.name == model);
-    if let Some(shape) = built {
-        return Ok(shape);
-    }
-    let dir = console.resolve(model)?;
-    let config = ModelFiles::read_config(&dir)?;
-    let page_size = console.kernels.page_size;
-    Ok(ModelShape { page_size, ..config.shape(model)? })
 }
 
 /// An op, where it is, and what it computes.

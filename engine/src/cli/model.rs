@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use bespoke_kernel_gen::model::ModelConfig;
-use bespoke_kernel_gen::spec::{ActivationType, KvDType};
+use bespoke_kernel_gen::presets;
+use bespoke_kernel_gen::spec::{ActivationType, KvDType, ModelShape};
 use clap::ValueEnum;
 
 use super::console::Console;
@@ -252,4 +253,18 @@ pub(super) fn options(
         max_context: Some(context_len.min(context_max(config)).max(2)),
         ..EngineOptions::new(console.kernels)
     }
+}
+
+/// The shape of a model that the binary was built for, that is found, or that kernels can be made
+/// for by name.
+pub(super) fn shape_of(model: &str, console: &Console<'_>) -> anyhow::Result<ModelShape> {
+    let built = generated::models().into_iter().find(|shape| shape.name == model);
+    if let Some(shape) = built {
+        return Ok(shape);
+    }
+    let shape = match console.resolve(model) {
+        Ok(dir) => ModelFiles::read_config(&dir)?.shape(model)?,
+        Err(error) => presets::shape(model, &[]).map_err(|_| error)?,
+    };
+    Ok(ModelShape { page_size: console.kernels.page_size, ..shape })
 }

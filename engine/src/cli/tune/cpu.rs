@@ -6,8 +6,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use bespoke_kernel_gen::model::ModelConfig;
-use bespoke_kernel_gen::presets;
 use bespoke_kernel_gen::spec::{ActivationType, ModelShape};
 use bespoke_kernel_gen::tuning::device::{CpuDevice, Device, this_cpu};
 use bespoke_kernel_gen::tuning::record::{Appender, Record, Records};
@@ -18,7 +16,7 @@ use serde::Serialize;
 use super::{Args, Console};
 use crate::backend::cpu::{available_threads, best_target};
 use crate::cli::kernels::code_bytes;
-use crate::cli::model::Activations;
+use crate::cli::model::{Activations, shape_of};
 use crate::cli::verify::shapes;
 use crate::error::Error;
 use crate::files::{IfExists, write_file};
@@ -155,13 +153,8 @@ fn activation(args: &Args) -> ActivationType {
 
 /// The model that is named, or all that the binary was built for.
 fn shapes_of(args: &Args, console: &Console<'_>) -> anyhow::Result<Vec<ModelShape>> {
-    let page_size = console.kernels.page_size;
     let Some(model) = &args.model else { return shapes(None) };
-    let shape = match console.resolve(model) {
-        Ok(dir) => ModelConfig::from_file(&dir.join("config.json"))?.shape(model)?,
-        Err(error) => presets::shape(model, &[]).map_err(|_| error)?,
-    };
-    Ok(vec![ModelShape { page_size, ..shape }])
+    Ok(vec![shape_of(model, console)?])
 }
 
 fn line(progress: &CpuProgress<'_>) -> String {
