@@ -30,8 +30,8 @@ fn main() {
         .map(|path| path.join("config.json"))
         .collect();
     configs.sort();
-    // NOTE: the machine that builds the tests is the one that runs them. The op tests cover the other
-    // targets.
+    // NOTE: the machine that builds the tests is the one that runs them. The op tests cover the
+    // other targets.
     let targets = [Target::best()];
     let locked = [tiny.join("llama-awq-g32/config.json")];
     let lock = lock(&locked[0], targets[0]);

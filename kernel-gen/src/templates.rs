@@ -90,7 +90,10 @@ fn write_token(token: &TokenTree, code: &mut String) {
 
 /// How many of the first tokens are one attribute of documentation.
 fn doc_len(tokens: &[TokenTree]) -> usize {
-    let is = |token: Option<&TokenTree>, char| matches!(token, Some(TokenTree::Punct(punct)) if punct.as_char() == char);
+    let is = |token: Option<&TokenTree>, char| match token {
+        Some(TokenTree::Punct(punct)) => punct.as_char() == char,
+        _ => false,
+    };
     if !is(tokens.first(), '#') {
         return 0;
     }

@@ -29,7 +29,7 @@ pub(super) struct Args {
     #[arg(value_name = "MODEL")]
     model: String,
     /// Only what serves so many rows
-    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1 << 20))]
+    #[arg(long, value_name = "N", value_parser = parse_rows())]
     rows: Option<usize>,
     /// Element type of the KV cache
     #[arg(long, value_enum, default_value_t = Kv::F16)]
@@ -100,6 +100,10 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
         true => console.print_json(&report),
         false => console.print(&text(&report)),
     }
+}
+
+fn parse_rows() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=1 << 20)
 }
 
 /// An op, where it is, and what it computes.

@@ -178,7 +178,8 @@ mod tests {
     use super::*;
 
     const CPUINFO: &str = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\n\
-                           model\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t\t: 18\n";
+                           model\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n\
+                           model\t\t: 18\n";
 
     fn zen4() -> CpuDevice {
         CpuDevice {

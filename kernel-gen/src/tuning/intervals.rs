@@ -375,12 +375,12 @@ mod tests {
             let candidate = |idx: usize| {
                 let points = 0..num_points;
                 // The first is the default of all points but the last, or of all.
-                let is_default = points.clone().map(|p| {
-                    idx == 0 && margin_over == MarginOver::Interval && (p + 1 < num_points || p == 0)
-                });
+                let is_first = idx == 0 && margin_over == MarginOver::Interval;
+                let is_default =
+                    points.clone().map(|p| is_first && (p + 1 < num_points || p == 0));
                 Candidate {
                     bytes: seed(idx, 0).2 * 100,
-                    is_free: idx == 0 && margin_over == MarginOver::Interval,
+                    is_free: is_first,
                     us: points.clone().map(|p| {
                         (seed(idx, p).1 > 0).then_some(100.0 * seed(idx, p).0)
                     }).collect(),

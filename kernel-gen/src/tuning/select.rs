@@ -6,10 +6,10 @@
 //! - only kernels serve that are certified, with today's source, by the compiler of their times;
 //! - an interval begins and ends at row counts at which its kernel was measured; between them its
 //!   ratio to the default is interpolated over the logarithm of the row count;
-//! - row counts between two of the grid belong to the upper one, whose time bounds theirs, and those
-//!   above the last one to its kernel;
-//! - no kernel serves a row count at which it is slower than the default by more than the noise, and
-//!   an interval without the default beats it by 3 % and by twice the noise;
+//! - row counts between two of the grid belong to the upper one, whose time bounds theirs, and
+//!   those above the last one to its kernel;
+//! - no kernel serves a row count at which it is slower than the default by more than the noise,
+//!   and an interval without the default beats it by 3 % and by twice the noise;
 //! - all kernels of a table read one layout of packed weights, and have one reduction class.
 //!
 //! Of the tables that cost the same but for the noise, one of fewest kernels, first in canonical
@@ -63,7 +63,7 @@ pub struct Options {
     pub variants_max: usize,
     /// Machine code of all chosen kernels besides the defaults.
     pub kernel_bytes_max: Option<usize>,
-    /// Without one, every row count of the grid counts the same: its time relative to the default's.
+    /// Without one, all row counts of the grid count the same: times relative to the default's.
     pub trace: Option<Trace>,
     /// How often each wanted spec is in the models; empty: all specs, once each.
     pub uses: BTreeMap<String, usize>,

@@ -1,4 +1,4 @@
-//! Kernels that a lock chooses serve exactly the rows it says, and give the bits of the default ones.
+//! Kernels that a lock chooses serve exactly the rows it says, with the bits of the default ones.
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;

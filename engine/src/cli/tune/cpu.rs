@@ -93,14 +93,25 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     }
     let names: Vec<&str> = shapes.iter().map(|shape| shape.name.as_str()).collect();
     let report = TuningReport::new(&names.join(", "), &device, &tuning.into_records());
+    finish(args, &report, &summary, &path, console)
+}
+
+/// Writes the report page, and prints what came out.
+fn finish(
+    args: &Args,
+    report: &TuningReport,
+    summary: &CpuSummary,
+    path: &Path,
+    console: &mut Console<'_>,
+) -> anyhow::Result<()> {
     let page = args.records_file(Path::new("tuning.html")).with_file_name("tuning.html");
     write_file(&page, report.page().as_bytes(), IfExists::Replace)?;
     let json = page.with_extension("json");
     write_file(&json, report.json().as_bytes(), IfExists::Replace)?;
     if args.json {
-        let CpuSummary { num_verified, num_failed, num_measured, num_known } = summary;
+        let CpuSummary { num_verified, num_failed, num_measured, num_known } = *summary;
         return console.print_json(&Summary {
-            device: device.key(),
+            device: report.device.clone(),
             model: &report.model,
             num_verified,
             num_failed,
@@ -110,7 +121,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
             rows: &report.rows,
         });
     }
-    console.print(&text(&report, &summary))?;
+    console.print(&text(report, summary))?;
     console.report(&format!(
         "records: {}, report: {}\nchoose with `cargo run -p bespoke-kernel-gen -- select --records \
          {}`\n",
