@@ -87,6 +87,17 @@ pub enum LinearRole {
 impl LinearRole {
     pub const ALL: [LinearRole; 5] =
         [LinearRole::Qkv, LinearRole::O, LinearRole::GateUp, LinearRole::Down, LinearRole::Head];
+
+    /// Name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            LinearRole::Qkv => "qkv",
+            LinearRole::O => "o",
+            LinearRole::GateUp => "gate_up",
+            LinearRole::Down => "down",
+            LinearRole::Head => "head",
+        }
+    }
 }
 
 /// Sizes and format of one linear: `[rows, k] × [n, k]ᵀ → [rows, n]`.

@@ -139,7 +139,7 @@ fn ops(shape: &ModelShape, activation: ActivationType, kv: KvDType) -> anyhow::R
                 _ => {}
             }
         }
-        groups.into_iter().for_each(|(layers, _, spec)| add(&layers, role_name(role), spec));
+        groups.into_iter().for_each(|(layers, _, spec)| add(&layers, role.name(), spec));
         if role == LinearRole::Qkv {
             add(&all, "rope", shape.rope_kernel(kv));
             add(&all, "attention", shape.paged_attention_kernel(kv));
@@ -149,16 +149,6 @@ fn ops(shape: &ModelShape, activation: ActivationType, kv: KvDType) -> anyhow::R
     add("model", "head", shape.linear_kernel(LinearRole::Head, activation)?);
     add("model", "sample", KernelSpec::Sample { vocab: shape.vocab_size });
     Ok(ops)
-}
-
-fn role_name(role: LinearRole) -> &'static str {
-    match role {
-        LinearRole::Qkv => "qkv",
-        LinearRole::O => "o",
-        LinearRole::GateUp => "gate_up",
-        LinearRole::Down => "down",
-        LinearRole::Head => "head",
-    }
 }
 
 /// Runs of layers with the same linear, the form of its rows, and its spec.

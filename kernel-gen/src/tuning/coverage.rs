@@ -84,7 +84,7 @@ fn places(shape: &ModelShape, run: &Run) -> Result<Vec<(KernelSpec, String)>, Er
     all.push((shape.rope_kernel(run.kv), "every layer".to_string()));
     all.push((shape.paged_attention_kernel(run.kv), "every layer".to_string()));
     for role in LinearRole::ALL {
-        let name = role_name(role);
+        let name = role.name();
         for linear in shape.served_forms(role, run.activation) {
             let rows = linear.row_format(run.activation);
             if let Some(input) = shape.input_kernel(role, rows) {
@@ -107,16 +107,6 @@ fn places(shape: &ModelShape, run: &Run) -> Result<Vec<(KernelSpec, String)>, Er
     }
     all.push((KernelSpec::Sample { vocab: shape.vocab_size }, "sampling".to_string()));
     Ok(all)
-}
-
-fn role_name(role: LinearRole) -> &'static str {
-    match role {
-        LinearRole::Qkv => "qkv",
-        LinearRole::O => "o",
-        LinearRole::GateUp => "gate_up",
-        LinearRole::Down => "down",
-        LinearRole::Head => "head",
-    }
 }
 
 /// `0-3,5` of ascending numbers.
