@@ -196,6 +196,9 @@ fn report(selection: &Selection, path: &Path) -> String {
     for decision in &selection.decisions {
         let share = decision.cost * 100.0;
         text.push_str(&format!("{} on {}: {share:.1} %", decision.spec, decision.device));
+        if decision.is_predicted {
+            text.push_str(", predicted");
+        }
         if !decision.rejected.is_empty() {
             text.push_str(&format!(", {} kernels rejected", decision.rejected.len()));
         }

@@ -12,10 +12,10 @@ mod ridge;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::device::CpuDevice;
+use super::distance::distance;
 use super::record::{Case, Record};
 use crate::plan::{KernelVariant, Serving};
-use crate::spec::KernelSpec;
+use crate::spec::{KernelSpec, RowRegime};
 use features::Setting;
 use ridge::{Ridge, Sample};
 
@@ -45,13 +45,15 @@ struct ClassModel {
     ridge: Ridge,
     setting: Setting,
     num_times: usize,
-    specs: BTreeSet<String>,
+    /// By row regime and spec: the least and the largest row count of a kernel beside the default.
+    ranges: BTreeMap<(RowRegime, String), (usize, usize)>,
+    rows: BTreeSet<usize>,
 }
 
 impl CostModel {
     /// Fitted to all times of the family of the device of this key; the same records in any order
     /// give the same model. Which records still hold is the caller's business.
-    pub fn fit(records: &[Record], device: &str) -> CostModel {
+    pub fn fit<'a>(records: impl IntoIterator<Item = &'a Record>, device: &str) -> CostModel {
         let mut classes: BTreeMap<String, Vec<Observation>> = BTreeMap::new();
         for one in observations(records, device) {
             classes.entry(one.variant.reduction_class()).or_default().push(one);
@@ -69,12 +71,21 @@ impl CostModel {
         self.classes.get(&variant.reduction_class())?.predict(variant, rows)
     }
 
-    /// Whether enough problems beside `spec` were measured for a prediction about it.
-    pub fn is_grounded(&self, variant: &KernelVariant, spec: &str) -> bool {
-        self.classes.get(&variant.reduction_class()).is_some_and(|class| {
-            let num_others = class.specs.iter().filter(|other| *other != spec).count();
-            num_others >= NUM_PROBLEMS_MIN && class.num_times >= NUM_TIMES_MIN
-        })
+    /// The row counts at which kernels of the class of `variant` were measured, ascending.
+    pub fn rows(&self, variant: &KernelVariant) -> Vec<usize> {
+        let class = self.classes.get(&variant.reduction_class());
+        class.map_or(Vec::new(), |class| class.rows.iter().copied().collect())
+    }
+
+    /// Whether enough problems beside `spec` were measured for a prediction about it: at this row
+    /// count or at some below and above, and with kernels of the row regime of `variant`.
+    pub fn is_grounded(&self, variant: &KernelVariant, rows: usize, spec: &str) -> bool {
+        let Some(class) = self.classes.get(&variant.reduction_class()) else { return false };
+        let covers = |((regime, other), (min, max)): &(&(RowRegime, String), &(usize, usize))| {
+            *regime == variant.regime && other != spec && (*min..=*max).contains(&rows)
+        };
+        let num_problems = class.ranges.iter().filter(covers).count();
+        num_problems >= NUM_PROBLEMS_MIN && class.num_times >= NUM_TIMES_MIN
     }
 }
 
@@ -86,12 +97,20 @@ impl ClassModel {
             let ratio = one.ratio.clamp(1.0 / RATIO_MAX, RATIO_MAX);
             Some(Sample { features, value: ratio.ln(), weight: one.weight })
         };
-        let samples: Vec<Sample> = all.iter().filter_map(sample).collect();
+        let others = || all.iter().filter(|one| !one.is_default());
+        let samples: Vec<Sample> = others().filter_map(sample).collect();
+        let mut ranges: BTreeMap<(RowRegime, String), (usize, usize)> = BTreeMap::new();
+        for one in others() {
+            let key = (one.variant.regime, one.spec.clone());
+            let range = ranges.entry(key).or_insert((one.rows, one.rows));
+            *range = (range.0.min(one.rows), range.1.max(one.rows));
+        }
         Some(ClassModel {
             ridge: Ridge::fit(&samples)?,
             setting,
             num_times: samples.len(),
-            specs: all.iter().map(|one| one.spec.clone()).collect(),
+            ranges,
+            rows: all.iter().map(|one| one.rows).collect(),
         })
     }
 
@@ -129,19 +148,13 @@ impl Observation {
     }
 }
 
-/// Whether what was measured on one device says something about the other.
-fn is_family(device: &str, other: &str) -> bool {
-    let is_near = |device: CpuDevice| device.matches(other).is_some();
-    device == other || CpuDevice::parse_key(device).is_some_and(is_near)
-}
-
 /// The key of one device of each family that matmul times are of, the least one.
 pub fn families(records: &[Record]) -> Vec<String> {
     let timed = records.iter().filter(|record| record.time().is_some());
     let keys: BTreeSet<String> = timed.map(|record| record.device.key()).collect();
     let mut families: Vec<String> = Vec::new();
     for key in keys {
-        let is_known = families.iter().any(|family| is_family(family, &key));
+        let is_known = families.iter().any(|family| distance(family, &key).is_some());
         if !is_known && !observations(records, &key).is_empty() {
             families.push(key);
         }
@@ -150,14 +163,17 @@ pub fn families(records: &[Record]) -> Vec<String> {
 }
 
 /// The matmul times of a family of devices, in canonical order.
-fn observations(records: &[Record], device: &str) -> Vec<Observation> {
+fn observations<'a>(
+    records: impl IntoIterator<Item = &'a Record>,
+    device: &str,
+) -> Vec<Observation> {
     let mut families: BTreeMap<String, bool> = BTreeMap::new();
     let mut groups: BTreeMap<(String, &str, usize, &str, &str), Vec<(f64, f64, Option<f64>)>> =
         BTreeMap::new();
     for record in records {
         let (Some(time), Case::Rows(rows)) = (record.time(), record.problem.case) else { continue };
         let key = record.device.key();
-        if !*families.entry(key.clone()).or_insert_with_key(|key| is_family(device, key)) {
+        if !*families.entry(key.clone()).or_insert_with_key(|key| distance(device, key).is_some()) {
             continue;
         }
         let share = time.noise.powi(2) * (NOISE_SAMPLES / time.num_samples as f64).max(1.0);

@@ -87,11 +87,17 @@ fn explanation(interval: &LockedInterval, rows_min: usize) -> Explanation {
 
 /// The times behind a decision as text; of `case` alone where it is given.
 pub fn print(decision: &Decision, case: Option<&str>) -> String {
-    let Decision { spec, target, device, cases, rejected, cost } = decision;
-    let mut text =
-        format!("{spec} for {target} on {device}: {:.1} % of the default's time\n", cost * 100.0);
+    let Decision { spec, target, device, cases, rejected, cost, is_predicted } = decision;
+    let (unit, source) = match is_predicted {
+        true => ("times the default's", ", predicted from other problems"),
+        false => ("µs", ""),
+    };
+    let mut text = format!(
+        "{spec} for {target} on {device}: {:.1} % of the default's time{source}\n",
+        cost * 100.0
+    );
     for times in cases.iter().filter(|times| case.is_none_or(|case| times.case == case)) {
-        print_case(times, &mut text);
+        print_case(times, unit, &mut text);
     }
     for (symbol, reason) in rejected {
         text.push_str(&format!("  rejected {symbol}: {reason}\n"));
@@ -99,7 +105,7 @@ pub fn print(decision: &Decision, case: Option<&str>) -> String {
     text
 }
 
-fn print_case(times: &CaseTimes, text: &mut String) {
+fn print_case(times: &CaseTimes, unit: &str, text: &mut String) {
     let CaseTimes { case, default, default_us, noise, limit_us, chosen, times } = times;
     let limit = limit_us.map(|us| format!(", limit {us:.1} µs")).unwrap_or_default();
     text.push_str(&format!("  {case} (noise {:.1} %{limit})\n", noise * 100.0));
@@ -113,6 +119,6 @@ fn print_case(times: &CaseTimes, text: &mut String) {
             (false, false) if gain < 3.0_f64.max(200.0 * noise) => "within the margin",
             (false, false) => "dearer over its interval, or one kernel too many",
         };
-        text.push_str(&format!("    {us:10.2} µs {gain:+6.1} %  {symbol}  {why}\n"));
+        text.push_str(&format!("    {us:10.2} {unit} {gain:+6.1} %  {symbol}  {why}\n"));
     }
 }

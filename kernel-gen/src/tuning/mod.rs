@@ -13,6 +13,7 @@ pub mod commands;
 pub mod cost_model;
 pub mod coverage;
 pub mod device;
+pub mod distance;
 pub mod explain;
 mod intervals;
 pub mod lock;

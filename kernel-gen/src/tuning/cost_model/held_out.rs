@@ -64,7 +64,7 @@ pub struct Scores {
 }
 
 /// Scores of all classes of the family of the device of this key.
-pub fn held_out(records: &[Record], device: &str) -> Vec<HeldOut> {
+pub fn held_out<'a>(records: impl IntoIterator<Item = &'a Record>, device: &str) -> Vec<HeldOut> {
     let mut classes: BTreeMap<String, Vec<Observation>> = BTreeMap::new();
     for one in observations(records, device) {
         classes.entry(one.variant.reduction_class()).or_default().push(one);

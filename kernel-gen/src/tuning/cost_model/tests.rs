@@ -5,7 +5,7 @@ use crate::config::KernelConfig;
 use crate::plan;
 use crate::spec::RowRegime;
 use crate::target::Target;
-use crate::tuning::device::Device;
+use crate::tuning::device::{CpuDevice, Device};
 use crate::tuning::record::{Outcome, Problem, Time, VERSION, Variant};
 
 const KEY: &str = "avx512-amd-25-17-l2-1024-l3-32768-t2";
@@ -165,7 +165,7 @@ fn what_nothing_is_known_about_is_not_predicted() {
     ] {
         assert_eq!(model.predict(&parse(symbol), 4).is_some(), expected, "{symbol}");
     }
-    assert_eq!(CostModel::fit(&[], KEY), CostModel::default());
+    assert_eq!(CostModel::fit(&Vec::new(), KEY), CostModel::default());
     let stranger = "avx512-intel-6-143-l2-2048-l3-32768-t2";
     assert_eq!(CostModel::fit(&all_records(), stranger), CostModel::default());
     assert_eq!(CostModel::fit(&all_records(), NEAR), model);
@@ -173,14 +173,19 @@ fn what_nothing_is_known_about_is_not_predicted() {
 
 #[test]
 fn few_problems_ground_nothing() {
-    let variant = KernelVariant::parse("awq_gemm_n64_k64_g64_int8_few__avx512").unwrap();
-    let grounded = |specs: &[&str], spec: &str| {
+    let other = "awq_gemm_n64_k64_g64_int8";
+    let grounded = |specs: &[&str], regime: &str, rows: usize, spec: &str| {
+        let symbol = format!("{other}_{regime}__avx512");
         let records: Vec<Record> = specs.iter().flat_map(|spec| records(spec, KEY)).collect();
-        CostModel::fit(&records, KEY).is_grounded(&variant, spec)
+        let variant = KernelVariant::parse(&symbol).unwrap();
+        CostModel::fit(&records, KEY).is_grounded(&variant, rows, spec)
     };
-    assert!(grounded(&SPECS[..3], "awq_gemm_n64_k64_g64_int8"));
-    assert!(!grounded(&SPECS[..2], "awq_gemm_n64_k64_g64_int8"));
-    assert!(!grounded(&SPECS[..3], SPECS[0]), "its own times are no other problem's");
+    assert!(grounded(&SPECS[..3], "few", 4, other));
+    assert!(grounded(&SPECS[..3], "few", 100, other), "between two row counts");
+    assert!(!grounded(&SPECS[..3], "few", 257, other), "beyond the last");
+    assert!(!grounded(&SPECS[..3], "one", 2, other), "no kernel for one row was");
+    assert!(!grounded(&SPECS[..2], "few", 4, other));
+    assert!(!grounded(&SPECS[..3], "few", 4, SPECS[0]), "its own times are no other problem's");
 }
 
 #[test]
