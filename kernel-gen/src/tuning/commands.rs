@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::cost_model::{self, HeldOut};
-use super::coverage::{self, Run};
+use super::coverage::{self, Place, Run};
 use super::device::this_cpu;
 use super::explain;
 use super::lock::Lock;
@@ -278,8 +278,9 @@ fn run_check(arguments: &Arguments) -> Result<String, Error> {
         };
         let run = Run { activation, kv: arguments.kv, target, device: device.clone() };
         for covered in coverage::coverage(shape, &lock, &run)? {
-            let spec = crate::name::spec_name(&covered.spec);
-            text.push_str(&format!("{} {}: {spec}\n", shape.name, covered.places));
+            let Place { layers, op, spec } = &covered.place;
+            let spec = crate::name::spec_name(spec);
+            text.push_str(&format!("{} {layers} {op}: {spec}\n", shape.name));
             for interval in &covered.explanations {
                 text.push_str(&interval.line());
             }
