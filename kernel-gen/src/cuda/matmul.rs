@@ -254,21 +254,33 @@ impl Shape {
         }
     }
 
-    /// Configurations around the default, feasible or not.
+    /// Configurations near the default, feasible or not: those that differ in at most two of the
+    /// outputs of a warp, how its team lies along outputs and rows, and how K is shared out; with as
+    /// many stages as fit, and where they differ in one, with other numbers of them.
     pub(super) fn candidates(&self, regime: Regime, arch: Arch) -> Vec<Config> {
         let default = self.default_config(regime, arch);
         let slices = self.slices();
         let mut parts: Vec<(usize, usize)> = vec![(1, 1)];
         parts.extend((0..=slices.ilog2()).map(|i| (1 << i, slices >> i)));
-        let mut all = vec![default];
+        let mut near = vec![default];
         for out_tiles in 1..=4 {
             for out_warps in [1, 2, 4] {
-                for &(k_warps, splits) in &parts {
-                    for stages in [2, 3, 4, 6] {
-                        let team = Config { out_tiles, out_warps, ..default };
-                        all.push(Config { k_warps, splits, stages, ..team });
-                    }
+                for (row_tiles, row_warps) in default.row_shapes(regime) {
+                    near.extend(parts.iter().map(|&(k_warps, splits)| {
+                        let team = Config { out_tiles, row_tiles, out_warps, row_warps, ..default };
+                        Config { k_warps, splits, ..team }
+                    }));
                 }
+            }
+        }
+        let mut all = vec![default];
+        for config in near {
+            let num_differences = config.num_differences(&default);
+            if num_differences <= 2 {
+                all.push(self.with_stages(config, arch));
+            }
+            if num_differences <= 1 {
+                all.extend([2, 3, 4, 6].map(|stages| Config { stages, ..config }));
             }
         }
         all.sort();
@@ -347,6 +359,30 @@ impl Config {
 
     pub(super) fn threads(&self) -> usize {
         32 * self.team_warps() * self.k_warps
+    }
+
+    /// Row tiles of a warp and warps along the rows: of as many rows as here; where there are many
+    /// rows, also of half and twice as many.
+    fn row_shapes(&self, regime: Regime) -> Vec<(usize, usize)> {
+        let tiles = self.row_tiles * self.row_warps;
+        let all =
+            [1, 2, 4, 8].into_iter().flat_map(|tiles| [1, 2, 4, 8].map(|warps| (tiles, warps)));
+        let fits = |(row_tiles, row_warps): &(usize, usize)| match regime {
+            Regime::Many => (tiles / 2..=2 * tiles).contains(&(row_tiles * row_warps)),
+            _ => row_tiles * row_warps == tiles,
+        };
+        all.filter(fits).collect()
+    }
+
+    /// But for stages.
+    fn num_differences(&self, other: &Config) -> usize {
+        let differences = [
+            self.out_tiles != other.out_tiles,
+            self.out_warps != other.out_warps,
+            (self.row_tiles, self.row_warps) != (other.row_tiles, other.row_warps),
+            (self.k_warps, self.splits) != (other.k_warps, other.splits),
+        ];
+        differences.into_iter().filter(|differs| *differs).count()
     }
 
     fn block_outs(&self) -> usize {
