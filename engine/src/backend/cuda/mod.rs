@@ -20,7 +20,7 @@ pub mod step;
 
 use std::collections::BTreeMap;
 
-use bespoke_kernel_gen::cuda::KvType;
+use bespoke_kernel_gen::cuda::{KvType, Variant};
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::{KvDType, ModelShape};
 
@@ -123,6 +123,21 @@ impl<D: Device> CudaBackend<D> {
 
     pub fn device(&self) -> &D {
         &self.device
+    }
+
+    /// Loads kernels that may be tried; before [`Backend::reserve`], which makes room for them.
+    ///
+    /// # Errors
+    /// The device has not the memory, or not the kernels.
+    pub fn load_candidates(&mut self, variants: &[Variant]) -> Result<(), Error> {
+        self.kernels.load_candidates(&mut self.device, variants)
+    }
+
+    /// Lets a loaded candidate serve its spec, whatever the rows (of attention: decoding, or
+    /// prompts), until the next call; `None`: what serves otherwise. Its workspace is made for the
+    /// rows of its regime.
+    pub fn try_out(&mut self, candidate: Option<Variant>) {
+        self.kernels.try_out(candidate);
     }
 
     /// Ops are recorded instead of run, until [`CudaBackend::end_recording`]. They must not be ones

@@ -65,7 +65,7 @@ impl<D: Device> CudaBackend<D> {
 
     /// How attention is cut, with a workspace for the longest row at least.
     fn attention_cut(&self, limits: &BatchLimits) -> InputLimits {
-        let Choice::PagedAttention(prefill) = self.kernels.prefill.variant.choice else {
+        let Choice::PagedAttention(prefill) = self.kernels.prefill().variant.choice else {
             unreachable!("attention is served by its kernel")
         };
         let window = self.shape.sliding_window.unwrap_or(0);
@@ -76,7 +76,7 @@ impl<D: Device> CudaBackend<D> {
             rotary_dim: self.shape.rotary_dim,
             attention: Shape { window, rows_max, parts_max: 0 },
         };
-        let part_bytes = 4 * self.kernels.decode.variant.workspace(1).floats;
+        let part_bytes = 4 * self.kernels.decode().variant.workspace(1).floats;
         let of_row = limits.chunks_max();
         let of_batch = of_row * limits.batch.sequences_max;
         let affordable = PARTS_BYTES_MAX / part_bytes.max(1);
@@ -104,13 +104,13 @@ impl<D: Device> CudaBackend<D> {
             num_rows: num_rows as u32,
             epsilon: self.eps,
         };
-        let kernel = &self.kernels.rms_norm;
+        let kernel = self.kernels.rms_norm();
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }
 
     fn attend(&mut self, is_decode: bool, items: Items, params: PagedAttentionParams) {
-        let kernel = if is_decode { &self.kernels.decode } else { &self.kernels.prefill };
+        let kernel = if is_decode { self.kernels.decode() } else { self.kernels.prefill() };
         let params =
             PagedAttentionParams { items: items.items.0, num_items: items.num_items.0, ..params };
         let launch = kernel.launch(items.num_max, self.kernels.num_sms);
@@ -126,7 +126,7 @@ impl<D: Device> CudaBackend<D> {
             num_rows: num_rows as u32,
             pad: 0,
         };
-        let kernel = &self.kernels.sample;
+        let kernel = self.kernels.sample();
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }
@@ -165,7 +165,7 @@ impl<D: Device> CudaBackend<D> {
 
     fn pack(&self, kernels_idx: usize, source: &LinearSource<'_>) -> Result<AwqTiles, Error> {
         let num_threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        match self.kernels.linears[kernels_idx].spec {
+        match *self.kernels.linear_spec(kernels_idx) {
             Spec::AwqGemm(AwqGemm { n, k, group, rows }) => {
                 pack::awq(source, &AwqLayout::new(n, k, group), rows, num_threads)
             }
@@ -429,7 +429,7 @@ impl<D: Device> Backend for CudaBackend<D> {
             num_rows: num_rows as u32,
             pad: 0,
         };
-        let kernel = &self.kernels.embed;
+        let kernel = self.kernels.embed();
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }
@@ -483,7 +483,7 @@ impl<D: Device> Backend for CudaBackend<D> {
             num_rows: num_rows as u32,
             pad: 0,
         };
-        let kernel = self.kernels.linears[weight.kernels_idx].of_rows(num_rows);
+        let kernel = self.kernels.linear(weight.kernels_idx, num_rows);
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }
@@ -508,7 +508,7 @@ impl<D: Device> Backend for CudaBackend<D> {
             num_rows: num_rows as u32,
             epsilon: self.eps,
         };
-        let kernel = &self.kernels.rope;
+        let kernel = self.kernels.rope();
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }
@@ -550,7 +550,7 @@ impl<D: Device> Backend for CudaBackend<D> {
             num_rows: num_rows as u32,
             pad: 0,
         };
-        let kernel = &self.kernels.silu_and_mul;
+        let kernel = self.kernels.silu_and_mul();
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }
