@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::kernel::Kernel;
 use super::{CaseTimes, LockedVariant, Options, Profile};
 use crate::tuning::intervals::{Candidate, Point};
-use crate::tuning::record::{Case, Record, Time};
+use crate::tuning::record::{Case, Record, SAMPLES_MIN, Time};
 use crate::tuning::trace::Trace;
 
 /// Cases that one choice is made over.
@@ -85,6 +85,9 @@ pub(super) fn gather(
 
 /// The kernel of a time that a selection can use.
 fn usable(record: &Record, time: &Time, options: &Options) -> Result<Kernel, String> {
+    if time.num_samples < SAMPLES_MIN {
+        return Err("dropped out early".to_string());
+    }
     let kernel = Kernel::parse(&record.variant.symbol)
         .ok_or_else(|| "no kernel of this generator".to_string())?;
     if kernel.spec_name() != record.problem.spec || kernel.target() != record.problem.target {
