@@ -80,8 +80,7 @@ pub(super) fn cuda_kernels<D: Device>(
         Part::SiluAndMul => any(shape.cuda_silu_and_mul()),
         Part::Sample => any(shape.cuda_sample()),
     };
-    let symbol = |(spec, rows): &(Spec, usize)| {
-        Some(device.serving(spec)?.interval(*rows).variant.symbol())
-    };
+    let symbol =
+        |(spec, rows): &(Spec, usize)| Some(device.serving(spec)?.interval(*rows).variant.symbol());
     wanted.iter().filter_map(symbol).collect()
 }

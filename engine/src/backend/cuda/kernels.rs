@@ -154,8 +154,8 @@ impl<K> Kernels<K> {
     fn serving(&self, idx: usize, rows: usize) -> &Kernel<K> {
         let Served { spec, intervals } = &self.served[idx];
         let is_of_call = |variant: &Variant| {
-            let is_other_part = matches!(variant.regime, Regime::Decode | Regime::Prefill)
-                && !variant.serves(rows);
+            let is_other_part =
+                matches!(variant.regime, Regime::Decode | Regime::Prefill) && !variant.serves(rows);
             variant.spec() == *spec && !is_other_part
         };
         if let Some(variant) = self.on_trial.filter(is_of_call) {
