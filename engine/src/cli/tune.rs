@@ -15,8 +15,8 @@ use super::model::Activations;
 /// Verify and measure the kernels of this binary on this machine
 ///
 /// On a CPU, all candidates of a model's matmuls: each is verified in a process of its own, and
-/// raced against the kernel that serves where nothing was measured. On a GPU, each kernel alone,
-/// replayed from a recording. Each measurement is appended to the records at once; a later run goes
+/// raced against the kernel that serves where nothing was measured. On a GPU the same, replayed
+/// from recordings, and the time of every other kernel. Each measurement is appended to the records at once; a later run goes
 /// on where this one ended. `kernel-gen select` chooses from the records.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
@@ -71,7 +71,11 @@ enum Which {
 
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
     if !args.verify_candidates.is_empty() {
-        return cpu::verify_candidates(args, console);
+        return match args.backend {
+            #[cfg(feature = "cuda")]
+            Which::Cuda => gpu::verify_candidates(args, console),
+            _ => cpu::verify_candidates(args, console),
+        };
     }
     match args.backend {
         Which::Cpu => cpu::run(args, console),

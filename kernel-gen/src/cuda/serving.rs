@@ -52,6 +52,12 @@ fn rows_max(regime: Regime) -> usize {
     }
 }
 
+impl Spec {
+    pub fn is_matmul(&self) -> bool {
+        matches!(self, Spec::AwqGemm(_) | Spec::Gemm(_))
+    }
+}
+
 impl Variant {
     /// Whether the kernel may serve so many rows. Matmuls give right results for any number, but
     /// their workspace is made for those of the regime.

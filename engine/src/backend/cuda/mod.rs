@@ -70,7 +70,9 @@ pub struct CudaBackend<D: Device> {
 /// Memory that ops share.
 struct Work<H> {
     workspace: Address,
+    workspace_bytes: usize,
     counters: Address,
+    num_counters: usize,
     /// `[logit_rows_max]` row indices.
     select: Address,
     /// `[logit_rows_max]`
@@ -98,7 +100,9 @@ impl<D: Device> CudaBackend<D> {
         let kernels = Kernels::load(&mut device, shape, kv_type)?;
         let work = Work {
             workspace: Address::NULL,
+            workspace_bytes: 0,
             counters: Address::NULL,
+            num_counters: 0,
             select: Address::NULL,
             stats: Address::NULL,
             host: None,

@@ -5,7 +5,7 @@ use std::ops::Range;
 use bespoke_kernel_gen::cuda::attention_plan::Shape;
 use bespoke_kernel_gen::cuda::matmul::AwqLayout;
 use bespoke_kernel_gen::cuda::pages::Layout;
-use bespoke_kernel_gen::cuda::{AwqGemm, Choice, Gemm, Launch, RowType, Spec};
+use bespoke_kernel_gen::cuda::{AwqGemm, Choice, Gemm, Launch, RowType, Spec, Variant};
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
 use super::buffers::{CudaInput, CudaKvCache, CudaLinear, CudaRows};
@@ -142,6 +142,44 @@ impl<D: Device> CudaBackend<D> {
         self.fill(input.data, input.rows_max * input.k, ROW_ELEMENT);
     }
 
+    /// Overwrites the first rows with numbers that are none, for verification.
+    pub fn poison_rows(&mut self, rows: &CudaRows, num_rows: usize) {
+        let element = if rows.is_f32 { size_of::<f32>() } else { ROW_ELEMENT };
+        assert!(num_rows <= rows.rows_max);
+        self.poison(rows.data, num_rows * rows.width * element);
+    }
+
+    /// Overwrites what a launch of so many rows by a candidate uses beside its operands, as another
+    /// launch may leave it behind.
+    pub fn poison_workspace(&mut self, candidate: &Variant, num_rows: usize) {
+        let len = 4 * candidate.workspace(num_rows).floats;
+        assert!(len <= self.work.workspace_bytes, "candidates are loaded before `reserve`");
+        self.poison(self.work.workspace, len);
+    }
+
+    fn poison(&mut self, to: Address, len: usize) {
+        if len > 0 {
+            self.device.upload(to, &vec![0xff; len]);
+            self.device.synchronize();
+        }
+    }
+
+    /// Counters of the workspace that are not zero, as they have to be between launches.
+    pub fn num_counters_left(&mut self) -> usize {
+        let mut bytes = vec![0; 4 * self.work.num_counters];
+        self.device.download(self.work.counters, &mut bytes);
+        bytes.chunks_exact(4).filter(|counter| *counter != [0; 4]).count()
+    }
+
+    /// The first rows as they lie in memory.
+    pub fn row_bytes(&mut self, rows: &CudaRows, num_rows: usize) -> Vec<u8> {
+        let element = if rows.is_f32 { size_of::<f32>() } else { ROW_ELEMENT };
+        assert!(num_rows <= rows.rows_max);
+        let mut bytes = vec![0; num_rows * rows.width * element];
+        self.device.download(rows.data, &mut bytes);
+        bytes
+    }
+
     fn fill(&mut self, to: Address, len: usize, element: usize) {
         // NOTE: a prime number of values, so that rows differ.
         const NUM_VALUES: usize = 65_521;
@@ -249,6 +287,8 @@ impl<D: Device> Backend for CudaBackend<D> {
         // NOTE: decode counts by row; its items are no fewer than rows that are cut.
         let items_max = input_limits.attention.parts_max.max(limits.rows_max);
         let workspace = self.kernels.workspace(limits.rows_max, items_max);
+        self.work.workspace_bytes = 4 * workspace.floats;
+        self.work.num_counters = workspace.counters;
         let device = &mut self.device;
         self.work.workspace = device.alloc(4 * workspace.floats, Use::Working, "partial sums")?;
         self.work.counters = device.alloc(4 * workspace.counters, Use::Working, "counters")?;

@@ -97,7 +97,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
 }
 
 /// Writes the report page, and prints what came out.
-fn finish(
+pub(super) fn finish(
     args: &Args,
     report: &TuningReport,
     summary: &CpuSummary,
@@ -163,7 +163,7 @@ fn activation(args: &Args) -> ActivationType {
 }
 
 /// The model that is named, or all that the binary was built for.
-fn shapes_of(args: &Args, console: &Console<'_>) -> anyhow::Result<Vec<ModelShape>> {
+pub(super) fn shapes_of(args: &Args, console: &Console<'_>) -> anyhow::Result<Vec<ModelShape>> {
     let Some(model) = &args.model else { return shapes(None) };
     Ok(vec![shape_of(model, console)?])
 }
