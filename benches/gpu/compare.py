@@ -152,10 +152,11 @@ def report(folder):
     if not times:
         return lines
     if torch:
-        lines.append(f"read {torch['read_gb_per_s']:.0f} GB/s, copy {torch['copy_gb_per_s']:.0f} GB/s")
+        read, copy = torch["read_gb_per_s"], torch["copy_gb_per_s"]
+        lines.append(f"read {read:.0f} GB/s, copy {copy:.0f} GB/s")
     peers = {(p["n"], p["k"], p["rows"]): p["us"] for p in torch.get("gemm", [])}
-    lines.append(f"{'spec':52} {'case':16} {'default':>9} {'best us':>9} {'ratio':>6} {'% limit':>8} "
-                 f"{'TFLOP/s':>8} {'x bf16 cuBLAS':>13}  best")
+    lines.append(f"{'spec':52} {'case':16} {'default':>9} {'best us':>9} {'ratio':>6} "
+                 f"{'% limit':>8} {'TFLOP/s':>8} {'x bf16 cuBLAS':>13}  best")
     for (spec, case), records in sorted(times.items(), key=order):
         best = min(records, key=lambda record: record["result"]["vs_default"])
         time = best["result"]

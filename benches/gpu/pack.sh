@@ -5,9 +5,9 @@
 #
 # Copy the folder there and run its ./check: it needs neither cargo nor the network. The kernels are
 # those of BESPOKE_MODEL (by default two models of 7 to 8 billion weights, square matrices for the
-# comparison with cuBLAS, and two tiny models) for BESPOKE_CUDA_TARGETS (by default sm_90a; the first
-# of several is tuned). A second binary has the tuner's candidates of Llama-3.1-8B with 4-bit weights:
-# about a thousand kernels, which take two cores ten minutes to compile once.
+# comparison with cuBLAS, and two tiny models) for BESPOKE_CUDA_TARGETS (by default sm_90a; the
+# first of several is tuned). A second binary has the tuner's candidates of Llama-3.1-8B with 4-bit
+# weights: about a thousand kernels, compiled once.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)

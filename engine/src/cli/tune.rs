@@ -15,8 +15,8 @@ use super::model::Activations;
 /// Verify and measure the kernels of this binary on this machine
 ///
 /// On a CPU, all candidates of a model's matmuls: each is verified in a process of its own, and
-/// raced against the kernel that serves where nothing was measured. On a GPU the same, replayed
-/// from recordings, and the time of every other kernel. Each measurement is appended to the records at once; a later run goes
+/// raced against the kernel that serves where nothing was measured. On a GPU, the same, replayed
+/// from recordings. Each measurement is appended to the records at once; a later run goes
 /// on where this one ended. `kernel-gen select` chooses from the records.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]

@@ -255,8 +255,8 @@ impl Shape {
     }
 
     /// Configurations near the default, feasible or not: those that differ in at most two of the
-    /// outputs of a warp, how its team lies along outputs and rows, and how K is shared out; with as
-    /// many stages as fit, and where they differ in one, with other numbers of them.
+    /// outputs of a warp, how its team lies along outputs and rows, and how K is shared out; with
+    /// as many stages as fit, and where they differ in one, with other numbers of them.
     pub(super) fn candidates(&self, regime: Regime, arch: Arch) -> Vec<Config> {
         let default = self.default_config(regime, arch);
         let slices = self.slices();

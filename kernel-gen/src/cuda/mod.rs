@@ -68,8 +68,8 @@ pub use variant::{Choice, Kernel, Spec, Variant};
 use crate::error::Error;
 use crate::spec::ModelShape;
 
-/// All stages in order: the kernels of `shapes` on `archs`, compiled. Candidates of a tuner that the
-/// compiler refuses are left out, with a warning.
+/// All stages in order: the kernels of `shapes` on `archs`, compiled. Candidates of a tuner that
+/// the compiler refuses are left out, with a warning.
 pub fn generate(
     shapes: &[ModelShape],
     archs: &[Arch],

@@ -107,8 +107,8 @@ impl<K> Kernels<K> {
         Ok(())
     }
 
-    /// Takes a candidate, whatever the rows, in place of what serves its spec (of attention: decoding
-    /// or prompts), until another call.
+    /// Takes a candidate, whatever the rows, in place of what serves its spec (of attention:
+    /// decoding or prompts), until another call.
     pub(super) fn try_out(&mut self, candidate: Option<Variant>) {
         assert!(candidate.is_none_or(|variant| self.candidates.contains_key(&variant)));
         self.on_trial = candidate;

@@ -276,9 +276,9 @@ fn rows_of(spec: &Spec) -> RowType {
 /// Products of some rows and columns.
 ///
 /// A sum of `k` rounded products is off by about √k units in the last place of the sum of their
-/// magnitudes (N. Higham, T. Mary, "A New Approach to Probabilistic Rounding Error Analysis"); tensor
-/// cores cut bits off instead of rounding, for which a factor of 8 is allowed. Dense weights are
-/// first rounded to the rows' type, the output at last.
+/// magnitudes (N. Higham, T. Mary, "A New Approach to Probabilistic Rounding Error Analysis");
+/// tensor cores cut bits off instead of rounding, for which a factor of 8 is allowed. Dense weights
+/// are first rounded to the rows' type, the output at last.
 fn exact<D: Device>(
     bench: &mut Bench<D>,
     role: LinearRole,

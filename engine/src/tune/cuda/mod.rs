@@ -1,6 +1,6 @@
 //! Tuning of a model's CUDA kernels: verify, race, record.
 //!
-//! Matmuls have candidates, which are verified first. Of other ops the kernels that serve are timed.
+//! Matmuls have candidates, which are verified first. Of other ops the default kernels are timed.
 
 mod bench;
 mod ladder;
@@ -35,9 +35,11 @@ const VERIFY_SHARE: f64 = 0.5;
 /// Kernels that are verified, the time that is left looked at before each.
 const BATCH: usize = 32;
 
+/// Takes the verdict on the kernel of a symbol.
+pub type TakeVerdict<'a> = dyn FnMut(&str, Verdict) -> Result<(), Error> + 'a;
+
 /// Verifies kernels by their symbols, and says what came out, each at once.
-pub type Verify<'a> = dyn FnMut(&[String], &mut dyn FnMut(&str, Verdict) -> Result<(), Error>) -> Result<(), Error>
-    + 'a;
+pub type Verify<'a> = dyn FnMut(&[String], &mut TakeVerdict<'_>) -> Result<(), Error> + 'a;
 
 /// What a run knows of the machine and the binary.
 pub struct CudaSetting<'a> {
