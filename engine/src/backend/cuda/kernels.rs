@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use bespoke_kernel_gen::cuda::render::render;
 use bespoke_kernel_gen::cuda::{Arch, Interval, KvType, Launch, Regime, Spec, Variant, Workspace};
+use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
 use super::device::Device;
@@ -24,8 +25,15 @@ impl<K> Kernel<K> {
 /// The kernels of one spec.
 struct Served<K> {
     spec: Spec,
-    /// Most rows and what serves them, ascending; the last has no limit.
-    intervals: Vec<(usize, Kernel<K>)>,
+    /// Ascending; the last has no limit.
+    intervals: Vec<ServedRows<K>>,
+}
+
+/// Row counts up to `rows_max`, and what serves them.
+struct ServedRows<K> {
+    rows_max: usize,
+    kernel: Kernel<K>,
+    provenance: Provenance,
 }
 
 /// Which of the specs serves the linears of a role in one form.
@@ -79,9 +87,9 @@ impl<K> Kernels<K> {
         let variants: Vec<Variant> =
             servings.iter().flatten().map(|interval| interval.variant).collect();
         let mut loaded = device.load(&variants)?.into_iter();
-        let mut interval = |Interval { rows_max, variant, .. }: Interval| {
+        let mut interval = |Interval { rows_max, variant, provenance }: Interval| {
             let run = loaded.next().expect("as many kernels as were asked for");
-            (rows_max, Kernel { variant, run })
+            ServedRows { rows_max, kernel: Kernel { variant, run }, provenance }
         };
         let served = specs.iter().zip(servings).map(|(spec, intervals)| Served {
             spec: *spec,
@@ -161,8 +169,8 @@ impl<K> Kernels<K> {
         if let Some(variant) = self.on_trial.filter(is_of_call) {
             return &self.candidates[&variant];
         }
-        let found = intervals.iter().find(|(rows_max, _)| rows <= *rows_max);
-        &found.expect("the last interval of a serving has no limit").1
+        let found = intervals.iter().find(|interval| rows <= interval.rows_max);
+        &found.expect("the last interval of a serving has no limit").kernel
     }
 
     /// What serves a linear whose weights are quantized or not: the kernels of that form where the
@@ -191,7 +199,13 @@ impl<K> Kernels<K> {
 
     fn all(&self) -> impl Iterator<Item = &Kernel<K>> {
         let served = self.served.iter().flat_map(|served| &served.intervals);
-        served.map(|(_, kernel)| kernel)
+        served.map(|interval| &interval.kernel)
+    }
+
+    /// Where the choice of what serves each interval of rows of each spec comes from.
+    pub(super) fn provenances(&self) -> Vec<Provenance> {
+        let served = self.served.iter().flat_map(|served| &served.intervals);
+        served.map(|interval| interval.provenance).collect()
     }
 
     /// What any launch for up to `rows_max` rows and `items_max` items of attention needs.

@@ -6,6 +6,7 @@ use bespoke_kernel_gen::cuda::attention_plan::Shape;
 use bespoke_kernel_gen::cuda::matmul::AwqLayout;
 use bespoke_kernel_gen::cuda::pages::Layout;
 use bespoke_kernel_gen::cuda::{AwqGemm, Choice, Gemm, Launch, RowType, Spec, Variant};
+use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
 use super::buffers::{CudaInput, CudaKvCache, CudaLinear, CudaRows};
@@ -391,6 +392,10 @@ impl<D: Device> Backend for CudaBackend<D> {
 
     fn identity(&self) -> String {
         format!("cuda {}", self.kernels.identity())
+    }
+
+    fn provenances(&self) -> Vec<Provenance> {
+        self.kernels.provenances()
     }
 
     fn weights_bytes(&self) -> usize {
