@@ -3,12 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use super::plan::{Options, plan_with};
-use super::serving::Serving;
+use super::plan::{Options, Plan, plan_with};
+use super::serving::{Interval, Serving};
 use super::{Arch, KvType, Spec};
 use crate::error::Error;
+use crate::plan::Provenance;
 use crate::spec::{LinearRole, ModelShape};
-use crate::tuning::explain::{self, Explanation};
+use crate::tuning::distance::{Distance, nearest};
+use crate::tuning::explain::Explanation;
 use crate::tuning::lock::Lock;
 
 /// How a model is run, and on which device.
@@ -30,37 +32,55 @@ pub struct Covered {
 }
 
 /// All specs that a run of a model uses, by place, as a build with this lock and the compiler that
-/// the lock names serves them: what is stale in the lock is served by the defaults.
+/// the lock names serves them: by what was chosen on the device, else on the nearest of its
+/// architecture. What is stale in the lock is served by the defaults.
 ///
 /// # Errors
 /// A lock that no build can follow, or a model that cannot be run.
 pub fn coverage(shape: &ModelShape, lock: &Lock, run: &Run) -> Result<Vec<Covered>, Error> {
     let options = Options { lock: Some(lock), ..Options::default() };
     let plan = plan_with(std::slice::from_ref(shape), &[run.arch], &options)?;
-    let is_followed = |spec: &Spec| {
-        let serving = |one: &Serving| one.spec == *spec && one.device.as_ref() == Some(&run.device);
-        plan.servings.iter().any(serving)
-    };
     let covered = |(spec, places): (Spec, String)| {
-        let explanations = match is_followed(&spec) {
-            true => explain::from_lock(lock, &spec.name(), run.arch.name(), &run.device),
-            false => defaults(&spec, run.arch),
-        };
+        let explanations = explanations(&spec, &plan, lock, run);
         Covered { places, spec, explanations }
     };
     Ok(places(shape, run.kv)?.into_iter().map(covered).collect())
 }
 
-fn defaults(spec: &Spec, arch: Arch) -> Vec<Explanation> {
-    let mut rows_min = 1;
-    let serving = Serving::default_for(spec, arch);
-    let explained = serving.intervals.iter().map(|interval| {
-        let rows_max = (interval.rows_max < usize::MAX).then_some(interval.rows_max);
-        let found = Explanation::of_default(rows_min, rows_max, interval.variant.symbol());
-        rows_min = interval.rows_max.saturating_add(1);
-        found
+fn explanations(spec: &Spec, plan: &Plan, lock: &Lock, run: &Run) -> Vec<Explanation> {
+    let own = || plan.servings.iter().filter(|serving| serving.spec == *spec);
+    let keys = own().filter_map(|serving| serving.device.as_deref());
+    let Some((key, distance)) = nearest(&run.device, keys) else {
+        return Serving::default_for(spec, run.arch).explanations();
+    };
+    let serving = own().find(|serving| serving.device.as_deref() == Some(key));
+    let problem = lock.problem(&spec.name(), run.arch.name(), key);
+    let facts = problem.map_or(&[][..], |problem| &problem.intervals);
+    let plain = serving.map_or(Vec::new(), Serving::explanations);
+    let explained = plain.into_iter().zip(facts).map(|(plain, fact)| {
+        let found = plain.with_times(fact, key);
+        let provenance = Provenance::from_name(found.provenance).unwrap_or(Provenance::Default);
+        match distance {
+            Distance::Exact => found,
+            _ => Explanation { provenance: provenance.transferred().name(), ..found },
+        }
     });
     explained.collect()
+}
+
+impl Serving {
+    /// What serves which rows, of which nothing was measured as far as is known here.
+    pub fn explanations(&self) -> Vec<Explanation> {
+        let mut rows_min = 1;
+        let explained = self.intervals.iter().map(|interval| {
+            let Interval { rows_max, variant, provenance } = *interval;
+            let limit = (rows_max < usize::MAX).then_some(rows_max);
+            let found = Explanation::unmeasured(rows_min, limit, variant.symbol(), provenance);
+            rows_min = rows_max.saturating_add(1);
+            Explanation { chosen_on: self.device.clone(), ..found }
+        });
+        explained.collect()
+    }
 }
 
 /// Specs in the order of the model's data path, and where they are used.

@@ -8,6 +8,7 @@ use super::{Arch, Spec, Variant};
 use crate::error::Error;
 use crate::plan::Provenance;
 use crate::tuning::device::CudaDevice;
+use crate::tuning::distance::{Distance, nearest};
 
 /// All CUDA kernels of a build. The default has none.
 #[derive(Clone, Copy, Debug, Default)]
@@ -82,6 +83,13 @@ impl CudaKernelTable {
         Arch::best_for(capability, &self.archs())
     }
 
+    /// What was chosen on devices, by architecture.
+    pub fn servings(&self) -> impl Iterator<Item = Serving> {
+        self.targets.iter().flat_map(|target| {
+            target.servings.iter().filter_map(|embedded| serving(embedded, target.arch))
+        })
+    }
+
     /// Unpacks the kernels of `arch`.
     pub fn load(&self, arch: Arch) -> Result<KernelSet, Error> {
         let broken = |message: String| Error::Compile { symbol: arch.name().to_string(), message };
@@ -145,28 +153,17 @@ impl KernelSet {
     /// architecture with the nearest number of multiprocessors, else the defaults. `None` where one
     /// of those is missing.
     pub fn serving(&self, spec: &Spec, device: &CudaDevice) -> Option<Serving> {
-        let key = device.key();
-        let distance = |serving: &&Serving| {
-            let found = serving.device.as_deref()?;
-            if found == key {
-                return Some((0, 0));
-            }
-            let other = CudaDevice::parse_key(found)?;
-            (other.arch == device.arch).then(|| (1, other.num_sms.abs_diff(device.num_sms)))
-        };
-        let of_spec = self.servings.iter().filter(|serving| serving.spec == *spec);
-        let near = of_spec.filter_map(|serving| Some((distance(&serving)?, serving)));
-        // NOTE: of equally near ones the first counts; the order is that of the lock.
-        let Some(((is_other, _), found)) = near.min_by_key(|(distance, _)| *distance) else {
+        let own = || self.servings.iter().filter(|serving| serving.spec == *spec);
+        let keys = own().filter_map(|serving| serving.device.as_deref());
+        let Some((key, distance)) = nearest(&device.key(), keys) else {
             let default = Serving::default_for(spec, self.arch);
             let has = |interval: &Interval| self.kernels.contains_key(&interval.variant);
             return default.intervals.iter().all(has).then_some(default);
         };
-        let mut serving = found.clone();
-        let chosen = [Provenance::Measured, Provenance::Model];
-        for interval in serving.intervals.iter_mut().filter(|_| is_other > 0) {
-            if chosen.contains(&interval.provenance) {
-                interval.provenance = Provenance::Transferred;
+        let mut serving = own().find(|serving| serving.device.as_deref() == Some(key))?.clone();
+        if distance != Distance::Exact {
+            for Interval { provenance, .. } in &mut serving.intervals {
+                *provenance = provenance.transferred();
             }
         }
         Some(serving)

@@ -1,8 +1,10 @@
-//! The commands `select`, `explain` and `check --measured`: their words, and what they print.
+//! The commands `select`, `explain`, `model` and `check --measured`: their words, and what they
+//! print.
 
 use std::path::{Path, PathBuf};
 
-use super::coverage::{self, Run};
+use super::cost_model::{self, HeldOut};
+use super::coverage::{self, Place, Run};
 use super::device::this_cpu;
 use super::explain::{self, Explanation};
 use super::lock::{self, Lock};
@@ -11,6 +13,7 @@ use super::select::{self, Options, Profile, Selection};
 use super::trace::{self, Trace};
 use crate::cuda::{self, Arch, KvType};
 use crate::error::Error;
+use crate::plan::Provenance;
 use crate::presets;
 use crate::spec::{ActivationType, KvDType, ModelShape};
 use crate::target::Target;
@@ -32,15 +35,17 @@ pub struct Arguments {
     /// In place of `target`.
     arch: Option<Arch>,
     device: Option<String>,
+    is_json: bool,
 }
 
-/// Options of each command, all with a value but `--measured`.
-const OPTIONS: [(&str, &[&str]); 3] = [
+/// Options of each command, all with a value but `--measured` and `--json`.
+const OPTIONS: [(&str, &[&str]); 4] = [
     (
         "select",
         &["--records", "-o", "--from-trace", "--max-kernel-bytes", "--profile", "--variants"],
     ),
     ("explain", &["--records", "--rows", "--profile", "--variants"]),
+    ("model", &["--records", "--json"]),
     (
         "check",
         &["--measured", "--lock", "--allow", "--target", "--device", "--activations", "--kv"],
@@ -72,6 +77,7 @@ pub fn parse(command: &str, words: &[String]) -> Result<Arguments, String> {
         target: Target::best(),
         arch: None,
         device: None,
+        is_json: false,
     };
     let mut words = words.iter();
     while let Some(word) = words.next() {
@@ -79,6 +85,8 @@ pub fn parse(command: &str, words: &[String]) -> Result<Arguments, String> {
             arguments.words.push(word.clone());
         } else if !options.contains(&word.as_str()) {
             return Err(format!("{command} takes no option {word}"));
+        } else if word == "--json" {
+            arguments.is_json = true;
         } else if word != "--measured" {
             let value = words.next().ok_or_else(|| format!("{word} wants a value"))?;
             arguments.set(word, value)?;
@@ -148,6 +156,7 @@ pub fn run(command: &str, arguments: &Arguments) -> Result<String, Error> {
     match command {
         "select" => run_select(arguments),
         "explain" => run_explain(arguments),
+        "model" => run_model(arguments),
         _ => run_check(arguments),
     }
 }
@@ -195,6 +204,9 @@ fn report(selection: &Selection, path: &Path) -> String {
     for decision in &selection.decisions {
         let share = decision.cost * 100.0;
         text.push_str(&format!("{} on {}: {share:.1} %", decision.spec, decision.device));
+        if decision.is_predicted {
+            text.push_str(", predicted");
+        }
         if !decision.rejected.is_empty() {
             text.push_str(&format!(", {} kernels rejected", decision.rejected.len()));
         }
@@ -227,6 +239,33 @@ fn run_explain(arguments: &Arguments) -> Result<String, Error> {
     let case = arguments.rows.map(|rows| format!("rows {rows}"));
     let texts = selection.decisions.iter().map(|one| explain::print(one, case.as_deref()));
     Ok(warnings + &texts.collect::<String>())
+}
+
+/// How good the cost model is on each family of devices.
+fn run_model(arguments: &Arguments) -> Result<String, Error> {
+    let (records, warnings) = Records::open(&arguments.records);
+    let families = cost_model::families(&records.all);
+    let scored: Vec<(String, Vec<HeldOut>)> = families
+        .into_iter()
+        .map(|device| {
+            let scores = cost_model::held_out(&records.all, &device);
+            (device, scores)
+        })
+        .collect();
+    if arguments.is_json {
+        let family = |(device, classes): &(String, Vec<HeldOut>)| serde_json::json!({ "device": device, "classes": classes });
+        let all: Vec<serde_json::Value> = scored.iter().map(family).collect();
+        return Ok(format!("{:#}\n", serde_json::json!({ "families": all })));
+    }
+    let mut text: String = warnings.iter().map(|warning| format!("warning: {warning}\n")).collect();
+    if scored.is_empty() {
+        text.push_str(&format!("no times of matmuls in {}\n", arguments.records.display()));
+    }
+    for (device, classes) in &scored {
+        text.push_str(&format!("devices like {device}\n"));
+        classes.iter().for_each(|class| text.push_str(&class.text()));
+    }
+    Ok(text)
 }
 
 fn run_check(arguments: &Arguments) -> Result<String, Error> {
@@ -267,7 +306,8 @@ impl Check {
         for interval in explanations {
             self.text.push_str(&interval.line());
         }
-        let is_measured = explanations.iter().all(|interval| interval.provenance == "measured");
+        let measured = Provenance::Measured.name();
+        let is_measured = explanations.iter().all(|interval| interval.provenance == measured);
         if !is_measured && !is_allowed && !self.missing.contains(&spec) {
             self.missing.push(spec);
         }
@@ -293,8 +333,9 @@ fn check_cpu(
         let run = Run { activation, kv: arguments.kv, target, device: device.clone() };
         for covered in coverage::coverage(shape, lock, &run)? {
             let is_allowed = arguments.allowed.iter().any(|word| covered.is_named_by(word));
-            let places = format!("{} {}", shape.name, covered.places);
-            let spec = crate::name::spec_name(&covered.spec);
+            let Place { layers, op, spec } = &covered.place;
+            let places = format!("{} {layers} {op}", shape.name);
+            let spec = crate::name::spec_name(spec);
             check.add(&places, spec, &covered.explanations, is_allowed);
         }
     }

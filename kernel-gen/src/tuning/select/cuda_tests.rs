@@ -246,7 +246,9 @@ fn the_coverage_of_a_gpu_is_that_of_its_lock() {
         all.into_iter().find(|one| one.spec == qkv()).unwrap().explanations
     };
     let here = covered("sm_90a-sms-132-mem-80");
-    assert!(here.iter().all(|one| one.provenance == "measured" && one.us > 0.0));
-    let elsewhere = covered("sm_90a-sms-114-mem-80");
-    assert!(elsewhere.iter().all(|one| one.provenance == "default"));
+    assert!(here.iter().all(|one| one.provenance == "measured" && one.us > Some(0.0)));
+    let near = covered("sm_90a-sms-114-mem-80");
+    assert!(near.iter().all(|one| one.provenance == "transferred"), "{near:?}");
+    let elsewhere = covered("sm_120-sms-170-mem-32");
+    assert!(elsewhere.iter().all(|one| one.provenance == "default" && one.us.is_none()));
 }
