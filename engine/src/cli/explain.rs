@@ -2,7 +2,6 @@
 
 use bespoke_kernel_gen::cuda;
 use bespoke_kernel_gen::name::spec_name;
-use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::ModelShape;
 use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::tuning::coverage::{Place, places};
