@@ -255,14 +255,14 @@ impl Shape {
     }
 
     /// Configurations near the default, feasible or not: those that differ in at most two of the
-    /// outputs of a warp, how its team lies along outputs and rows, and how K is shared out; with
-    /// as many stages as fit, and where they differ in one, with other numbers of them.
+    /// outputs of a warp, of a team, and how K is shared out; those of other rows of a warp or a
+    /// team; each with as many stages as fit; and those of other stages.
     pub(super) fn candidates(&self, regime: Regime, arch: Arch) -> Vec<Config> {
         let default = self.default_config(regime, arch);
         let slices = self.slices();
         let mut parts: Vec<(usize, usize)> = vec![(1, 1)];
         parts.extend((0..=slices.ilog2()).map(|i| (1 << i, slices >> i)));
-        let mut near = vec![default];
+        let mut near = Vec::new();
         for out_tiles in 1..=4 {
             for out_warps in [1, 2, 4] {
                 for (row_tiles, row_warps) in default.row_shapes(regime) {
@@ -273,14 +273,11 @@ impl Shape {
                 }
             }
         }
-        let mut all = vec![default];
+        let mut all = [2, 3, 4, 6].map(|stages| Config { stages, ..default }).to_vec();
+        all.push(default);
         for config in near {
-            let num_differences = config.num_differences(&default);
-            if num_differences <= 2 {
+            if config.distance(&default) <= 2 {
                 all.push(self.with_stages(config, arch));
-            }
-            if num_differences <= 1 {
-                all.extend([2, 3, 4, 6].map(|stages| Config { stages, ..config }));
             }
         }
         all.sort();
@@ -364,23 +361,27 @@ impl Config {
     /// Row tiles of a warp and warps along the rows: of as many rows as here; where there are many
     /// rows, also of half and twice as many.
     fn row_shapes(&self, regime: Regime) -> Vec<(usize, usize)> {
-        let tiles = self.row_tiles * self.row_warps;
-        let all =
-            [1, 2, 4, 8].into_iter().flat_map(|tiles| [1, 2, 4, 8].map(|warps| (tiles, warps)));
-        let fits = |(row_tiles, row_warps): &(usize, usize)| match regime {
-            Regime::Many => (tiles / 2..=2 * tiles).contains(&(row_tiles * row_warps)),
-            _ => row_tiles * row_warps == tiles,
+        let sizes = [1, 2, 4, 8];
+        let all = sizes.into_iter().flat_map(|tiles| sizes.map(|warps| (tiles, warps)));
+        let fits = |&(row_tiles, row_warps): &(usize, usize)| {
+            let is_next = row_tiles == self.row_tiles
+                && (self.row_warps == 2 * row_warps || row_warps == 2 * self.row_warps);
+            let is_same = row_tiles * row_warps == self.row_tiles * self.row_warps;
+            is_same || (regime == Regime::Many && is_next)
         };
         all.filter(fits).collect()
     }
 
-    /// But for stages.
-    fn num_differences(&self, other: &Config) -> usize {
+    /// How far two configurations are apart, but for stages.
+    fn distance(&self, other: &Config) -> usize {
+        let is_other_rows = (self.row_tiles, self.row_warps) != (other.row_tiles, other.row_warps);
         let differences = [
             self.out_tiles != other.out_tiles,
             self.out_warps != other.out_warps,
-            (self.row_tiles, self.row_warps) != (other.row_tiles, other.row_warps),
             (self.k_warps, self.splits) != (other.k_warps, other.splits),
+            // NOTE: twice, so that other rows come with nothing else.
+            is_other_rows,
+            is_other_rows,
         ];
         differences.into_iter().filter(|differs| *differs).count()
     }
