@@ -28,8 +28,21 @@ pub struct Field<'a> {
     pub prior: &'a dyn Fn(usize, usize) -> f64,
     /// Seconds that the machine's limits allow.
     pub limit: &'a dyn Fn(usize) -> f64,
-    /// What earlier runs have measured, which is not measured again.
-    pub is_known: &'a dyn Fn(usize, usize) -> bool,
+    /// Ratio to the default of what earlier runs have measured, which is not measured again.
+    pub known: &'a dyn Fn(usize, usize) -> Option<f64>,
+}
+
+impl Field<'_> {
+    /// What competes with the default at a row count.
+    fn challengers(&self, num_rows: usize) -> impl Iterator<Item = usize> {
+        let default = (self.default_of)(num_rows);
+        (0..self.num_kernels)
+            .filter(move |kernel| *kernel != default && (self.can_serve)(*kernel, num_rows))
+    }
+
+    fn is_known(&self, kernel: usize, num_rows: usize) -> bool {
+        (self.known)(kernel, num_rows).is_some()
+    }
 }
 
 /// How much is raced.
@@ -98,8 +111,8 @@ struct Race<'a, T: Track> {
     limit: f64,
 }
 
-/// A kernel with this many samples is measured; with fewer it is tried again.
-pub const SAMPLES_MIN: usize = 5;
+/// Samples of a measurement that a choice may rest on.
+const SAMPLES_MIN: usize = bespoke_kernel_gen::tuning::record::SAMPLES_MIN;
 /// Candidates that run between two runs of the default.
 const NUM_BETWEEN: usize = 3;
 /// A kernel this near the physical limit, twice, cannot be beaten by more than noise.
@@ -130,8 +143,7 @@ pub fn race<T: Track>(
         let noise = one.noise(options.noise_rounds);
         one.heats(options);
         let finishes = one.finishes(noise);
-        let ranked = ranked(&finishes);
-        survivors.extend(ranked.iter().take(options.num_survivors).copied());
+        survivors.extend(fastest(field, &finishes, num_rows, options.num_survivors));
         for finish in finishes {
             done.insert((finish.kernel, num_rows));
             if !take(finish) {
@@ -142,16 +154,14 @@ pub fn race<T: Track>(
     let all_rows = options.first_rows.iter().chain(&options.other_rows);
     let all_rows: Vec<usize> = all_rows.copied().collect();
     for (idx, &num_rows) in all_rows.iter().enumerate() {
-        let is_wanted = |kernel: &usize| {
-            let (kernel, default) = (*kernel, (field.default_of)(num_rows));
-            kernel != default
-                && (field.can_serve)(kernel, num_rows)
-                && !(field.is_known)(kernel, num_rows)
-                && !done.contains(&(kernel, num_rows))
-        };
-        let candidates: Vec<usize> = survivors.iter().copied().filter(is_wanted).collect();
+        let is_new =
+            |kernel| !done.contains(&(kernel, num_rows)) && !field.is_known(kernel, num_rows);
+        let candidates: Vec<usize> = field
+            .challengers(num_rows)
+            .filter(|kernel| survivors.contains(kernel) && is_new(*kernel))
+            .collect();
         let default = (field.default_of)(num_rows);
-        let is_new = !done.contains(&(default, num_rows)) && !(field.is_known)(default, num_rows);
+        let is_new = is_new(default);
         if candidates.is_empty() && !is_new {
             continue;
         }
@@ -171,22 +181,21 @@ pub fn race<T: Track>(
 
 /// What can be raced at a row count beside the default, the most promising first.
 fn candidates(field: &Field<'_>, num_rows: usize) -> Vec<usize> {
-    let default = (field.default_of)(num_rows);
-    let is_open = |kernel: &usize| {
-        *kernel != default
-            && (field.can_serve)(*kernel, num_rows)
-            && !(field.is_known)(*kernel, num_rows)
-    };
-    let mut open: Vec<usize> = (0..field.num_kernels).filter(is_open).collect();
+    let is_open = |kernel: &usize| !field.is_known(*kernel, num_rows);
+    let mut open: Vec<usize> = field.challengers(num_rows).filter(is_open).collect();
     open.sort_by(|a, b| (field.prior)(*a, num_rows).total_cmp(&(field.prior)(*b, num_rows)));
     open
 }
 
-/// Kernels from fast to slow.
-fn ranked(finishes: &[Finish]) -> Vec<usize> {
-    let mut order: Vec<&Finish> = finishes.iter().collect();
-    order.sort_by(|a, b| a.vs_default.total_cmp(&b.vs_default));
-    order.into_iter().map(|finish| finish.kernel).collect()
+/// The fastest of those that have just finished and those that were known before.
+fn fastest(field: &Field<'_>, finishes: &[Finish], num_rows: usize, num: usize) -> Vec<usize> {
+    let known = field
+        .challengers(num_rows)
+        .filter_map(|kernel| Some((kernel, (field.known)(kernel, num_rows)?)));
+    let finished = finishes.iter().map(|finish| (finish.kernel, finish.vs_default));
+    let mut all: Vec<(usize, f64)> = finished.chain(known).collect();
+    all.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
+    all.into_iter().take(num).map(|(kernel, _)| kernel).collect()
 }
 
 impl<'a, T: Track> Race<'a, T> {
@@ -313,7 +322,8 @@ impl<'a, T: Track> Race<'a, T> {
         self.runners.iter().any(is_at_limit)
     }
 
-    /// What is known well enough, the default first.
+    /// What is known well enough, the default first. Of those that dropped out early few samples
+    /// are enough: to know that they are not to be tried again.
     fn finishes(self, noise: f64) -> Vec<Finish> {
         let num_rows = self.num_rows;
         let of = |kernel, seconds: &[f64], vs_default| Finish {
@@ -328,7 +338,10 @@ impl<'a, T: Track> Race<'a, T> {
         if self.default_seconds.len() >= SAMPLES_MIN {
             all.push(of(self.default, &self.default_seconds, 1.0));
         }
-        let known = self.runners.iter().filter(|runner| runner.ratios.len() >= SAMPLES_MIN);
+        let known = self.runners.iter().filter(|runner| {
+            let num_samples = runner.ratios.len();
+            num_samples >= SAMPLES_MIN || (runner.is_out && num_samples > 0)
+        });
         all.extend(known.filter_map(|runner| {
             Some(of(runner.kernel, &runner.seconds, median(&runner.ratios)?))
         }));
@@ -362,6 +375,8 @@ fn percentiles(seconds: &[f64]) -> [f64; 3] {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     /// A machine of planted times that gets slower and slower, and is noisy.
@@ -427,22 +442,26 @@ mod tests {
         }
     }
 
-    fn field<'a>(is_known: &'a dyn Fn(usize, usize) -> bool) -> Field<'a> {
+    fn field<'a>(known: &'a dyn Fn(usize, usize) -> Option<f64>) -> Field<'a> {
         Field {
             num_kernels: 24,
             default_of: &|num_rows| usize::from(num_rows > 8),
             can_serve: &|_, _| true,
             prior: &|kernel, _| 24.0 - kernel as f64,
             limit: &|_| 0.0,
-            is_known,
+            known,
         }
     }
 
-    fn run(track: &mut Simulated, budget: f64, known: &BTreeSet<(usize, usize)>) -> Vec<Finish> {
-        let is_known = |kernel, rows| known.contains(&(kernel, rows));
+    fn run(
+        track: &mut Simulated,
+        budget: f64,
+        known: &BTreeMap<(usize, usize), f64>,
+    ) -> Vec<Finish> {
+        let known = |kernel, rows| known.get(&(kernel, rows)).copied();
         let mut all = Vec::new();
         let options = RaceOptions::default();
-        race(track, &field(&is_known), &options, budget, &mut |finish| {
+        race(track, &field(&known), &options, budget, &mut |finish| {
             all.push(finish);
             true
         });
@@ -456,7 +475,7 @@ mod tests {
 
     #[test]
     fn the_fastest_win_on_a_machine_that_drifts() {
-        let all = run(&mut Simulated::new(), 2.0, &BTreeSet::new());
+        let all = run(&mut Simulated::new(), 2.0, &BTreeMap::new());
         for rows in [1, 2, 4, 8] {
             assert_eq!(best(&all, rows).kernel, 7, "{rows} rows");
         }
@@ -472,7 +491,7 @@ mod tests {
 
     #[test]
     fn survivors_are_known_at_all_row_counts() {
-        let all = run(&mut Simulated::new(), 4.0, &BTreeSet::new());
+        let all = run(&mut Simulated::new(), 4.0, &BTreeMap::new());
         let options = RaceOptions::default();
         for rows in options.first_rows.iter().chain(&options.other_rows) {
             for kernel in [7, 11] {
@@ -486,7 +505,7 @@ mod tests {
     fn the_budget_is_kept() {
         for budget in [0.02, 0.1, 0.5] {
             let mut track = Simulated { broken: None, ..Simulated::new() };
-            run(&mut track, budget, &BTreeSet::new());
+            run(&mut track, budget, &BTreeMap::new());
             // A race that has begun measures its noise.
             let noise: f64 = [1, 8, 64, 512, 4, 16, 2, 128, 3, 6, 12, 24, 32, 48, 96, 192, 256]
                 .iter()
@@ -498,24 +517,42 @@ mod tests {
 
     #[test]
     fn nothing_is_measured_twice() {
-        let first = run(&mut Simulated::new(), 4.0, &BTreeSet::new());
-        let pairs: Vec<(usize, usize)> = first.iter().map(|f| (f.kernel, f.num_rows)).collect();
-        let known: BTreeSet<(usize, usize)> = pairs.iter().copied().collect();
-        assert_eq!(known.len(), pairs.len(), "each once");
+        let first = run(&mut Simulated::new(), 4.0, &BTreeMap::new());
+        let known = ratios(&first);
+        assert_eq!(known.len(), first.len(), "each once");
         let second = run(&mut Simulated::new(), 4.0, &known);
         let repeated = second.iter().filter(|f| {
-            // The default is raced against by whoever is new.
-            known.contains(&(f.kernel, f.num_rows)) && f.kernel > 1
+            // The default is raced against by whoever is new, and what breaks down is tried again.
+            known.contains_key(&(f.kernel, f.num_rows)) && f.kernel > 1
         });
         assert_eq!(repeated.count(), 0);
+        let is_first = |rows: &usize| RaceOptions::default().first_rows.contains(rows);
+        let again = second.iter().filter(|f| f.kernel > 1 && is_first(&f.num_rows)).count();
+        assert_eq!(again, 0, "those that dropped out do not race again");
+    }
+
+    #[test]
+    fn survivors_of_an_earlier_run_go_on() {
+        let options = RaceOptions::default();
+        let mut known = ratios(&run(&mut Simulated::new(), 4.0, &BTreeMap::new()));
+        known.retain(|(_, rows), _| options.first_rows.contains(rows));
+        let second = run(&mut Simulated::new(), 4.0, &known);
+        for rows in &options.other_rows {
+            let is_there = second.iter().any(|f| f.kernel == 7 && f.num_rows == *rows);
+            assert!(is_there, "kernel 7 at {rows} rows");
+        }
+    }
+
+    fn ratios(all: &[Finish]) -> BTreeMap<(usize, usize), f64> {
+        all.iter().map(|f| ((f.kernel, f.num_rows), f.vs_default)).collect()
     }
 
     #[test]
     fn a_race_ends_when_it_is_told_to() {
         let mut num_taken = 0;
-        let is_known = |_, _| false;
+        let known = |_, _| None;
         let mut track = Simulated::new();
-        race(&mut track, &field(&is_known), &RaceOptions::default(), 5.0, &mut |_| {
+        race(&mut track, &field(&known), &RaceOptions::default(), 5.0, &mut |_| {
             num_taken += 1;
             num_taken < 3
         });
@@ -524,7 +561,7 @@ mod tests {
 
     #[test]
     fn the_limit_ends_a_race_early() {
-        let never = |_, _| false;
+        let never = |_, _| None;
         let runs_with = |limit: f64| {
             let mut track = Simulated::new();
             let limit = move |_: usize| limit;

@@ -175,20 +175,26 @@ impl Trial {
 
     /// Calls `kernel` with poisoned outputs and scratch; the outputs, `[num_rows, n]`.
     ///
+    /// Behind the outputs a row and a page are guarded; all of the buffer is where `num_rows` is
+    /// the largest number.
+    ///
     /// # Errors
     /// What was written that should not have been, in words.
     pub fn checked(&mut self, kernel: &Kernel, num_rows: usize) -> Result<&[f32], String> {
-        self.out.bytes_mut().fill(CANARY);
-        let len = num_rows * sizes(&self.spec).map_or(0, |(n, _)| n);
-        let first = CANARY_BYTES / 4;
+        let n = sizes(&self.spec).map_or(0, |(n, _)| n);
+        let (first, len) = (CANARY_BYTES / 4, num_rows * n);
+        let end = (4 * (first + len + n) + CANARY_BYTES).min(self.out.len());
+        self.out.bytes_mut()[..CANARY_BYTES].fill(CANARY);
+        self.out.bytes_mut()[4 * (first + len)..end].fill(CANARY);
         self.out.as_f32_mut()[first..first + len].fill(f32::from_bits(POISON));
         let own = CANARY_BYTES + kernel.scratch_bytes;
         for scratch in &mut self.scratch {
             scratch.bytes_mut().fill(CANARY);
         }
         self.run(kernel, num_rows);
-        let is_kept = |bytes: &[u8]| bytes.iter().all(|byte| *byte == CANARY);
-        let around = [&self.out.bytes()[..CANARY_BYTES], &self.out.bytes()[4 * (first + len)..]];
+        let is_kept = |bytes: &[u8]| bytes.iter().fold(true, |kept, byte| kept & (*byte == CANARY));
+        let out = self.out.bytes();
+        let around = [&out[..CANARY_BYTES], &out[4 * (first + len)..end]];
         if !around.into_iter().all(is_kept) {
             return Err(format!("wrote outside of the outputs of {num_rows} rows"));
         }

@@ -212,6 +212,9 @@ fn line(progress: &CpuProgress<'_>) -> String {
             format!("{spec}: verifying {num_kernels} kernels\n")
         }
         CpuProgress::Refused { symbol, reason } => format!("refused {symbol}: {reason}\n"),
+        CpuProgress::Postponed { spec, num_kernels } => format!(
+            "{spec}: no time to verify {num_kernels} kernels; call this again to go on with them\n"
+        ),
         CpuProgress::Racing { spec, num_kernels, seconds } => {
             format!("{spec}: racing {num_kernels} kernels for {seconds:.0} s\n")
         }

@@ -8,7 +8,7 @@ use crate::plan::{KernelVariant, Serving};
 use crate::spec::{KernelSpec, RowRegime};
 use crate::target::Target;
 use crate::tuning::intervals::{Candidate, Point};
-use crate::tuning::record::{Case, Record, Time};
+use crate::tuning::record::{Case, Record, SAMPLES_MIN, Time};
 use crate::tuning::trace::Trace;
 
 /// Cases that one choice is made over.
@@ -87,6 +87,9 @@ pub(super) fn gather(
 
 /// The variant of a time that a selection can use.
 fn usable(record: &Record, time: &Time, options: &Options) -> Result<KernelVariant, String> {
+    if time.num_samples < SAMPLES_MIN {
+        return Err("dropped out early".to_string());
+    }
     let variant = KernelVariant::parse(&record.variant.symbol)
         .ok_or_else(|| "no CPU kernel of this generator".to_string())?;
     let KernelVariant { spec, regime, target, config } = variant;
