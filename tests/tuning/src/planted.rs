@@ -85,10 +85,9 @@ pub fn kernels() -> KernelTable {
 /// The default kernels and some with these faults.
 pub fn table(faults: &[Fault]) -> KernelTable {
     let table = default_kernels();
-    let planted = faults.iter().map(|fault| Kernel {
-        run: KernelFn::AwqGemm(fault.entry()),
-        ..*PLANTED[*fault as usize]
-    });
+    let planted = faults
+        .iter()
+        .map(|fault| Kernel { run: KernelFn::AwqGemm(fault.entry()), ..*PLANTED[*fault as usize] });
     let kernels: Vec<Kernel> = table.kernels.iter().copied().chain(planted).collect();
     KernelTable { kernels: kernels.leak(), is_tuner: true, ..table }
 }
@@ -103,15 +102,14 @@ pub fn spec() -> KernelSpec {
     default_kernel().spec
 }
 
-/// The default kernel for a few rows of the first quantized matmul with int8 rows.
+/// The default kernel for a few rows of the first quantized matmul. Its rows are float: levels of
+/// int8 would hide small errors from the ops behind it.
 pub fn default_kernel() -> &'static Kernel {
     let mut kernels = default_kernels().kernels.iter();
     let found = kernels.find(|kernel| {
-        let is_int8 = matches!(
-            kernel.spec,
-            KernelSpec::AwqGemm { activation: ActivationType::Int8, .. }
-        );
-        is_int8 && kernel.regime == RowRegime::Few
+        let is_float =
+            matches!(kernel.spec, KernelSpec::AwqGemm { activation: ActivationType::Float, .. });
+        is_float && kernel.regime == RowRegime::Few
     });
     found.expect("the tiny model is quantized")
 }
@@ -212,7 +210,7 @@ unsafe fn out_of_scratch(args: &AwqGemmArgs, share: Share) {
     let len = PLANTED[Fault::OutOfScratch as usize].scratch_bytes;
     // SAFETY: as for any kernel, but for what lies behind its scratch memory.
     unsafe {
-        *share.scratch.add(len) = 0;
+        *share.scratch.add(len) = 0x5a;
         sound()(args, share);
     }
 }

@@ -12,8 +12,7 @@ fn table(fault: Fault, rows_min: usize) -> KernelTable {
     let table = planted::table(&[fault]);
     let interval = |rows_max, symbol, provenance| Interval { rows_max, symbol, provenance };
     let below = table.serving_kernel(&default.spec, rows_min, default.target);
-    let mut intervals =
-        vec![interval(usize::MAX, planted::symbol(fault), Provenance::Measured)];
+    let mut intervals = vec![interval(usize::MAX, planted::symbol(fault), Provenance::Measured)];
     if let Some(below) = below.filter(|_| rows_min > 0) {
         intervals.insert(0, interval(rows_min, below.symbol, Provenance::Default));
     }
@@ -72,5 +71,8 @@ fn a_serving_that_is_wrong_at_one_row_count_is_found() {
     let checks = end_to_end(&report, planted::symbol(Fault::Wrong));
     let wrong: Vec<&&Check> = checks.iter().filter(|check| check.problem.is_some()).collect();
     let rows = format!(", {} rows", planted::WRONG_ROWS);
-    assert!(!wrong.is_empty() && wrong.iter().all(|check| check.case.ends_with(&rows)), "{wrong:?}");
+    assert!(
+        !wrong.is_empty() && wrong.iter().all(|check| check.case.ends_with(&rows)),
+        "{wrong:?}"
+    );
 }

@@ -27,6 +27,8 @@ impl Tune {
         let mut command = process(kernels);
         command.arg("tune").arg(bespoke_tuning_tests::model()).arg("--records").arg(records);
         command.args(["--backend", "cpu", "--budget", "300s", "--threads", "2"]);
+        // As the planted kernels.
+        command.args(["--activations", "float"]);
         command.process_group(0).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());

@@ -153,7 +153,8 @@ fn check_that_nothing_is_tried_twice(table: &KernelTable, records: Vec<Record>) 
 fn times(table: &KernelTable, verdicts: &[Record]) -> Vec<Record> {
     let mut all = Vec::new();
     for rows in ROWS {
-        let default = table.serving_kernel(&planted::spec(), rows, planted::default_kernel().target);
+        let default =
+            table.serving_kernel(&planted::spec(), rows, planted::default_kernel().target);
         let default = default.unwrap().symbol;
         let mut add = |symbol: &str, ratio: f64| {
             let verdict = verdicts.iter().find(|record| record.variant.symbol == symbol).unwrap();

@@ -95,7 +95,10 @@ fn the_same_lock_gives_the_same_machine_code() {
     let names: Vec<&String> = objects[0].keys().collect();
     assert_eq!(names, objects[1].keys().collect::<Vec<_>>());
     let symbol = planted::symbol(Fault::None);
-    assert!(objects[0].values().any(|bytes| contains(bytes, symbol)), "{symbol} is not in {names:?}");
+    assert!(
+        objects[0].values().any(|bytes| contains(bytes, symbol)),
+        "{symbol} is not in {names:?}"
+    );
     for (name, bytes) in &objects[0] {
         assert!(*bytes == objects[1][name], "{name} differs");
     }

@@ -170,6 +170,7 @@ pub(super) fn verify_candidates(args: &Args, console: &mut Console<'_>) -> anyho
     verify_all(
         &table,
         &args.verify_candidates,
+        args.threads.unwrap_or_else(available_threads),
         &mut |symbol| print(&Line::Begin(symbol.to_owned())),
         &mut |symbol, verdict| {
             let symbol = symbol.to_owned();
