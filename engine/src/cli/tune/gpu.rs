@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use bespoke_kernel_gen::spec::KvDType;
 use bespoke_kernel_gen::tuning::device::Device as AnyDevice;
-use bespoke_kernel_gen::tuning::record::{Appender, Record, Records};
+use bespoke_kernel_gen::tuning::record::{Record, Records};
 
 use super::cpu::{self, shapes_of};
-use super::{Args, Console};
+use super::{Args, Console, Keeper};
 use crate::backend::cuda::device::Device as _;
 use crate::backend::cuda::driver::Driver;
 use crate::error::Error;
@@ -50,8 +50,8 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     }
     let name = Path::new(&device.key()).join(format!("{}.jsonl", std::process::id()));
     let path = args.records_file(&name);
-    let mut appender = Appender::open(&path)?;
-    let mut append = |record: &Record| appender.append(record).map_err(Error::from);
+    let mut keeper = Keeper::open(path.clone())?;
+    let mut append = |record: &Record| keeper.keep(record);
     let program = console.program.clone().context("only the program itself can tune")?;
     let models = args.model.clone();
     let command = |symbols: &[String]| verifier(&program, models.as_deref(), symbols);
@@ -93,13 +93,16 @@ fn left(end: Instant) -> Duration {
 /// The process that verifies kernels.
 fn verifier(program: &Path, model: Option<&str>, symbols: &[String]) -> Command {
     let mut command = Command::new(program);
-    command.arg("tune").args(model).args(["--backend", "cuda"]);
+    command.arg("tune").args(model).args(["--backend", "cuda", "--end-with-input"]);
     command.arg("--verify-candidates").arg(symbols.join(","));
     command
 }
 
 /// What the process does that may crash.
 pub(super) fn verify_candidates(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
+    if args.end_with_input {
+        cpu::end_with_input()?;
+    }
     let table = generated::cuda_table();
     let shapes = shapes_of(args, console)?;
     let out = std::cell::RefCell::new(console);
