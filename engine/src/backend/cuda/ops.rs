@@ -143,24 +143,24 @@ impl<D: Device> CudaBackend<D> {
         self.fill(input.data, input.rows_max * input.k, ROW_ELEMENT);
     }
 
-    /// Overwrites the first rows with numbers that are none, for verification.
-    pub fn poison_rows(&mut self, rows: &CudaRows, num_rows: usize) {
+    /// Overwrites the first rows with bytes of this value, for verification.
+    pub fn poison_rows(&mut self, rows: &CudaRows, num_rows: usize, byte: u8) {
         let element = if rows.is_f32 { size_of::<f32>() } else { ROW_ELEMENT };
         assert!(num_rows <= rows.rows_max);
-        self.poison(rows.data, num_rows * rows.width * element);
+        self.poison(rows.data, num_rows * rows.width * element, byte);
     }
 
     /// Overwrites what a launch of so many rows by a candidate uses beside its operands, as another
     /// launch may leave it behind.
-    pub fn poison_workspace(&mut self, candidate: &Variant, num_rows: usize) {
+    pub fn poison_workspace(&mut self, candidate: &Variant, num_rows: usize, byte: u8) {
         let len = 4 * candidate.workspace(num_rows).floats;
         assert!(len <= self.work.workspace_bytes, "candidates are loaded before `reserve`");
-        self.poison(self.work.workspace, len);
+        self.poison(self.work.workspace, len, byte);
     }
 
-    fn poison(&mut self, to: Address, len: usize) {
+    fn poison(&mut self, to: Address, len: usize, byte: u8) {
         if len > 0 {
-            self.device.upload(to, &vec![0xff; len]);
+            self.device.upload(to, &vec![byte; len]);
             self.device.synchronize();
         }
     }

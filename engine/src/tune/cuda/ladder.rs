@@ -3,8 +3,8 @@
 //! - V0: the kernel's symbol reads back as a variant that can exist. The build has refused spills,
 //!   local and static shared memory.
 //! - V1: products against float64, within a bound from the number formats.
-//! - V2: repeated launches with poisoned outputs and workspace give the same bits, and leave the
-//!   counters of the workspace at zero.
+//! - V2: repeated launches with outputs and workspace poisoned in another way each time give the
+//!   same bits, and leave the counters of the workspace at zero.
 //! - V4: at row counts around those of the tiles, every row has the bits that the default kernel
 //!   gives it among many.
 //!
@@ -30,6 +30,8 @@ const ROWS_MAX: usize = 200;
 const NUM_REPEATS: usize = 64;
 const NUM_LARGE_REPEATS: usize = 16;
 const LARGE_BYTES: usize = 1 << 20;
+/// Bytes of outputs and workspace before a launch: of no numbers, of zeros and of large numbers.
+const POISONS: [u8; 3] = [0xff, 0, 0x7a];
 /// Columns at either end, and between them, whose products are compared with float64.
 const EDGE_COLUMNS: usize = 40;
 const NUM_INNER_COLUMNS: usize = 32;
@@ -130,7 +132,7 @@ impl<D: Device> Ladder<D> {
         let exact = exact(&mut bench, role, &spec)?;
         let expected = Vec::new();
         let mut ladder = Ladder { bench, role, spec, n, element, exact, expected };
-        ladder.expected = ladder.outputs(&default, ROWS_MAX);
+        ladder.expected = ladder.outputs(&default, ROWS_MAX, POISONS[0]);
         Ok(ladder)
     }
 
@@ -157,13 +159,13 @@ impl<D: Device> Ladder<D> {
     }
 
     /// Outputs of one launch over poisoned outputs and workspace.
-    fn outputs(&mut self, variant: &Variant, num_rows: usize) -> Vec<u8> {
+    fn outputs(&mut self, variant: &Variant, num_rows: usize, poison: u8) -> Vec<u8> {
         let case = Case::Linear { role: self.role, rows: num_rows };
         let out = self.bench.outputs(self.role);
         let batch = super::super::cases::batch(&self.bench.shape, &case);
         let backend = self.bench.backend();
-        backend.poison_rows(&out, num_rows);
-        backend.poison_workspace(variant, num_rows);
+        backend.poison_rows(&out, num_rows, poison);
+        backend.poison_workspace(variant, num_rows, poison);
         backend.try_out(Some(*variant));
         self.bench.launch(&case, &batch, 0);
         let backend = self.bench.backend();
@@ -173,7 +175,7 @@ impl<D: Device> Ladder<D> {
 
     fn products(&mut self, variant: &Variant, row_counts: &[usize]) -> Result<Level, Failure> {
         let num_rows = row_counts.iter().copied().max().unwrap_or(1);
-        let found = self.outputs(variant, num_rows);
+        let found = self.outputs(variant, num_rows, POISONS[0]);
         let (mut num_cases, mut max_error) = (0, 0.0_f64);
         for Exact { row, column, value, allowed } in &self.exact {
             if *row >= num_rows {
@@ -199,8 +201,8 @@ impl<D: Device> Ladder<D> {
         let num_rows = variant.regime.rows_max().unwrap_or(variant.regime.rows_min()).max(1);
         let is_large = num_rows * self.n * self.element > LARGE_BYTES;
         let num_repeats = if is_large { NUM_LARGE_REPEATS } else { NUM_REPEATS };
-        for _ in 0..num_repeats {
-            self.compare(variant, num_rows, "V2")?;
+        for repeat in 0..num_repeats {
+            self.compare(variant, num_rows, POISONS[repeat % POISONS.len()], "V2")?;
         }
         match self.bench.backend().num_counters_left() {
             0 => Ok(level("V2", 1, 0.0, num_repeats)),
@@ -210,13 +212,19 @@ impl<D: Device> Ladder<D> {
 
     fn row_bits(&mut self, variant: &Variant, row_counts: &[usize]) -> Result<Level, Failure> {
         for num_rows in row_counts {
-            self.compare(variant, *num_rows, "V4")?;
+            self.compare(variant, *num_rows, POISONS[0], "V4")?;
         }
         Ok(level("V4", row_counts.len(), 0.0, 1))
     }
 
-    fn compare(&mut self, variant: &Variant, num_rows: usize, name: &str) -> Result<(), Failure> {
-        let found = self.outputs(variant, num_rows);
+    fn compare(
+        &mut self,
+        variant: &Variant,
+        num_rows: usize,
+        poison: u8,
+        name: &str,
+    ) -> Result<(), Failure> {
+        let found = self.outputs(variant, num_rows, poison);
         let expected = &self.expected[..found.len()];
         if found == expected {
             return Ok(());
