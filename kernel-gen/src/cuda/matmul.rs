@@ -313,6 +313,14 @@ impl Shape {
                 config.out_tiles, config.row_tiles
             ));
         }
+        // NOTE: as `ptxas` needs them for so many sums.
+        let registers = Arch::REGISTERS / config.threads();
+        if config.out_tiles * config.row_tiles > 12 && registers < 160 {
+            return Err(format!(
+                "{} × {} tiles a warp and {registers} registers a thread; their sums spill",
+                config.out_tiles, config.row_tiles
+            ));
+        }
         match regime.rows_max() {
             Some(rows) if config.block_rows() >= 2 * rows.max(8) => {
                 Err(format!("blocks of {} rows for {rows} at most", config.block_rows()))
@@ -409,7 +417,7 @@ impl Config {
             8..16 => 168,
             _ => 255,
         };
-        (NUM_WARPS * 32 / self.threads()).min(arch.registers() / registers / self.threads()).max(1)
+        (NUM_WARPS * 32 / self.threads()).min(Arch::REGISTERS / registers / self.threads()).max(1)
     }
 
     /// The rings, or the sums that take their place.

@@ -198,7 +198,7 @@ impl Evidence {
     }
 
     fn new(key: Key, records: &[(&Record, &Time, Kernel)], trust: &Trust<'_>) -> Evidence {
-        let mut evidence = Evidence::empty(key, records[0].2.spec);
+        let mut evidence = Evidence::empty(key, records[0].2);
         let is_current = |record: &Record| {
             let hash = trust.hashes.get(&record.variant.symbol);
             hash == Some(&record.variant.source_hash)
