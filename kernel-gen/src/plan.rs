@@ -111,6 +111,14 @@ impl Provenance {
         }
     }
 
+    /// What it is on a device that the choice was not made on.
+    pub fn transferred(self) -> Provenance {
+        match self {
+            Provenance::Measured | Provenance::Model => Provenance::Transferred,
+            own => own,
+        }
+    }
+
     pub fn from_name(name: &str) -> Option<Provenance> {
         Provenance::ALL.into_iter().find(|provenance| provenance.name() == name)
     }

@@ -1,8 +1,10 @@
-//! The commands `select`, `explain` and `check --measured`: their words, and what they print.
+//! The commands `select`, `explain`, `model` and `check --measured`: their words, and what they
+//! print.
 
 use std::path::{Path, PathBuf};
 
-use super::coverage::{self, Run};
+use super::cost_model::{self, HeldOut};
+use super::coverage::{self, Place, Run};
 use super::device::this_cpu;
 use super::explain;
 use super::lock::Lock;
@@ -29,15 +31,17 @@ pub struct Arguments {
     kv: KvDType,
     target: Target,
     device: Option<String>,
+    is_json: bool,
 }
 
-/// Options of each command, all with a value but `--measured`.
-const OPTIONS: [(&str, &[&str]); 3] = [
+/// Options of each command, all with a value but `--measured` and `--json`.
+const OPTIONS: [(&str, &[&str]); 4] = [
     (
         "select",
         &["--records", "-o", "--from-trace", "--max-kernel-bytes", "--profile", "--variants"],
     ),
     ("explain", &["--records", "--rows", "--profile", "--variants"]),
+    ("model", &["--records", "--json"]),
     (
         "check",
         &["--measured", "--lock", "--allow", "--target", "--device", "--activations", "--kv"],
@@ -68,6 +72,7 @@ pub fn parse(command: &str, words: &[String]) -> Result<Arguments, String> {
         kv: KvDType::F16,
         target: Target::best(),
         device: None,
+        is_json: false,
     };
     let mut words = words.iter();
     while let Some(word) = words.next() {
@@ -75,6 +80,8 @@ pub fn parse(command: &str, words: &[String]) -> Result<Arguments, String> {
             arguments.words.push(word.clone());
         } else if !options.contains(&word.as_str()) {
             return Err(format!("{command} takes no option {word}"));
+        } else if word == "--json" {
+            arguments.is_json = true;
         } else if word != "--measured" {
             let value = words.next().ok_or_else(|| format!("{word} wants a value"))?;
             arguments.set(word, value)?;
@@ -143,6 +150,7 @@ pub fn run(command: &str, arguments: &Arguments) -> Result<String, Error> {
     match command {
         "select" => run_select(arguments),
         "explain" => run_explain(arguments),
+        "model" => run_model(arguments),
         _ => run_check(arguments),
     }
 }
@@ -188,6 +196,9 @@ fn report(selection: &Selection, path: &Path) -> String {
     for decision in &selection.decisions {
         let share = decision.cost * 100.0;
         text.push_str(&format!("{} on {}: {share:.1} %", decision.spec, decision.device));
+        if decision.is_predicted {
+            text.push_str(", predicted");
+        }
         if !decision.rejected.is_empty() {
             text.push_str(&format!(", {} kernels rejected", decision.rejected.len()));
         }
@@ -222,6 +233,33 @@ fn run_explain(arguments: &Arguments) -> Result<String, Error> {
     Ok(warnings + &texts.collect::<String>())
 }
 
+/// How good the cost model is on each family of devices.
+fn run_model(arguments: &Arguments) -> Result<String, Error> {
+    let (records, warnings) = Records::open(&arguments.records);
+    let families = cost_model::families(&records.all);
+    let scored: Vec<(String, Vec<HeldOut>)> = families
+        .into_iter()
+        .map(|device| {
+            let scores = cost_model::held_out(&records.all, &device);
+            (device, scores)
+        })
+        .collect();
+    if arguments.is_json {
+        let family = |(device, classes): &(String, Vec<HeldOut>)| serde_json::json!({ "device": device, "classes": classes });
+        let all: Vec<serde_json::Value> = scored.iter().map(family).collect();
+        return Ok(format!("{:#}\n", serde_json::json!({ "families": all })));
+    }
+    let mut text: String = warnings.iter().map(|warning| format!("warning: {warning}\n")).collect();
+    if scored.is_empty() {
+        text.push_str(&format!("no times of matmuls in {}\n", arguments.records.display()));
+    }
+    for (device, classes) in &scored {
+        text.push_str(&format!("devices like {device}\n"));
+        classes.iter().for_each(|class| text.push_str(&class.text()));
+    }
+    Ok(text)
+}
+
 fn run_check(arguments: &Arguments) -> Result<String, Error> {
     let lock = Lock::parse(&read(&arguments.lock, 16 << 20)?)?;
     let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -240,8 +278,9 @@ fn run_check(arguments: &Arguments) -> Result<String, Error> {
         };
         let run = Run { activation, kv: arguments.kv, target, device: device.clone() };
         for covered in coverage::coverage(shape, &lock, &run)? {
-            let spec = crate::name::spec_name(&covered.spec);
-            text.push_str(&format!("{} {}: {spec}\n", shape.name, covered.places));
+            let Place { layers, op, spec } = &covered.place;
+            let spec = crate::name::spec_name(spec);
+            text.push_str(&format!("{} {layers} {op}: {spec}\n", shape.name));
             for interval in &covered.explanations {
                 text.push_str(&interval.line());
             }

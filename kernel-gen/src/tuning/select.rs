@@ -11,9 +11,12 @@
 //! - no kernel serves a row count at which it is slower than the default by more than the noise,
 //!   and an interval without the default beats it by 3 % and by twice the noise;
 //! - all kernels of a table read one layout of packed weights, and have one reduction class.
+//! Where a problem has certificates but no times, the cost model's predictions take their place if
+//! it knows enough other problems; the margin is then the model's own error.
 //!
-//! Of the tables that cost the same but for the noise, one of fewest kernels, first in canonical
-//! order, is taken.
+//! Of the tables that cost the same but for the noise, one of fewest kernels is taken: of those that
+//! another device's table has already, so that the binary grows least, else the first in canonical
+//! order.
 
 mod evidence;
 
@@ -121,6 +124,8 @@ pub struct Decision {
     pub rejected: BTreeMap<String, String>,
     /// Cost of the chosen kernels as a share of the defaults'.
     pub cost: f64,
+    /// Whether the times are a model's, as shares of the default's, and not measured.
+    pub is_predicted: bool,
 }
 
 /// All times of one case.
@@ -171,15 +176,23 @@ pub fn select(
         let tables: Vec<(&Question, Answer)> = problem
             .parts
             .iter()
-            .map(|question| (question, question.answer(limits.next().unwrap_or(usize::MAX))))
+            .map(|question| {
+                let bytes_max = limits.next().unwrap_or(usize::MAX);
+                (question, question.answer(bytes_max, &variants))
+            })
             .collect();
+        decisions.push(problem.decision(&tables));
         let intervals = problem.intervals(&tables);
+        // What the model leaves to the defaults is no choice.
+        let is_chosen = |interval: &LockedInterval| interval.provenance != "default";
+        if problem.evidence.is_predicted && !intervals.iter().any(is_chosen) {
+            continue;
+        }
         for symbol in intervals.iter().map(|interval| &interval.symbol) {
             if let Some(variant) = problem.evidence.locked.get(symbol) {
                 variants.insert(symbol.clone(), variant.clone());
             }
         }
-        decisions.push(problem.decision(&tables));
         let Evidence { spec, target, device, .. } = &problem.evidence;
         lock.problems.push(LockedProblem {
             spec: spec.clone(),
@@ -220,16 +233,17 @@ impl Question {
         self.points.iter().map(|point| point.weight * point.default_us).sum()
     }
 
-    /// The table for so many bytes.
-    fn answer(&self, bytes_max: usize) -> Answer {
+    /// The table for so many bytes; `used` are the kernels that serve other problems.
+    fn answer(&self, bytes_max: usize, used: &BTreeMap<String, LockedVariant>) -> Answer {
         let fitting = self.frontier.iter().filter(|(_, table)| table.bytes <= bytes_max);
         let (_, best) = fitting.min_by(|a, b| a.1.cost.total_cmp(&b.1.cost))?;
         let noise = self.points.iter().map(|point| point.noise).sum::<f64>();
         let tie = (noise / self.points.len() as f64).min(TIE_MAX);
         let cost_max = best.cost * (1.0 + tie.max(1e-9));
         // NOTE: grids come in canonical order, that of the default's layout first.
-        let tables = self.grids.iter().enumerate().filter_map(|(idx, (_, instance))| {
-            instance.choose(cost_max, bytes_max).map(|table| (idx, table))
+        let tables = self.grids.iter().enumerate().filter_map(|(idx, (grid, instance))| {
+            let is_used = |candidate: usize| used.contains_key(&grid.symbols[candidate]);
+            instance.choose(cost_max, bytes_max, &is_used).map(|table| (idx, table))
         });
         tables.min_by_key(|(_, table)| table.bytes > 0)
     }
@@ -331,6 +345,11 @@ impl Problem {
                 (first..=*last).map(us).sum::<f64>() / (last - first + 1) as f64
             };
             let symbol = grid.symbols[*idx].clone();
+            if self.evidence.is_predicted {
+                all.push(self.predicted_interval(grid, *idx, (first, *last), rows_max));
+                first = last + 1;
+                continue;
+            }
             let us = mean(&|point| grid.us(*idx, point).unwrap_or(0.0));
             let runner_up = grid.runner_up(&question.points, *idx, (first, *last));
             let is_certified = self.evidence.locked.contains_key(&symbol);
@@ -350,6 +369,28 @@ impl Problem {
             first = last + 1;
         }
         all
+    }
+
+    /// An interval of which nothing was measured.
+    fn predicted_interval(
+        &self,
+        grid: &Grid,
+        idx: usize,
+        (first, last): (usize, usize),
+        rows_max: Option<usize>,
+    ) -> LockedInterval {
+        let is_default = &grid.candidates[idx].is_default[first..=last];
+        let provenance = if is_default.iter().all(|is| *is) { "default" } else { "model" };
+        LockedInterval {
+            rows_max,
+            symbol: grid.symbols[idx].clone(),
+            provenance: provenance.to_string(),
+            us: 0.0,
+            default_us: 0.0,
+            runner_up: None,
+            runner_up_us: None,
+            margin: 0.0,
+        }
     }
 
     fn decision(&self, tables: &[(&Question, Answer)]) -> Decision {
@@ -374,6 +415,7 @@ impl Problem {
             cases,
             rejected: rejected.clone(),
             cost: if default > 0.0 { cost / default } else { 1.0 },
+            is_predicted: self.evidence.is_predicted,
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Evidence: what the records say about one spec, target and device, as far as it still holds.
 
+mod predicted;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{CaseTimes, LockedVariant, Options, Profile, serves};
@@ -26,6 +28,8 @@ pub(super) struct Evidence {
     pub(super) variant_spec: KernelSpec,
     pub(super) target: Target,
     pub(super) device: String,
+    /// Whether the times are a model's: shares of the default's, which is 1.
+    pub(super) is_predicted: bool,
     cases: BTreeMap<Case, CaseEvidence>,
     variants: BTreeMap<String, KernelVariant>,
     code_bytes: BTreeMap<String, usize>,
@@ -81,6 +85,7 @@ pub(super) fn gather(
         (!found.cases.is_empty()).then_some(found)
     });
     let mut all: Vec<Evidence> = evidence.collect();
+    all.extend(predicted::predicted(records, &trust, &all, options));
     all.sort_by(|a, b| (&a.spec, a.target, &a.device).cmp(&(&b.spec, b.target, &b.device)));
     (all, unused)
 }
@@ -199,23 +204,23 @@ fn version(compiler: &str) -> (Vec<u64>, &str) {
 }
 
 impl Evidence {
-    fn new(
-        (device, spec, target): Key,
-        records: &[(&Record, &Time, KernelVariant)],
-        trust: &Trust<'_>,
-    ) -> Evidence {
-        let variant_spec = records[0].2.spec;
-        let mut evidence = Evidence {
+    fn empty((device, spec, target): Key, variant_spec: KernelSpec) -> Evidence {
+        Evidence {
             spec,
             variant_spec,
             target,
             device,
+            is_predicted: false,
             cases: BTreeMap::new(),
             variants: BTreeMap::new(),
             code_bytes: BTreeMap::new(),
             locked: BTreeMap::new(),
             rejected: BTreeMap::new(),
-        };
+        }
+    }
+
+    fn new(key: Key, records: &[(&Record, &Time, KernelVariant)], trust: &Trust<'_>) -> Evidence {
+        let mut evidence = Evidence::empty(key, records[0].2.spec);
         let is_current = |record: &Record| {
             let hash = trust.hashes.get(&record.variant.symbol);
             hash == Some(&record.variant.source_hash)
@@ -248,8 +253,7 @@ impl Evidence {
                 }
             }
             evidence.variants.insert(symbol.to_string(), *variant);
-            let bytes = evidence.code_bytes.entry(symbol.to_string()).or_default();
-            *bytes = (*bytes).max(record.variant.code_bytes);
+            evidence.count_bytes(record);
             cases.entry(record.problem.case).or_default().push((record, time));
         }
         evidence.cases = cases.iter().map(|(case, all)| (*case, CaseEvidence::new(all))).collect();
@@ -261,14 +265,21 @@ impl Evidence {
 
     fn certify(&mut self, record: &Record, certificate: &str) {
         let variant = &record.variant;
-        let locked = LockedVariant {
+        let locked = || LockedVariant {
             symbol: variant.symbol.clone(),
             source_hash: variant.source_hash.clone(),
             certificate: certificate.to_string(),
             compiler: variant.compiler.clone(),
             code_bytes: variant.code_bytes,
         };
-        self.locked.insert(variant.symbol.clone(), locked);
+        let kept = self.locked.entry(variant.symbol.clone()).or_insert_with(locked);
+        // NOTE: 0 where a record does not know them.
+        kept.code_bytes = kept.code_bytes.max(variant.code_bytes);
+    }
+
+    fn count_bytes(&mut self, record: &Record) {
+        let bytes = self.code_bytes.entry(record.variant.symbol.clone()).or_default();
+        *bytes = (*bytes).max(record.variant.code_bytes);
     }
 
     /// The parts that there are cases of.
