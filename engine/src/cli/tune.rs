@@ -17,7 +17,7 @@ use super::model::Activations;
 /// On a CPU, all candidates of a model's matmuls: each is verified in a process of its own, and
 /// raced against the kernel that serves where nothing was measured. On a GPU, each kernel alone,
 /// replayed from a recording. Each measurement is appended to the records at once; a later run goes
-/// on where this one ended. `kernel-gen select` chooses from the records.
+/// on where this one ended, at its budget or at Ctrl-C. `kernel-gen select` chooses from the records.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Args {
@@ -44,6 +44,9 @@ pub(super) struct Args {
     /// Hidden: verify these kernels, in the process that does nothing else
     #[arg(long, value_name = "SYMBOL,…", value_delimiter = ',', hide = true)]
     verify_candidates: Vec<String>,
+    /// Hidden: end as soon as standard input does, whatever a kernel is doing
+    #[arg(long, hide = true, requires = "verify_candidates")]
+    end_with_input: bool,
 }
 
 impl Args {

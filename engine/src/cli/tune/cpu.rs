@@ -1,6 +1,8 @@
 //! Tuning of this machine's CPU.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -15,6 +17,7 @@ use serde::Serialize;
 
 use super::{Args, Console};
 use crate::backend::cpu::{available_threads, best_target};
+use crate::cli::interrupt::Stop;
 use crate::cli::kernels::code_bytes;
 use crate::cli::model::{Activations, shape_of};
 use crate::cli::verify::shapes;
@@ -30,6 +33,10 @@ use crate::tune::report::{TuningReport, TuningRow};
 const COMPILER: &str = env!("BESPOKE_COMPILER");
 /// How long the verification of one kernel may take: the largest matmuls, on a busy machine.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// The answer to the first Ctrl-C.
+const ENDING: &str =
+    "ending after the measurement in flight; press Ctrl-C once more to end at once";
 
 /// The JSON of a run.
 #[derive(Serialize)]
@@ -65,13 +72,22 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let name = Path::new(&device.key()).join(format!("{}.jsonl", std::process::id()));
     let path = args.records_file(&name);
     let mut appender = Appender::open(&path)?;
-    let mut append = |record: &Record| appender.append(record).map_err(Error::from);
-    let program = console.program.clone().context("only the program itself can tune")?;
-    let command = |symbols: &[String]| {
-        let mut command = Command::new(&program);
-        command.args(["tune", "--verify-candidates"]).arg(symbols.join(","));
-        command
+    let stop = Stop::listen(ENDING)?;
+    let num_kept = Cell::new(0);
+    let mut append = |record: &Record| {
+        appender.append(record)?;
+        num_kept.set(num_kept.get() + 1);
+        match stop.is_asked() {
+            true => Err(Error::Request(format!(
+                "interrupted; {} records are kept in {}, the same command goes on from there",
+                num_kept.get(),
+                path.display()
+            ))),
+            false => Ok(()),
+        }
     };
+    let program = console.program.clone().context("only the program itself can tune")?;
+    let command = |symbols: &[String]| verifier(&program, num_threads, symbols);
     let code_bytes = code_bytes(table.kernels);
     let setting = CpuSetting {
         table: &table,
@@ -132,8 +148,19 @@ fn finish(
     Ok(())
 }
 
+/// The process that verifies kernels.
+fn verifier(program: &Path, num_threads: usize, symbols: &[String]) -> Command {
+    let mut command = Command::new(program);
+    command.args(["tune", "--end-with-input", "--threads", &num_threads.to_string()]);
+    command.arg("--verify-candidates").arg(symbols.join(","));
+    command
+}
+
 /// What the process does that may crash.
 pub(super) fn verify_candidates(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
+    if args.end_with_input {
+        end_with_input()?;
+    }
     let table = console.kernels;
     let out = std::cell::RefCell::new(console);
     let print = |line: &Line| {
@@ -143,6 +170,7 @@ pub(super) fn verify_candidates(args: &Args, console: &mut Console<'_>) -> anyho
     verify_all(
         &table,
         &args.verify_candidates,
+        args.threads.unwrap_or_else(available_threads),
         &mut |symbol| print(&Line::Begin(symbol.to_owned())),
         &mut |symbol, verdict| {
             let symbol = symbol.to_owned();
@@ -152,6 +180,17 @@ pub(super) fn verify_candidates(args: &Args, console: &mut Console<'_>) -> anyho
             })
         },
     )?;
+    Ok(())
+}
+
+/// Ends the process at the end of its standard input, which whoever waits for it holds open.
+fn end_with_input() -> anyhow::Result<()> {
+    let wait = || {
+        // NOTE: nobody waits any more, whatever this says.
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        std::process::exit(1);
+    };
+    std::thread::Builder::new().name("input".to_owned()).spawn(wait).context("cannot wait")?;
     Ok(())
 }
 
