@@ -32,27 +32,50 @@ fn built(name: &str, extension: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Compiles the kernels that a build script has written to `folder` as a release build does; what
-/// the compiler says if it cannot.
-fn compile(folder: &Path, engine: &Path, macros: &Path) -> Result<(), String> {
-    let source = folder.join("lib.rs");
-    let text = "#![allow(non_snake_case)]\ninclude!(\"kernels.rs\");\n";
-    std::fs::write(&source, text).unwrap();
-    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let mut command = Command::new(rustc);
-    command
-        .args(["--edition=2024", "--crate-type=lib", "--crate-name=kernels", "--emit=obj"])
-        .args(["-Copt-level=3", "-Ccodegen-units=16", "-Cdebug-assertions=off"])
-        .arg(format!("--extern=bespoke={}", engine.display()))
-        .arg(format!("--extern=bespoke_macros={}", macros.display()))
-        .arg(format!("-Ldependency={}", engine.parent().unwrap().display()))
-        .arg("--out-dir")
-        .arg(folder.join("objects"))
-        .arg(&source);
-    let output = command.output().unwrap();
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+/// Crates that kernels are compiled against.
+struct Crates {
+    engine: PathBuf,
+    macros: PathBuf,
+}
+
+impl Crates {
+    /// Those that this test has been built with.
+    fn find(folder: &Path) -> Crates {
+        std::fs::create_dir_all(folder).unwrap();
+        let text = "bespoke_macros::kernels! {}\npub use bespoke::kernels::Kernel;\n";
+        std::fs::write(folder.join("lib.rs"), text).unwrap();
+        let macros = &built("bespoke_macros", std::env::consts::DLL_EXTENSION)[0];
+        let mut errors = String::new();
+        // NOTE: builds with other features lie there as well, some of them of other sources.
+        for engine in built("bespoke", "rlib").into_iter().take(8) {
+            let crates = Crates { engine, macros: macros.clone() };
+            match crates.compile(folder) {
+                Ok(()) => return crates,
+                Err(error) => errors.push_str(&error),
+            }
+        }
+        panic!("nothing can be compiled\n{errors}");
+    }
+
+    /// Compiles a folder's `lib.rs` into `objects`, as a release build does; what the compiler says
+    /// if it cannot.
+    fn compile(&self, folder: &Path) -> Result<(), String> {
+        let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+        let mut command = Command::new(rustc);
+        command
+            .args(["--edition=2024", "--crate-type=lib", "--crate-name=kernels", "--emit=obj"])
+            .args(["-Copt-level=3", "-Ccodegen-units=16", "-Cdebug-assertions=off"])
+            .arg(format!("--extern=bespoke={}", self.engine.display()))
+            .arg(format!("--extern=bespoke_macros={}", self.macros.display()))
+            .arg(format!("-Ldependency={}", self.engine.parent().unwrap().display()))
+            .arg("--out-dir")
+            .arg(folder.join("objects"))
+            .arg(folder.join("lib.rs"));
+        let output = command.output().unwrap();
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        }
     }
 }
 
@@ -83,14 +106,14 @@ fn the_same_lock_gives_the_same_machine_code() {
     });
     assert_eq!(sources[0], sources[1]);
 
-    let macros = &built("bespoke_macros", std::env::consts::DLL_EXTENSION)[0];
-    let mut errors = String::new();
-    // NOTE: builds with other features lie there as well, some of them of other sources.
-    let engine = built("bespoke", "rlib").into_iter().take(8).find(|engine| {
-        compile(&folders[0], engine, macros).map_err(|error| errors.push_str(&error)).is_ok()
+    let crates = Crates::find(&root.path().join("crates"));
+    std::thread::scope(|scope| {
+        for folder in &folders {
+            let text = "#![allow(non_snake_case)]\ninclude!(\"kernels.rs\");\n";
+            std::fs::write(folder.join("lib.rs"), text).unwrap();
+            scope.spawn(|| crates.compile(folder).unwrap_or_else(|error| panic!("{error}")));
+        }
     });
-    let engine = engine.unwrap_or_else(|| panic!("the kernels do not compile\n{errors}"));
-    compile(&folders[1], &engine, macros).unwrap();
     let objects = folders.each_ref().map(|folder| objects(folder));
     let names: Vec<&String> = objects[0].keys().collect();
     assert_eq!(names, objects[1].keys().collect::<Vec<_>>());
