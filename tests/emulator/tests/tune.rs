@@ -44,8 +44,12 @@ fn options() -> CudaTuneOptions {
         sample_seconds: 0.0,
         num_layers: 2,
     };
-    let race =
-        RaceOptions { noise_rounds: 5, heat_rounds: 1, final_rounds: 5, ..RaceOptions::default() };
+    let race = RaceOptions {
+        warmup_rounds: 5,
+        heat_rounds: 1,
+        final_rounds: (5, 5),
+        ..RaceOptions::default()
+    };
     CudaTuneOptions { cases, bench, race }
 }
 
