@@ -1,6 +1,6 @@
 //! Specs × targets → the kernels to build.
 
-mod locked;
+pub(crate) mod locked;
 
 use std::collections::BTreeSet;
 use std::fmt;

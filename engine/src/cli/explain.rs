@@ -2,7 +2,6 @@
 
 use bespoke_kernel_gen::cuda;
 use bespoke_kernel_gen::name::spec_name;
-use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::ModelShape;
 use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::tuning::coverage::{Place, places};
@@ -139,25 +138,28 @@ fn locked<'a>(
     Some((problem.intervals.get(interval_idx)?, device))
 }
 
-/// The model's kernels for the GPUs that this binary was built for, where it was for any.
+/// The model's kernels for the GPUs that this binary was built for, where it was for any: those for
+/// any of an architecture, and what was chosen on some.
 fn cuda_rows(shape: &ModelShape) -> anyhow::Result<Vec<Row>> {
-    let archs = generated::cuda_table().archs();
-    let variants = match archs.is_empty() {
-        true => Vec::new(),
-        false => cuda::plan::plan(std::slice::from_ref(shape), &archs)?,
-    };
-    let row = |variant: &cuda::Variant| Row {
-        layers: "model".to_owned(),
-        op: variant.spec().op(),
-        spec: variant.symbol().split("__").next().unwrap_or_default().to_owned(),
-        why: Explanation::unmeasured(
-            variant.regime.rows_min(),
-            variant.regime.rows_max(),
-            variant.symbol(),
-            Provenance::Default,
-        ),
-    };
-    Ok(variants.iter().map(row).collect())
+    let table = generated::cuda_table();
+    let mut servings = Vec::new();
+    for arch in table.archs() {
+        for spec in shape.cuda_specs()? {
+            servings.push(cuda::Serving::default_for(&spec, arch));
+            let is_of_spec = |one: &cuda::Serving| one.spec == spec && one.arch == arch;
+            servings.extend(table.servings().filter(is_of_spec));
+        }
+    }
+    let rows = servings.iter().flat_map(|serving| {
+        let row = |why| Row {
+            layers: "model".to_owned(),
+            op: serving.spec.op(),
+            spec: serving.spec.name(),
+            why,
+        };
+        serving.explanations().into_iter().map(row)
+    });
+    Ok(rows.collect())
 }
 
 fn text(report: &Report) -> String {

@@ -13,6 +13,7 @@ mod export;
 mod generate;
 mod grammar;
 mod import;
+mod interrupt;
 mod kernels;
 mod logits;
 mod model;

@@ -3,11 +3,12 @@
 //! - V0: the kernel's symbol reads back as a variant that can exist, and its scratch memory is what
 //!   that says.
 //! - V1: products against float64, within a bound from the number formats.
-//! - V2: repeated calls with poisoned outputs and scratch, canaries around both, by one thread, by
-//!   three, and by all, give the same bits.
+//! - V2: repeated calls with poisoned outputs and scratch, in another way each time, canaries around
+//!   both, by one thread, by three, and by as many as serve, give the same bits.
 //! - V4: at all row counts, every row has the bits that the default kernel gives it.
 //!
-//! V3 is of GPUs; V5 holds by construction: a kernel gets pointers and numbers, and no allocator.
+//! V3 is of GPUs; V5 holds by construction: a kernel gets pointers and numbers, and no allocator. V6
+//! is of what a lock makes of them: `verify` compares whole models.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +19,6 @@ use bespoke_kernel_gen::tuning::certificate::Level;
 use bespoke_kernel_gen::tuning::record::Failure;
 
 use super::operands::{Exact, Operands};
-use crate::backend::cpu::available_threads;
 use crate::backend::cpu::trial::{Trial, TrialOptions};
 use crate::error::Error;
 use crate::kernels::{Kernel, KernelTable};
@@ -47,7 +47,7 @@ const REFERENCE_ROWS: [usize; 10] = [0, 1, 2, 3, 4, 5, 6, 7, 32, 128];
 /// Where one matmul's kernels are verified.
 pub struct Ladder {
     operands: Operands,
-    /// By as many threads as the machine has, by one, and by three.
+    /// By as many threads as serve, by one, and by three.
     trials: [Trial; 3],
     n: usize,
     row_counts: &'static [usize],
@@ -76,7 +76,12 @@ pub type Verdict = Result<Vec<Level>, Failure>;
 impl Ladder {
     /// # Errors
     /// `spec` is no matmul that `table` serves on `target`, or there is no memory.
-    pub fn new(table: &KernelTable, spec: KernelSpec, target: Target) -> Result<Ladder, Error> {
+    pub fn new(
+        table: &KernelTable,
+        spec: KernelSpec,
+        target: Target,
+        num_threads: usize,
+    ) -> Result<Ladder, Error> {
         let default = table.serving_kernel(&spec, ROWS_MAX, target).ok_or_else(|| {
             Error::Unsupported(format!("nothing serves {} on {}", spec.op(), target.name()))
         })?;
@@ -87,7 +92,7 @@ impl Ladder {
             trial.prepare(default, &operands.source())?;
             Ok::<_, Error>(trial)
         };
-        let mut trials = [trial(available_threads())?, trial(1)?, trial(3)?];
+        let mut trials = [trial(num_threads)?, trial(1)?, trial(3)?];
         let expected = trials[1].checked(default, ROWS_MAX).map_err(Error::Unsupported)?.to_vec();
         let reduction_class = default.reduction_class;
         let n = operands.bias.len();
@@ -222,14 +227,16 @@ impl Ladder {
     }
 }
 
-/// Verifies kernels of `table` by their symbols, each as soon as those before it: `begin` is told
-/// before one is called, `end` what came out.
+/// Verifies kernels of `table` by their symbols, with `num_threads` threads where it does not
+/// matter with how many, each as soon as those before it: `begin` is told before one is called,
+/// `end` what came out.
 ///
 /// # Errors
 /// As [`Ladder::new`] and [`Ladder::verify`]; a symbol is not in the table.
 pub fn verify_all(
     table: &KernelTable,
     symbols: &[String],
+    num_threads: usize,
     begin: &mut dyn FnMut(&str) -> Result<(), Error>,
     end: &mut dyn FnMut(&str, Verdict) -> Result<(), Error>,
 ) -> Result<(), Error> {
@@ -241,7 +248,7 @@ pub fn verify_all(
         by_problem.entry((kernel.spec, kernel.target)).or_default().push(kernel);
     }
     for ((spec, target), kernels) in by_problem {
-        let mut ladder = Ladder::new(table, spec, target)?;
+        let mut ladder = Ladder::new(table, spec, target, num_threads)?;
         for kernel in kernels {
             begin(kernel.symbol)?;
             let verdict = ladder.verify(kernel)?;
@@ -251,14 +258,14 @@ pub fn verify_all(
     Ok(())
 }
 
-fn level(name: &str, num_cases: usize, max_error: f64, num_repeats: usize) -> Level {
+pub(super) fn level(name: &str, num_cases: usize, max_error: f64, num_repeats: usize) -> Level {
     Level { name: name.to_owned(), num_cases, max_error, num_repeats, note: String::new() }
 }
 
-fn note(name: &str, note: &str) -> Level {
+pub(super) fn note(name: &str, note: &str) -> Level {
     Level { note: note.to_owned(), ..level(name, 0, 0.0, 0) }
 }
 
-fn mismatch(level: &str, message: String) -> Failure {
+pub(super) fn mismatch(level: &str, message: String) -> Failure {
     Failure { reason: "mismatch".to_owned(), message: format!("{level}: {message}") }
 }

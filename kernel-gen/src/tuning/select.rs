@@ -19,6 +19,7 @@
 //! canonical order.
 
 mod evidence;
+mod kernel;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,9 +31,8 @@ use super::lock::{self, Lock, LockedInterval, LockedOptions, LockedProblem, Lock
 use super::record::Record;
 use super::trace::Trace;
 use crate::error::Error;
-use crate::plan::{KernelVariant, Serving};
-use crate::spec::RowRegime;
-use crate::{compile, render};
+use crate::plan::KernelVariant;
+use crate::{compile, cuda, render};
 use evidence::{Evidence, Grid, Part};
 
 /// Which kernels may serve one spec.
@@ -158,7 +158,31 @@ pub fn source_hashes<'a>(
     Ok(artifacts.into_iter().map(hash).collect())
 }
 
-/// Chooses kernels. `hashes` has today's source hash of every symbol, see [`source_hashes`].
+/// As [`source_hashes`], of all kernels that records name. The hash of a CUDA kernel is that of the
+/// newest compiler that it was measured with: none is needed to select.
+pub fn hashes_of(records: &[Record]) -> Result<BTreeMap<String, String>, Error> {
+    let mut newest: BTreeMap<&str, (cuda::Variant, &str)> = BTreeMap::new();
+    for record in records {
+        let Record { variant: measured, .. } = record;
+        let Some(variant) = cuda::Variant::parse(&measured.symbol) else { continue };
+        if variant.is_feasible().is_err() {
+            continue;
+        }
+        let entry = newest.entry(&measured.symbol).or_insert((variant, &measured.compiler));
+        if evidence::version(&measured.compiler) > evidence::version(entry.1) {
+            entry.1 = &measured.compiler;
+        }
+    }
+    let mut hashes = source_hashes(records.iter().map(|record| &*record.variant.symbol))?;
+    for (symbol, (variant, compiler)) in newest {
+        let source = cuda::render::render(&variant)?;
+        let hash = cuda::compile::source_hash(&source, cuda::version_of(compiler));
+        hashes.insert(symbol.to_string(), hash);
+    }
+    Ok(hashes)
+}
+
+/// Chooses kernels. `hashes` has today's source hash of every symbol, see [`hashes_of`].
 pub fn select(
     records: &[Record],
     hashes: &BTreeMap<String, String>,
@@ -196,7 +220,7 @@ pub fn select(
         let Evidence { spec, target, device, .. } = &problem.evidence;
         lock.problems.push(LockedProblem {
             spec: spec.clone(),
-            target: target.name().to_string(),
+            target: target.to_string(),
             device: device.clone(),
             intervals,
         });
@@ -286,22 +310,20 @@ impl Problem {
 
     /// What the lock says of the problem.
     fn intervals(&self, tables: &[(&Question, Answer)]) -> Vec<LockedInterval> {
-        let spec = self.evidence.variant_spec;
-        let defaults = Serving::default_for(&spec, self.evidence.target).intervals;
+        let defaults = self.evidence.kernel.defaults();
         let mut all: Vec<LockedInterval> = Vec::new();
         let mut rows_done = 0;
         for (question, answer) in tables {
             if question.part == Part::Prompts && all.is_empty() {
-                all.push(default_interval(&defaults[0].variant, Some(1)));
+                all.push(default_interval(&defaults[0].1, Some(1)));
             }
             match answer {
                 Some((grid_idx, table)) => {
                     let grid = &question.grids[*grid_idx].0;
                     all.extend(self.table_intervals(question, grid, table));
                 }
-                None => all.extend(defaults.iter().map(|interval| {
-                    let rows_max = (interval.rows_max < usize::MAX).then_some(interval.rows_max);
-                    default_interval(&interval.variant, rows_max)
+                None => all.extend(defaults.iter().map(|(rows_max, symbol)| {
+                    default_interval(symbol, (*rows_max < usize::MAX).then_some(*rows_max))
                 })),
             }
             rows_done = match question.part {
@@ -311,9 +333,8 @@ impl Problem {
             };
         }
         // What no record says anything about is left to the defaults.
-        for interval in defaults.iter().filter(|interval| interval.rows_max > rows_done) {
-            let rows_max = (interval.rows_max < usize::MAX).then_some(interval.rows_max);
-            all.push(default_interval(&interval.variant, rows_max));
+        for (rows_max, symbol) in defaults.iter().filter(|(rows_max, _)| *rows_max > rows_done) {
+            all.push(default_interval(symbol, (*rows_max < usize::MAX).then_some(*rows_max)));
         }
         all.dedup_by(|next, before| {
             let is_same = before.symbol == next.symbol && before.provenance == next.provenance;
@@ -410,7 +431,7 @@ impl Problem {
         }
         Decision {
             spec: spec.clone(),
-            target: target.name().to_string(),
+            target: target.to_string(),
             device: device.clone(),
             cases,
             rejected: rejected.clone(),
@@ -442,10 +463,10 @@ fn lock_intervals_max() -> usize {
     crate::plan::INTERVALS_MAX
 }
 
-fn default_interval(variant: &KernelVariant, rows_max: Option<usize>) -> LockedInterval {
+fn default_interval(symbol: &str, rows_max: Option<usize>) -> LockedInterval {
     LockedInterval {
         rows_max,
-        symbol: variant.symbol(),
+        symbol: symbol.to_string(),
         provenance: "default".to_string(),
         us: 0.0,
         default_us: 0.0,
@@ -496,10 +517,7 @@ fn limits(
     Ok((best.map_or_else(|| vec![0; questions.len()], bytes), frontier))
 }
 
-/// Whether a kernel of this regime may serve so many rows.
-fn serves(regime: RowRegime, rows: usize) -> bool {
-    regime != RowRegime::One || rows == 1
-}
-
+#[cfg(test)]
+mod cuda_tests;
 #[cfg(test)]
 mod tests;

@@ -6,13 +6,13 @@
 
 use std::collections::BTreeMap;
 
-use super::{CaseEvidence, Evidence, Key, Trust, default_of, version};
+use super::{CaseEvidence, Evidence, Kernel, Key, Trust, version};
 use crate::name::spec_name;
 use crate::plan::KernelVariant;
 use crate::tuning::cost_model::{CostModel, held_out};
 use crate::tuning::distance::distance;
 use crate::tuning::record::{Case, Record};
-use crate::tuning::select::{Options, serves};
+use crate::tuning::select::Options;
 
 /// A kernel with a certificate that holds, and the certificate's hash.
 type Certified<'a> = (&'a Record, KernelVariant, String);
@@ -74,33 +74,32 @@ fn certified<'a>(
         return None;
     }
     let hash = trust.certificate(record).ok()?;
-    Some(((certificate.device.clone(), spec, variant.target), (record, variant, hash)))
+    Some(((certificate.device.clone(), spec, variant.target.name()), (record, variant, hash)))
 }
 
 impl Oracle {
     /// `None` where nothing was measured of other problems.
     fn evidence(&self, key: Key, mut kernels: Vec<Certified<'_>>) -> Option<Evidence> {
-        let (device, spec, target) = key;
         // NOTE: as with times, the newest compiler's kernels count.
         let compiler = kernels.iter().map(|(record, _, _)| &*record.variant.compiler);
         let newest = compiler.max_by(|a, b| version(a).cmp(&version(b)))?.to_string();
         kernels.retain(|(record, _, _)| record.variant.compiler == newest);
         let first = kernels.first()?.1;
         let error = *self.errors.get(&first.reduction_class())?;
-        let empty = Evidence::empty((device, spec, target), first.spec);
+        let empty = Evidence::empty(key, Kernel::Cpu(first));
         let mut evidence = Evidence { is_predicted: true, ..empty };
         for (record, variant, hash) in &kernels {
             evidence.certify(record, hash);
-            evidence.variants.insert(record.variant.symbol.clone(), *variant);
+            evidence.kernels.insert(record.variant.symbol.clone(), Kernel::Cpu(*variant));
             evidence.count_bytes(record);
         }
         for rows in self.model.rows(&first) {
             let case = Case::Rows(rows);
-            let default = default_of(&first.spec, target, case)?;
+            let default = Kernel::Cpu(first).default_of(case)?;
             let ratio = |(record, variant, _): &Certified<'_>| {
                 let is_known = self.model.is_grounded(variant, rows, &evidence.spec);
                 let ratio = self.model.predict(variant, rows).filter(|_| is_known)?;
-                serves(variant.regime, rows).then(|| (record.variant.symbol.clone(), ratio))
+                Kernel::Cpu(*variant).serves(case).then(|| (record.variant.symbol.clone(), ratio))
             };
             let mut ratios: BTreeMap<String, f64> = kernels.iter().filter_map(ratio).collect();
             ratios.insert(default.clone(), 1.0);
