@@ -21,8 +21,9 @@ use ridge::{Ridge, Sample};
 
 pub use held_out::{HeldOut, held_out};
 
-/// Problems and times of a class that a prediction for another problem needs at least.
+/// Problems of a class that a prediction for another problem rests on at least.
 pub const NUM_PROBLEMS_MIN: usize = 3;
+/// Times of a class, beside the defaults', that any prediction rests on at least.
 pub const NUM_TIMES_MIN: usize = 60;
 
 /// Ratios beyond this, either way, are accidents; they count as this.
@@ -66,9 +67,10 @@ impl CostModel {
     }
 
     /// The time of `variant` at so many rows as a share of the default's; below 1 is faster. `None`
-    /// where the records say nothing about its class.
+    /// where the records say too little about its class: for all of a spec's kernels or none.
     pub fn predict(&self, variant: &KernelVariant, rows: usize) -> Option<f64> {
-        self.classes.get(&variant.reduction_class())?.predict(variant, rows)
+        let class = self.classes.get(&variant.reduction_class())?;
+        (class.num_times >= NUM_TIMES_MIN).then(|| class.predict(variant, rows))?
     }
 
     /// The row counts at which kernels of the class of `variant` were measured, ascending.
@@ -84,8 +86,7 @@ impl CostModel {
         let covers = |((regime, other), (min, max)): &(&(RowRegime, String), &(usize, usize))| {
             *regime == variant.regime && other != spec && (*min..=*max).contains(&rows)
         };
-        let num_problems = class.ranges.iter().filter(covers).count();
-        num_problems >= NUM_PROBLEMS_MIN && class.num_times >= NUM_TIMES_MIN
+        class.ranges.iter().filter(covers).count() >= NUM_PROBLEMS_MIN
     }
 }
 
