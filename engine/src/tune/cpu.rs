@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bespoke_kernel_gen::name::spec_name;
+use bespoke_kernel_gen::plan::KernelVariant;
 use bespoke_kernel_gen::spec::{ActivationType, KernelSpec, LinearRole, ModelShape, RowRegime};
 use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::tuning::certificate::Certificate;
+use bespoke_kernel_gen::tuning::cost_model::CostModel;
 use bespoke_kernel_gen::tuning::device::Device;
 use bespoke_kernel_gen::tuning::record::{Case, Outcome, Problem, Record, Time, VERSION, Variant};
 
@@ -303,6 +305,8 @@ impl<'a> CpuTuning<'a> {
         };
         let name = spec_name(&spec);
         let known = known(records, &name, kernels);
+        let model = CostModel::fit(records.iter(), &setting.device.key());
+        let cost = |kernel: usize, rows: usize| expected(&model, kernels[kernel], rows);
         let operands = Operands::new(&spec, problem.rows_max)?;
         let mut trial = setting.trial(problem, &operands)?;
         for kernel in kernels {
@@ -318,7 +322,7 @@ impl<'a> CpuTuning<'a> {
             // Rows without a default are not raced.
             default_of: &|rows| default_of(rows).unwrap_or(0),
             can_serve: &|kernel, rows| can_serve(kernels[kernel], rows),
-            prior: &|kernel, rows| prior(kernels[kernel], rows),
+            prior: &cost,
             limit: &limit,
             known: &|kernel, rows| known.get(&(kernel, rows)).copied(),
         };
@@ -412,6 +416,14 @@ fn can_serve(kernel: &Kernel, rows: usize) -> bool {
         RowRegime::Few => rows <= STREAM_ROWS_MAX,
         RowRegime::Many | RowRegime::Any => rows > 1,
     }
+}
+
+/// What a kernel is expected to cost beside others of its matmul: as the cost model predicts from
+/// earlier problems and runs, which knows all of a matmul's kernels or none.
+fn expected(model: &CostModel, kernel: &Kernel, rows: usize) -> f64 {
+    let variant = KernelVariant::parse(kernel.symbol);
+    let predicted = variant.and_then(|variant| model.predict(&variant, rows));
+    predicted.unwrap_or_else(|| prior(kernel, rows))
 }
 
 /// Register blocks that are not full cost as much as full ones; weights that are unpacked first

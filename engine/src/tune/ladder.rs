@@ -258,14 +258,14 @@ pub fn verify_all(
     Ok(())
 }
 
-fn level(name: &str, num_cases: usize, max_error: f64, num_repeats: usize) -> Level {
+pub(super) fn level(name: &str, num_cases: usize, max_error: f64, num_repeats: usize) -> Level {
     Level { name: name.to_owned(), num_cases, max_error, num_repeats, note: String::new() }
 }
 
-fn note(name: &str, note: &str) -> Level {
+pub(super) fn note(name: &str, note: &str) -> Level {
     Level { note: note.to_owned(), ..level(name, 0, 0.0, 0) }
 }
 
-fn mismatch(level: &str, message: String) -> Failure {
+pub(super) fn mismatch(level: &str, message: String) -> Failure {
     Failure { reason: "mismatch".to_owned(), message: format!("{level}: {message}") }
 }

@@ -1,7 +1,7 @@
 //! Which kernel is how fast: rounds in which every candidate runs beside the default, so that a
 //! machine that drifts slows both.
 //!
-//! The default races itself first, which gives the noise. Candidates then drop out by halves
+//! The default also races itself, which gives the noise. Candidates then drop out by halves
 //! (successive halving, Jamieson and Talwalkar 2016) on the row counts that matter most; the last
 //! few race once more, with more rounds. What came out ahead anywhere runs at all row counts, so
 //! that one kernel is known at both ends of any interval that it could serve.
@@ -52,12 +52,15 @@ pub struct RaceOptions {
     pub first_rows: Vec<usize>,
     /// Row counts at which the survivors are measured as well.
     pub other_rows: Vec<usize>,
-    pub noise_rounds: usize,
+    /// Runs of the default alone before anything is measured.
+    pub warmup_rounds: usize,
     /// Rounds before the first half drops out; each later heat has twice as many.
     pub heat_rounds: usize,
     /// How many are left to the final race.
     pub num_finalists: usize,
-    pub final_rounds: usize,
+    /// Rounds of a final, at least and at most; those between run while there is time and no median
+    /// is certain.
+    pub final_rounds: (usize, usize),
     /// How many of each row count run at all others.
     pub num_survivors: usize,
 }
@@ -67,10 +70,10 @@ impl Default for RaceOptions {
         RaceOptions {
             first_rows: vec![1, 8, 64, 512, 4, 16, 2, 128],
             other_rows: vec![3, 6, 12, 24, 32, 48, 96, 192, 256],
-            noise_rounds: 9,
+            warmup_rounds: 9,
             heat_rounds: 2,
             num_finalists: 8,
-            final_rounds: 9,
+            final_rounds: (9, 41),
             num_survivors: 3,
         }
     }
@@ -107,7 +110,10 @@ struct Race<'a, T: Track> {
     /// Seconds on the track's clock at which it ends.
     deadline: f64,
     runners: Vec<Runner>,
+    num_rounds: usize,
     default_seconds: Vec<f64>,
+    /// Of two runs of the default that stand around others, the second to the first.
+    default_ratios: Vec<f64>,
     limit: f64,
 }
 
@@ -115,6 +121,8 @@ struct Race<'a, T: Track> {
 const SAMPLES_MIN: usize = bespoke_kernel_gen::tuning::record::SAMPLES_MIN;
 /// Candidates that run between two runs of the default.
 const NUM_BETWEEN: usize = 3;
+/// Standard error at which a median ratio is certain enough.
+const ERROR_MAX: f64 = 0.003;
 /// A kernel this near the physical limit, twice, cannot be beaten by more than noise.
 const LIMIT_SHARE: f64 = 0.97;
 
@@ -140,9 +148,9 @@ pub fn race<T: Track>(
         let deadline = deadline.min(first_end);
         let candidates = candidates(field, num_rows);
         let mut one = Race::new(track, field, num_rows, deadline, &candidates);
-        let noise = one.noise(options.noise_rounds);
+        one.warm_up(options.warmup_rounds);
         one.heats(options);
-        let finishes = one.finishes(noise);
+        let finishes = one.finishes();
         survivors.extend(fastest(field, &finishes, num_rows, options.num_survivors));
         for finish in finishes {
             done.insert((finish.kernel, num_rows));
@@ -168,9 +176,9 @@ pub fn race<T: Track>(
         let now = track.elapsed();
         let deadline = now + (end - now).max(0.0) / (all_rows.len() - idx) as f64 * 2.0;
         let mut one = Race::new(track, field, num_rows, deadline.min(end), &candidates);
-        let noise = one.noise(options.noise_rounds);
-        one.rounds(options.final_rounds);
-        for finish in one.finishes(noise) {
+        one.warm_up(options.warmup_rounds);
+        one.last_rounds(options);
+        for finish in one.finishes() {
             let is_repeated = finish.kernel == default && !is_new;
             if !is_repeated && !take(finish) {
                 return;
@@ -213,7 +221,9 @@ impl<'a, T: Track> Race<'a, T> {
             num_rows,
             deadline,
             runners: candidates.iter().map(runner).collect(),
+            num_rounds: 0,
             default_seconds: Vec::new(),
+            default_ratios: Vec::new(),
             limit: (field.limit)(num_rows),
         }
     }
@@ -222,23 +232,25 @@ impl<'a, T: Track> Race<'a, T> {
         self.track.elapsed() >= self.deadline
     }
 
-    /// The default against itself: by how much the median of as many ratios as a final race has
-    /// may be off.
-    fn noise(&mut self, num_rounds: usize) -> f64 {
-        let mut ratios = Vec::new();
-        // The first call finds nothing in the caches that it needs.
+    /// Brings the machine to the speed that it keeps: the first calls find nothing in the caches.
+    fn warm_up(&mut self, num_rounds: usize) {
         let mut before = self.track.run(self.default, self.num_rows);
         for _ in 0..num_rounds {
             let after = self.track.run(self.default, self.num_rows);
             if let (Some(before), Some(after)) = (before, after) {
-                ratios.push(after / before);
+                self.default_ratios.push(after / before);
                 self.default_seconds.push(after);
             }
             before = after;
         }
-        let spread = deviation(&ratios);
-        let middle = (median(&ratios).unwrap_or(1.0) - 1.0).abs();
-        (middle + spread / (ratios.len().max(1) as f64).sqrt()).min(1.0)
+    }
+
+    /// The default against itself: by how much the median of as many ratios as a kernel has may be
+    /// off.
+    fn noise(&self) -> f64 {
+        let num_ratios = self.runners.iter().map(|runner| runner.ratios.len()).max().unwrap_or(1);
+        let middle = (median(&self.default_ratios).unwrap_or(1.0) - 1.0).abs();
+        (middle + error_of(&self.default_ratios, num_ratios.max(SAMPLES_MIN))).min(1.0)
     }
 
     /// Drops the slower half after ever more rounds; then the finalists race.
@@ -251,7 +263,21 @@ impl<'a, T: Track> Race<'a, T> {
             num_rounds *= 2;
         }
         self.drop_behind(options.num_finalists);
-        self.rounds(options.final_rounds);
+        self.last_rounds(options);
+    }
+
+    fn last_rounds(&mut self, options: &RaceOptions) {
+        let (at_least, at_most) = options.final_rounds;
+        self.rounds(at_least);
+        for _ in at_least..at_most {
+            let mut left = self.runners.iter().filter(|runner| !runner.is_out);
+            let is_open =
+                |runner: &Runner| error_of(&runner.ratios, runner.ratios.len()) > ERROR_MAX;
+            if !left.any(is_open) {
+                return;
+            }
+            self.rounds(1);
+        }
     }
 
     fn num_left(&self) -> usize {
@@ -270,7 +296,8 @@ impl<'a, T: Track> Race<'a, T> {
 
     /// Runs all that are left so often, the default before and after every few of them.
     fn rounds(&mut self, num_rounds: usize) {
-        for round in 0..num_rounds {
+        for _ in 0..num_rounds {
+            self.num_rounds += 1;
             if self.is_over() || self.is_decided() {
                 return;
             }
@@ -278,7 +305,7 @@ impl<'a, T: Track> Race<'a, T> {
                 (0..self.runners.len()).filter(|idx| !self.runners[*idx].is_out).collect();
             // Nobody always runs behind the same one.
             let len = left.len().max(1);
-            left.rotate_left(round * 5 % len);
+            left.rotate_left((self.num_rounds * 5) % len);
             for few in left.chunks(NUM_BETWEEN) {
                 if self.is_over() {
                     return;
@@ -297,6 +324,7 @@ impl<'a, T: Track> Race<'a, T> {
         let after = self.track.run(self.default, self.num_rows);
         let (Some(before), Some(after)) = (before, after) else { return };
         self.default_seconds.extend([before, after]);
+        self.default_ratios.push(after / before);
         let default = (before + after) / 2.0;
         for (idx, seconds) in few.iter().zip(times) {
             let runner = &mut self.runners[*idx];
@@ -324,8 +352,8 @@ impl<'a, T: Track> Race<'a, T> {
 
     /// What is known well enough, the default first. Of those that dropped out early few samples
     /// are enough: to know that they are not to be tried again.
-    fn finishes(self, noise: f64) -> Vec<Finish> {
-        let num_rows = self.num_rows;
+    fn finishes(self) -> Vec<Finish> {
+        let (num_rows, noise) = (self.num_rows, self.noise());
         let of = |kernel, seconds: &[f64], vs_default| Finish {
             kernel,
             num_rows,
@@ -356,6 +384,12 @@ fn median(values: &[f64]) -> Option<f64> {
     let middle = sorted.len().checked_sub(1)? / 2;
     let upper = sorted.len() / 2;
     Some((sorted[middle] + sorted[upper]) / 2.0)
+}
+
+/// Standard error of the median of so many values that vary as these do.
+fn error_of(values: &[f64], num_values: usize) -> f64 {
+    // √(π/2): by how much more a median varies than a mean.
+    1.2533 * deviation(values) / (num_values.max(1) as f64).sqrt()
 }
 
 /// Standard deviation, from the median of the distances to the median.

@@ -1,6 +1,5 @@
 //! Tuning of this machine's CPU.
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
@@ -10,14 +9,13 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use bespoke_kernel_gen::spec::{ActivationType, ModelShape};
 use bespoke_kernel_gen::tuning::device::{CpuDevice, Device, this_cpu};
-use bespoke_kernel_gen::tuning::record::{Appender, Record, Records};
+use bespoke_kernel_gen::tuning::record::{Record, Records};
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
 
-use super::{Args, Console};
+use super::{Args, Console, Keeper};
 use crate::backend::cpu::{available_threads, best_target};
-use crate::cli::interrupt::Stop;
 use crate::cli::kernels::code_bytes;
 use crate::cli::model::{Activations, shape_of};
 use crate::cli::verify::shapes;
@@ -33,10 +31,6 @@ use crate::tune::report::{TuningReport, TuningRow};
 const COMPILER: &str = env!("BESPOKE_COMPILER");
 /// How long the verification of one kernel may take: the largest matmuls, on a busy machine.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
-
-/// The answer to the first Ctrl-C.
-const ENDING: &str =
-    "ending after the measurement in flight; press Ctrl-C once more to end at once";
 
 /// The JSON of a run.
 #[derive(Serialize)]
@@ -71,21 +65,8 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     }
     let name = Path::new(&device.key()).join(format!("{}.jsonl", std::process::id()));
     let path = args.records_file(&name);
-    let mut appender = Appender::open(&path)?;
-    let stop = Stop::listen(ENDING)?;
-    let num_kept = Cell::new(0);
-    let mut append = |record: &Record| {
-        appender.append(record)?;
-        num_kept.set(num_kept.get() + 1);
-        match stop.is_asked() {
-            true => Err(Error::Request(format!(
-                "interrupted; {} records are kept in {}, the same command goes on from there",
-                num_kept.get(),
-                path.display()
-            ))),
-            false => Ok(()),
-        }
-    };
+    let mut keeper = Keeper::open(path.clone())?;
+    let mut append = |record: &Record| keeper.keep(record);
     let program = console.program.clone().context("only the program itself can tune")?;
     let command = |symbols: &[String]| verifier(&program, num_threads, symbols);
     let code_bytes = code_bytes(table.kernels);
@@ -113,7 +94,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
 }
 
 /// Writes the report page, and prints what came out.
-fn finish(
+pub(super) fn finish(
     args: &Args,
     report: &TuningReport,
     summary: &CpuSummary,
@@ -184,7 +165,7 @@ pub(super) fn verify_candidates(args: &Args, console: &mut Console<'_>) -> anyho
 }
 
 /// Ends the process at the end of its standard input, which whoever waits for it holds open.
-fn end_with_input() -> anyhow::Result<()> {
+pub(super) fn end_with_input() -> anyhow::Result<()> {
     let wait = || {
         // NOTE: nobody waits any more, whatever this says.
         let _ = io::copy(&mut io::stdin(), &mut io::sink());
@@ -202,7 +183,7 @@ fn activation(args: &Args) -> ActivationType {
 }
 
 /// The model that is named, or all that the binary was built for.
-fn shapes_of(args: &Args, console: &Console<'_>) -> anyhow::Result<Vec<ModelShape>> {
+pub(super) fn shapes_of(args: &Args, console: &Console<'_>) -> anyhow::Result<Vec<ModelShape>> {
     let Some(model) = &args.model else { return shapes(None) };
     Ok(vec![shape_of(model, console)?])
 }
