@@ -10,7 +10,7 @@ use bespoke_tuning_tests::planted::{self, Fault};
 fn main() -> ExitCode {
     let kernels = match std::env::var("BESPOKE_TEST_KERNELS").as_deref() {
         Ok("planted") => planted::kernels(),
-        Ok("hanging") => planted::table(&[Fault::Hang]),
+        Ok("hanging") => planted::hanging(),
         Ok("sound") => planted::table(&[Fault::None]),
         _ => {
             bespoke_kernel_gen::cargo::build();

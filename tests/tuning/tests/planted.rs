@@ -48,12 +48,8 @@ fn tune(
         isolation: Isolation { command, silence_max: SILENCE_MAX },
     };
     let problem = CpuProblem { spec: planted::spec(), share: 1.0, rows_max: 16 };
-    let options = RaceOptions {
-        first_rows: vec![2],
-        other_rows: Vec::new(),
-        noise_rounds: 5,
-        ..RaceOptions::default()
-    };
+    let options =
+        RaceOptions { first_rows: vec![2], other_rows: Vec::new(), ..RaceOptions::default() };
     let budget = Duration::from_secs(1);
     CpuTuning::new(setting, known, append).run(&[problem], &options, budget, &mut |_| {}).unwrap()
 }
