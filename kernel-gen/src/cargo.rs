@@ -22,18 +22,20 @@ use crate::target::Target;
 ///
 /// `BESPOKE_PAGE_SIZE` chooses the slots of a KV page, one of [`PAGE_SIZES`].
 ///
+/// `BESPOKE_TARGETS` names the CPU targets, separated by commas; without it there are all.
+///
 /// Where the package's feature `cuda` is on, the same models' CUDA kernels are compiled for the
 /// architectures of `BESPOKE_CUDA_TARGETS`, or for [`DEFAULT_ARCHS`].
 ///
 /// A failure is printed for cargo and ends the process with exit code 1.
 pub fn build() {
-    for name in ["BESPOKE_MODEL", "BESPOKE_PAGE_SIZE"] {
+    for name in ["BESPOKE_MODEL", "BESPOKE_PAGE_SIZE", "BESPOKE_TARGETS"] {
         rerun_if_env_changed(name);
     }
     finish(page_size(&variable("BESPOKE_PAGE_SIZE")).and_then(|page_size| {
         let shapes = with_pages(shapes(&variable("BESPOKE_MODEL"))?, page_size);
         let folder = out_dir()?;
-        generate_into(&folder, &shapes, &Target::ALL)?;
+        generate_into(&folder, &shapes, &targets(&variable("BESPOKE_TARGETS"))?)?;
         write_if_changed(&folder.join("models.rs"), models_rs(&shapes).as_bytes())?;
         match std::env::var_os("CARGO_FEATURE_CUDA") {
             Some(_) => generate_cuda_into(&folder, &shapes),
@@ -96,6 +98,20 @@ fn archs(text: &str) -> Result<Vec<Arch>, Error> {
         })
     };
     names.iter().map(arch).collect()
+}
+
+/// The CPU targets that `BESPOKE_TARGETS` names, ascending.
+fn targets(text: &str) -> Result<Vec<Target>, Error> {
+    let names: Vec<&str> = text.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
+    if names.is_empty() {
+        return Ok(Target::ALL.to_vec());
+    }
+    let known = Target::ALL.map(Target::name);
+    if let Some(name) = names.iter().find(|name| !known.contains(name)) {
+        let message = format!("BESPOKE_TARGETS names {name:?}; choose of {}", known.join(", "));
+        return Err(Error::Source { position: "environment".to_string(), message });
+    }
+    Ok(Target::ALL.into_iter().filter(|target| names.contains(&target.name())).collect())
 }
 
 fn generate_cuda_into(folder: &Path, shapes: &[ModelShape]) -> Result<(), Error> {
@@ -218,6 +234,14 @@ mod tests {
         assert_eq!(archs("sm_90a, sm_80,").unwrap(), [Arch::Sm90a, Arch::Sm80]);
         let error = archs("sm_80,sm_90").unwrap_err().to_string();
         assert!(error.contains("\"sm_90\"") && error.contains("sm_90a"), "{error}");
+    }
+
+    #[test]
+    fn targets_are_checked() {
+        assert_eq!(targets("").unwrap(), Target::ALL);
+        assert_eq!(targets("avx512, portable").unwrap(), [Target::Portable, Target::Avx512]);
+        let error = targets("avx512,avx2").unwrap_err().to_string();
+        assert!(error.contains("\"avx2\"") && error.contains("x86_64_v3"), "{error}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The command line: arguments in, text or one JSON value out.
 
 mod bench;
+mod build;
 #[cfg(feature = "chat")]
 mod chat;
 mod console;
@@ -15,6 +16,7 @@ mod import;
 mod kernels;
 mod logits;
 mod model;
+mod pack_weights;
 mod perplexity;
 #[cfg(feature = "server")]
 mod probation;
@@ -26,13 +28,14 @@ mod quickstart;
 mod sampling;
 #[cfg(feature = "server")]
 mod serve;
+mod startup;
 mod tune;
 mod verify;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use console::Console;
 
@@ -76,6 +79,7 @@ enum Command {
     Import(import::Args),
     Export(export::Args),
     Quantize(quantize::Args),
+    Build(build::Args),
     Generate(generate::Args),
     #[cfg(feature = "chat")]
     Chat(chat::Args),
@@ -91,6 +95,8 @@ enum Command {
     Doctor(doctor::Args),
     #[command(hide = true)]
     Dequantize(dequantize::Args),
+    #[command(hide = true)]
+    PackWeights(pack_weights::Args),
     #[cfg(feature = "server")]
     #[command(hide = true)]
     ProbeTemplate(probation::Args),
@@ -102,7 +108,7 @@ where
     I: IntoIterator<Item = T>,
     T: Into<OsString> + Clone,
 {
-    let cli = match Cli::try_parse_from(args) {
+    let cli = match parse(args, console) {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => {
             console.report(&error.render().to_string());
@@ -116,6 +122,7 @@ where
         Command::Import(args) => import::run(&args, console),
         Command::Export(args) => export::run(&args, console),
         Command::Quantize(args) => quantize::run(&args, console),
+        Command::Build(args) => build::run(&args, console),
         Command::Generate(args) => generate::run(&args, console),
         #[cfg(feature = "chat")]
         Command::Chat(args) => chat::run(&args, console),
@@ -130,14 +137,39 @@ where
         Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
         Command::Dequantize(args) => dequantize::run(&args, console),
+        Command::PackWeights(args) => pack_weights::run(&args, console),
         #[cfg(feature = "server")]
-        Command::ProbeTemplate(args) => probation::run(&args),
+        Command::ProbeTemplate(args) => probation::run(&args, console),
     })
+}
+
+/// Commands with a model, which a program that brings one need not be told.
+const WITH_MODEL: [&str; 7] =
+    ["generate", "chat", "logits", "perplexity", "eval", "bench", "serve"];
+
+fn parse<I, T>(args: I, console: &Console<'_>) -> Result<Cli, clap::Error>
+where
+    I: IntoIterator<Item = T>,
+    T: Into<OsString> + Clone,
+{
+    let mut command = Cli::command();
+    if let Some(bundle) = &console.bundle {
+        // Arguments are parsed once in the life of a program.
+        let name: &'static str = bundle.name().to_owned().leak();
+        let with_default = |arg: clap::Arg| arg.required(false).default_value(name);
+        for name in WITH_MODEL {
+            if command.find_subcommand(name).is_some() {
+                command =
+                    command.mut_subcommand(name, |command| command.mut_arg("model", &with_default));
+            }
+        }
+    }
+    Cli::from_arg_matches(&command.try_get_matches_from(args)?)
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::CommandFactory as _;
 
     #[test]
     fn arguments_are_consistent() {

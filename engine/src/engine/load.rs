@@ -1,6 +1,7 @@
 //! Loading a model into an engine.
 
-use std::path::Path;
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
 
 use bespoke_kernel_gen::model::{ModelConfig, RopeScaling};
 use bespoke_kernel_gen::spec::ModelShape;
@@ -20,14 +21,16 @@ use crate::config::{
 };
 use crate::error::Error;
 use crate::kv_cache::{PagePool, num_pages};
-use crate::model::decoder::{Decoder, DecoderLimits};
+use crate::model::decoder::{Decoder, DecoderLimits, FromWeights, Parts};
 use crate::model::rope::Rope;
-use crate::model::safetensors::read_json_file;
 use crate::model::weights::{ModelWeights, RandomWeights, Weights};
+use crate::packed::{PackedCache, PackedFile, PackedParts};
 use crate::sampling::Sampler;
 use crate::scheduler::{Scheduler, SchedulerLimits};
 use crate::session::Sessions;
 use crate::session_file::Identity;
+use crate::source::{ModelSource, WeightsSource};
+use crate::startup::Startup;
 
 impl Engine {
     /// Loads the model folder `dir`.
@@ -36,24 +39,34 @@ impl Engine {
         options: &EngineOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Engine, Error> {
+        Engine::load_from(&ModelSource::folder(dir), options, progress)
+    }
+
+    /// Loads a model from wherever it is.
+    pub fn load_from(
+        source: &ModelSource,
+        options: &EngineOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Engine, Error> {
         if options.backend == BackendChoice::Null {
-            return Engine::load_null(dir, options);
+            return Engine::load_null(source, options);
         }
-        if let Some(engine) = Engine::load_on_gpu(dir, options, progress)? {
+        if let Some(engine) = Engine::load_on_gpu(source, options, progress)? {
             return Ok(engine);
         }
-        Engine::load_by(dir, options, &mut |loader, weights| match options.backend {
+        Engine::load_by(source, options, &mut |loader, weights| match options.backend {
             BackendChoice::Reference => {
                 let (config, shape) = (loader.config, loader.shape);
                 let backend = match options.num_threads {
                     None => ReferenceBackend::new(config, shape),
                     Some(num) => ReferenceBackend::with_threads(config, shape, num),
                 };
-                let (decoder, max_context) = loader.load(backend, weights, progress)?;
+                let parts = &mut FromWeights(weights);
+                let (decoder, max_context) = loader.load(backend, parts, progress)?;
                 Ok((Model::Reference(decoder), max_context))
             }
             _ => {
-                let (decoder, max_context) = loader.load(loader.cpu()?, weights, progress)?;
+                let (decoder, max_context) = loader.load_cpu(weights, progress)?;
                 Ok((Model::Cpu(decoder), max_context))
             }
         })
@@ -63,7 +76,7 @@ impl Engine {
     /// the CPU is to be used.
     #[cfg(feature = "cuda")]
     fn load_on_gpu(
-        dir: &Path,
+        source: &ModelSource,
         options: &EngineOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Option<Engine>, Error> {
@@ -76,7 +89,7 @@ impl Engine {
             },
             _ => return Ok(None),
         };
-        match Engine::load_on(dir, device, options, progress) {
+        match Engine::load_device(source, device, options, progress) {
             Err(Error::MissingKernels { .. }) if options.backend == BackendChoice::Auto => Ok(None),
             result => result.map(Some),
         }
@@ -84,7 +97,7 @@ impl Engine {
 
     #[cfg(not(feature = "cuda"))]
     fn load_on_gpu(
-        _dir: &Path,
+        _source: &ModelSource,
         options: &EngineOptions,
         _progress: &mut dyn FnMut(Progress),
     ) -> Result<Option<Engine>, Error> {
@@ -108,18 +121,31 @@ impl Engine {
     where
         CudaBackend<D>: Send + 'static,
     {
+        Engine::load_device(&ModelSource::folder(dir), device, options, progress)
+    }
+
+    fn load_device<D: Device>(
+        source: &ModelSource,
+        device: D,
+        options: &EngineOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Engine, Error>
+    where
+        CudaBackend<D>: Send + 'static,
+    {
         let mut device = Some(device);
-        Engine::load_by(dir, options, &mut |loader, weights| {
+        Engine::load_by(source, options, &mut |loader, weights| {
             let device = device.take().expect("a model is loaded once");
             let backend = loader.cuda(device)?;
-            let (decoder, max_context) = loader.load(backend, weights, progress)?;
+            let parts = &mut FromWeights(weights);
+            let (decoder, max_context) = loader.load(backend, parts, progress)?;
             Ok((Model::Cuda(Box::new(decoder)), max_context))
         })
     }
 
-    /// The null backend in the sizes of the model `dir`, whose weights are not read.
-    fn load_null(dir: &Path, options: &EngineOptions) -> Result<Engine, Error> {
-        let config = ModelConfig::parse(&read_json_file(&dir.join("config.json"))?)?;
+    /// The null backend in the sizes of the model, whose weights are not read.
+    fn load_null(source: &ModelSource, options: &EngineOptions) -> Result<Engine, Error> {
+        let config = ModelConfig::parse(&source.files.config_text()?)?;
         let null = NullOptions {
             vocab_size: config.vocab_size,
             page_size: options.kernels.page_size,
@@ -129,25 +155,42 @@ impl Engine {
         Engine::null(&null, options)
     }
 
-    fn load_by(dir: &Path, options: &EngineOptions, load: LoadModel<'_>) -> Result<Engine, Error> {
-        let config_text = read_json_file(&dir.join("config.json"))?;
+    fn load_by(
+        source: &ModelSource,
+        options: &EngineOptions,
+        load: LoadModel<'_>,
+    ) -> Result<Engine, Error> {
+        let config_text = source.files.config_text()?;
         let config = ModelConfig::parse(&config_text)?;
-        let name = dir.file_name().map_or("model".into(), |name| name.to_string_lossy());
+        let name = source.files.name();
         let shape = ModelShape { page_size: options.kernels.page_size, ..config.shape(&name)? };
         check_options(options)?;
-        let loader = Loader { config: &config, shape: &shape, options };
-        let ((model, max_context), fingerprint) = match options.load_format {
-            LoadFormat::Checkpoint => {
-                let weights = Weights::open(dir, &config, &shape)?;
-                (load(&loader, &weights)?, weights.fingerprint()?.to_string())
+        let mut loader = Loader::new(&config, &shape, options);
+        let ((model, max_context), fingerprint) = match (options.load_format, &source.weights) {
+            (LoadFormat::Checkpoint, WeightsSource::Folder(dir)) => {
+                let open = || Weights::open(dir, &config, &shape);
+                let weights = loader.startup.get_mut().time("open weights", open)?;
+                let fingerprint = weights.fingerprint()?.to_string();
+                let (of_weights, files) = (fingerprint.clone(), weights.files());
+                let kept = |cache| Kept { cache, fingerprint: of_weights, files };
+                let cache = source.packed_cache.as_ref().filter(|_| options.packed_cache);
+                loader.kept = cache.map(kept);
+                (load(&loader, &weights)?, fingerprint)
             }
-            LoadFormat::Dummy => {
+            (LoadFormat::Checkpoint, WeightsSource::Packed(file)) => {
+                loader.packed = Some(file);
+                let parts = PackedParts::new(file, &shape, config.tie_word_embeddings);
+                (load(&loader, &parts)?, file.source().to_owned())
+            }
+            (LoadFormat::Dummy, _) => {
                 let weights = RandomWeights::new(&shape, 0);
                 (load(&loader, &weights)?, "dummy".to_owned())
             }
         };
+        let startup = loader.startup.take();
         let model_name = format!("{} {fingerprint}", blake3::hash(config_text.as_bytes()));
-        Engine::new(model, config, shape, max_context, options, &model_name)
+        let engine = Engine::new(model, config, shape, max_context, options, &model_name)?;
+        Ok(Engine { startup, weights_name: fingerprint, ..engine })
     }
 
     /// An engine on the null backend, without a model's files. Of `options` only the sizes count.
@@ -156,7 +199,7 @@ impl Engine {
         let shape = ModelShape { page_size: null.page_size, ..config.shape("null")? };
         check_options(options)?;
         let backend = NullBackend::new(null);
-        let loader = Loader { config: &config, shape: &shape, options };
+        let loader = Loader::new(&config, &shape, options);
         let (limits, max_context) = loader.limits(backend.page_bytes())?;
         let decoder = Decoder::without_weights(backend, &shape, limits)?;
         let model_name = format!("null {}", shape.vocab_size);
@@ -195,6 +238,8 @@ impl Engine {
             tokenizer: None,
             uses_prefixes: options.prefix_cache,
             identity,
+            startup: Startup::default(),
+            weights_name: String::new(),
             next_id: 0,
             batch: Batch::default(),
             start_lens: Vec::new(),
@@ -243,9 +288,88 @@ struct Loader<'a> {
     config: &'a ModelConfig,
     shape: &'a ModelShape,
     options: &'a EngineOptions,
+    /// The weights, where they are packed already.
+    packed: Option<&'a PackedFile>,
+    /// Where they may be, where they are not.
+    kept: Option<Kept<'a>>,
+    startup: RefCell<Startup>,
 }
 
-impl Loader<'_> {
+/// A checkpoint's packed weights in a cache.
+struct Kept<'a> {
+    cache: &'a PackedCache,
+    fingerprint: String,
+    files: Vec<PathBuf>,
+}
+
+type LoadedCpu = (Decoder<CpuBackend>, usize);
+
+impl<'a> Loader<'a> {
+    fn new(
+        config: &'a ModelConfig,
+        shape: &'a ModelShape,
+        options: &'a EngineOptions,
+    ) -> Loader<'a> {
+        Loader {
+            config,
+            shape,
+            options,
+            packed: None,
+            kept: None,
+            startup: RefCell::new(Startup::default()),
+        }
+    }
+
+    /// The model on the CPU: packed weights where they lie, others packed, and kept for the next
+    /// time where there is a cache.
+    fn load_cpu(
+        &self,
+        weights: &dyn ModelWeights,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<LoadedCpu, Error> {
+        let backend = self.cpu()?;
+        let mut startup = self.startup.borrow_mut();
+        let num_threads = backend.num_threads();
+        if let Some(file) = self.packed {
+            startup.time("check packed weights", || file.check(num_threads))?;
+            return startup.time("map weights", || self.load_packed(backend, file, progress));
+        }
+        let Some(Kept { cache, fingerprint, files }) = &self.kept else {
+            let parts = &mut FromWeights(weights);
+            return startup.time("pack weights", || self.load(backend, parts, progress));
+        };
+        let key = PackedCache::key(files, fingerprint, &backend.layout_name())?;
+        match startup.time("check packed weights", || cache.open(&key, num_threads)) {
+            Ok(Some(file)) => {
+                let load = || self.load_packed(backend, &file, progress);
+                match startup.time("map weights", load) {
+                    Ok(loaded) => return Ok(loaded),
+                    Err(error) => {
+                        startup.warnings.push(error.to_string());
+                        cache.remove(&key);
+                    }
+                }
+            }
+            Ok(None) => drop(backend),
+            Err(error) => startup.warnings.push(error.to_string()),
+        }
+        let load = || self.load(self.cpu()?, &mut FromWeights(weights), progress);
+        let loaded = startup.time("pack weights", load)?;
+        // The next start is slow too, and no worse.
+        let _ = startup.time("keep packed weights", || cache.store(&key, &loaded.0));
+        Ok(loaded)
+    }
+
+    fn load_packed(
+        &self,
+        backend: CpuBackend,
+        file: &PackedFile,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<LoadedCpu, Error> {
+        let mut parts = PackedParts::new(file, self.shape, self.config.tie_word_embeddings);
+        self.load(backend, &mut parts, progress)
+    }
+
     fn cpu(&self) -> Result<CpuBackend, Error> {
         let options = self.options;
         let cpu_options = CpuOptions {
@@ -267,16 +391,16 @@ impl Loader<'_> {
     fn load<B: Backend>(
         &self,
         backend: B,
-        weights: &dyn ModelWeights,
+        parts: &mut dyn Parts<B>,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Decoder<B>, usize), Error> {
         let (limits, max_context) = match backend.has_own_memory() {
             true => self.limits_on_device()?,
             false => self.limits(backend.page_bytes())?,
         };
-        let (config, shape) = (self.config, self.shape);
+        let shape = self.shape;
         let is_sized_here = limits.num_pages.is_some();
-        let decoder = Decoder::load(backend, weights, config, shape, limits, progress)?;
+        let decoder = Decoder::load_parts(backend, parts, shape, limits, progress)?;
         if is_sized_here {
             return Ok((decoder, max_context));
         }

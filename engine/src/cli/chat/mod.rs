@@ -18,10 +18,11 @@ use serde::Serialize;
 
 use super::console::Console;
 use super::generate::Memory;
-use super::model::{ModelArgs, ModelFiles};
+use super::model::{self, ModelArgs, ModelFiles};
 use super::progress::Meter;
 use super::prompt::chat_ids;
 use super::sampling::SamplingArgs;
+use super::startup::StartupReport;
 use crate::config::EngineOptions;
 use crate::engine::Engine;
 use crate::error::Error;
@@ -133,6 +134,12 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
         turns: Vec::new(),
         is_terminal: lines.is_terminal(),
     };
+    let startup = chat.model.handle.call(|engine| engine.startup().clone())?;
+    model::warn(&startup, console);
+    if args.model.run.startup_report {
+        let report = StartupReport::new(&[&files.startup, &startup], console);
+        console.report(&report.text());
+    }
     if chat.is_terminal {
         chat.greet(backend, console);
     }
@@ -158,7 +165,7 @@ fn check(args: &Args, files: &ModelFiles) -> anyhow::Result<()> {
         files.tokenizer()?.chat_template().is_some(),
         "{}: the model has no chat template, so it cannot chat; continue a text with bespoke \
          generate --prompt",
-        files.dir.display()
+        files.source.files.root().display()
     );
     ensure!(
         !args.sampling.has_top_logprobs(),
@@ -193,10 +200,10 @@ fn start_engine(
         ..files.options(&args.model.run, usize::MAX, console)
     };
     let tokenizer = files.tokenizer()?.clone();
-    let dir = files.dir.clone();
+    let source = files.source.clone();
     let (progress, reports) = mpsc::sync_channel(64);
     let load = move || {
-        let mut engine = Engine::load(&dir, &options, &mut |report| {
+        let mut engine = Engine::load_from(&source, &options, &mut |report| {
             // NOTE: who shows progress is there until this function returns.
             let _ = progress.send(report);
         })?;
