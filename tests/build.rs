@@ -1,4 +1,5 @@
-//! Generates the kernels of the tiny golden models, of one of them with every page size.
+//! Generates the kernels of the tiny golden models, of one of them with every page size, of another
+//! for every target.
 
 use std::path::PathBuf;
 
@@ -22,6 +23,8 @@ fn main() {
     let targets = [this_machine()];
     build_configs(&configs, &targets, 32, "");
     let one = [tiny.join("llama-gqa2/config.json")];
+    let mixed = [tiny.join("llama-awq-mixed/config.json")];
+    build_configs(&mixed, &Target::ALL, 32, "targets");
     for (page_size, folder) in [(16, "pages16"), (64, "pages64")] {
         build_configs(&one, &targets, page_size, folder);
     }

@@ -189,10 +189,6 @@ impl PackedFile {
         found.map(Linear::layout).ok_or_else(|| self.damaged(&format!("there is no '{linear}'")))
     }
 
-    pub(super) fn has(&self, name: &str) -> bool {
-        self.header.arrays.contains_key(name)
-    }
-
     /// The array `name`, which must have `len` bytes.
     pub(super) fn array(&self, name: &str, len: usize) -> Result<Memory, Error> {
         let array = self.find(name, len)?;
