@@ -80,8 +80,7 @@ fn with_weights(case: &str, path: &Path) -> Result<ModelSource, Error> {
 fn packed_weights_give_the_same_bits() {
     for case in cases() {
         for activation in [ActivationType::Int8, ActivationType::Float] {
-            let options =
-                EngineOptions { activation, ..options(bespoke_tests::tiny_kernels()) };
+            let options = EngineOptions { activation, ..options(bespoke_tests::tiny_kernels()) };
             let mut direct = load(&ModelSource::folder(tiny(&case)), &options).unwrap();
             let (_dir, path) = pack(&case, &options);
             let mut packed = load(&with_weights(&case, &path).unwrap(), &options).unwrap();

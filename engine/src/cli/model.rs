@@ -1,6 +1,7 @@
 //! The arguments that every command with a model shares, and loading what they name.
 
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -14,7 +15,7 @@ use crate::backend::cuda::KvMemory;
 use crate::config::{BackendChoice, EngineOptions, LoadFormat, context_max};
 use crate::engine::Engine;
 use crate::kernels::generated;
-use crate::source::{ModelFolder, ModelSource};
+use crate::source::{ModelFolder, ModelSource, WeightsSource};
 use crate::startup::Startup;
 use crate::tokenizer::Tokenizer;
 
@@ -150,6 +151,11 @@ impl ModelFiles {
 
     /// Reads configuration and tokenizer of a model.
     pub(super) fn read(source: ModelSource) -> anyhow::Result<ModelFiles> {
+        if let WeightsSource::Packed(file) = &source.weights {
+            // Weights are read while the tokenizer is. Whoever needs them waits for that.
+            let file = file.clone();
+            thread::spawn(move || file.check(1));
+        }
         let mut startup = Startup::default();
         let config = ModelFiles::read_config(&source.files)?;
         let tokenizer = startup.time("read tokenizer", || Tokenizer::of_optional(&source.files))?;

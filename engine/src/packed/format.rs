@@ -13,8 +13,8 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bespoke_kernel_gen::spec::DType;
 use serde::{Deserialize, Serialize};
@@ -86,6 +86,8 @@ pub struct PackedFile {
     path: PathBuf,
     header: Arc<Header>,
     map: Arc<MappedFile>,
+    /// What is wrong with the arrays, once they were checked.
+    checked: Arc<OnceLock<Result<(), String>>>,
 }
 
 impl Linear {
@@ -137,12 +139,18 @@ impl PackedFile {
             Error::Resources(format!("{len} bytes of packed weights do not fit an address space"))
         })?;
         let map = Arc::new(MappedFile::open(file, path, offset, map_len)?);
-        Ok(PackedFile { path: path.to_owned(), header: Arc::new(header), map })
+        let (header, checked) = (Arc::new(header), Arc::default());
+        Ok(PackedFile { path: path.to_owned(), header, map, checked })
     }
 
-    /// Compares every array with its checksum, on `num_threads` threads. Afterwards all of the file
-    /// is in memory.
+    /// Compares every array with its checksum, on `num_threads` threads, or waits for whoever does.
+    /// Afterwards all of the file is in memory.
     pub fn check(&self, num_threads: usize) -> Result<(), Error> {
+        let checked = self.checked.get_or_init(|| self.compare(num_threads));
+        checked.as_ref().map_err(|what| self.damaged(what)).copied()
+    }
+
+    fn compare(&self, num_threads: usize) -> Result<(), String> {
         let mut arrays: Vec<(&String, &Array)> = self.header.arrays.iter().collect();
         // The largest first, so that no thread is left with one while the others have ended.
         arrays.sort_by_key(|(_, array)| std::cmp::Reverse(array.len));
@@ -150,7 +158,7 @@ impl PackedFile {
         let work = || {
             while let Some((name, array)) = arrays.get(next.fetch_add(1, Ordering::Relaxed)) {
                 if checksum(self.bytes_of(array)) != array.checksum {
-                    return Err(self.damaged(&format!("'{name}' has another checksum")));
+                    return Err(format!("'{name}' has another checksum"));
                 }
             }
             Ok(())
