@@ -5,7 +5,7 @@
 //! packed weights, from the beginning of a page on      (where they are embedded)
 //! the model's small files, one after the other
 //! manifest: JSON
-//! trailer: "BSPKEND\n"  version u32  0 u32  offset of the files, of the manifest, length of all u64
+//! trailer: "BSPKEND\n"  version u32  0 u32  offset of the files, of the manifest, length u64
 //!          BLAKE3 of files and manifest [32]
 //! ```
 //!

@@ -13,6 +13,7 @@ macro_rules! on_decoder {
 }
 
 mod load;
+mod loader;
 mod sessions;
 #[cfg(test)]
 mod simulation;

@@ -251,3 +251,50 @@ fn collect_ids(path: &Path, value: &Value, ids: &mut BTreeSet<u32>) -> Result<()
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Read without a detour, a tokenizer is what the crate itself makes of it.
+    #[test]
+    fn both_ways_of_reading_agree() {
+        let file = |model: &str| {
+            format!(
+                r#"{{"version": "1.0", "truncation": {{"max_length": 4, "strategy": "LongestFirst",
+                "stride": 0, "direction": "Right"}}, "padding": null, "added_tokens": [{{"id": 5,
+                "content": "<end>", "single_word": false, "lstrip": true, "rstrip": false,
+                "normalized": false, "special": true}}], "normalizer": {{"type": "NFC"}},
+                "pre_tokenizer": {{"type": "ByteLevel", "add_prefix_space": false,
+                "trim_offsets": true, "use_regex": true}}, "post_processor": null,
+                "decoder": {{"type": "ByteLevel"}}, "model": {model}}}"#
+            )
+        };
+        let vocab = r#""vocab": {"a": 0, "b": 1, "ab": 2, "\u0120": 3, "\u0120ab": 4}"#;
+        let models = [
+            format!(
+                r#"{{"type": "BPE", "dropout": null, "unk_token": "a", "fuse_unk": true,
+                "byte_fallback": true, "ignore_merges": true, {vocab},
+                "merges": [["a", "b"], ["\u0120", "ab"]]}}"#
+            ),
+            format!(r#"{{"type": "BPE", {vocab}, "merges": ["a b", "\u0120 ab"]}}"#),
+            format!(r#"{{{vocab}, "merges": []}}"#),
+            format!(r#"{{"type": "WordLevel", "unk_token": "a", {vocab}}}"#),
+        ];
+        for model in models {
+            let text = file(&model);
+            let found = parse(Path::new("tokenizer.json"), text.as_bytes()).unwrap();
+            let mut expected = tokenizers::Tokenizer::from_bytes(&text).unwrap();
+            expected.with_truncation(None).unwrap();
+            let json = |tokenizer: &tokenizers::Tokenizer| tokenizer.to_string(true).unwrap();
+            assert_eq!(json(&found), json(&expected));
+            let ids = |tokenizer: &tokenizers::Tokenizer| {
+                tokenizer.encode("ab<end> abab", true).unwrap().get_ids().to_vec()
+            };
+            assert_eq!(ids(&found), ids(&expected), "{model}");
+        }
+        let broken = file(&format!(r#"{{"type": "BPE", {vocab}, "merges": [["a", "c"]]}}"#));
+        let error = parse(Path::new("tokenizer.json"), broken.as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("\"c\" is not in the vocabulary"), "{error}");
+    }
+}

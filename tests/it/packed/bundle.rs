@@ -115,8 +115,13 @@ fn other_files_bring_nothing() {
     }
 }
 
+/// So many cases, none of them written to a file.
+fn cases(num: u32) -> ProptestConfig {
+    ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(num) }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(48) })]
+    #![proptest_config(cases(48))]
 
     /// Whatever is cut off or changed behind the weights is noticed.
     #[test]

@@ -125,8 +125,13 @@ fn other_versions_and_files_are_refused() {
     refused(&fs::read(super::tiny(CASE).join("model.safetensors")).unwrap());
 }
 
+/// So many cases, none of them written to a file.
+fn cases(num: u32) -> ProptestConfig {
+    ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(num) }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+    #![proptest_config(cases(64))]
 
     #[test]
     fn cut_files_are_refused(share in 0.0..1.0f64) {

@@ -113,8 +113,8 @@ impl Memory {
 
     /// The memory as float32 values.
     pub fn as_f32(&self) -> &[f32] {
-        // SAFETY: a map is page-aligned, a part of a file to `ALIGNMENT`, and every bit pattern is a
-        // float32.
+        // SAFETY: a map is page-aligned, a part of a file lies at a multiple of `ALIGNMENT`, and
+        // every bit pattern is a float32.
         unsafe { std::slice::from_raw_parts(self.ptr(), self.len / 4) }
     }
 

@@ -20,27 +20,15 @@ impl Cargo<'_> {
         let target_dir = self.source.join("target/one-model");
         let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         command.current_dir(self.source);
-        command.args([
-            "build",
-            "--release",
-            "--locked",
-            "--package",
-            "bespoke",
-            "--bin",
-            "bespoke",
-        ]);
+        command.args(["build", "--profile", PROFILE, "--locked", "--package", "bespoke"]);
+        command.args(["--bin", "bespoke", "--no-default-features", "--features"]);
+        // NOTE: all that serves a model. What fetches models, with its TLS, is left out.
+        command.arg(if cuda.is_empty() { FEATURES.to_owned() } else { format!("{FEATURES},cuda") });
         command.arg("--target-dir").arg(&target_dir);
-        if !cuda.is_empty() {
-            command.args(["--features", "cuda"]);
-        }
         command.env("BESPOKE_MODEL", self.model);
         command.env("BESPOKE_TARGETS", cpu.join(","));
         command.env("BESPOKE_CUDA_TARGETS", cuda.join(","));
         command.env("BESPOKE_BUNDLE", "1");
-        // Debug information and what other settings may add are not part of the program.
-        for (name, value) in PROFILE {
-            command.env(format!("CARGO_PROFILE_RELEASE_{name}"), value);
-        }
         command.env_remove("RUSTFLAGS").env("CARGO_ENCODED_RUSTFLAGS", self.flags(&target_dir)?);
         // Standard output is for the command's own result.
         command.stdout(std::io::stderr());
@@ -49,8 +37,7 @@ impl Cargo<'_> {
              that builds",
         )?;
         ensure!(status.success(), "cargo could not build the program; see its messages above");
-        let program =
-            target_dir.join("release").join(format!("bespoke{}", env::consts::EXE_SUFFIX));
+        let program = target_dir.join(PROFILE).join(format!("bespoke{}", env::consts::EXE_SUFFIX));
         ensure!(program.is_file(), "{}: cargo has built no program", program.display());
         Ok(program)
     }
@@ -77,14 +64,10 @@ impl Cargo<'_> {
     }
 }
 
-const PROFILE: [(&str, &str); 6] = [
-    ("DEBUG", "0"),
-    ("STRIP", "none"),
-    ("INCREMENTAL", "false"),
-    ("DEBUG_ASSERTIONS", "false"),
-    ("OVERFLOW_CHECKS", "false"),
-    ("PANIC", "unwind"),
-];
+/// Of the workspace's Cargo.toml: small, and with symbols, which tell the kernels' sizes and are cut
+/// off afterwards.
+const PROFILE: &str = "one-model";
+const FEATURES: &str = "chat,grammar,server";
 
 fn cargo_home() -> anyhow::Result<PathBuf> {
     let named = env::var_os("CARGO_HOME").filter(|home| !home.is_empty()).map(PathBuf::from);

@@ -103,9 +103,12 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let files = ModelFiles::open(&args.model.model, console)?;
     check(args, &files)?;
     let settings = settings(args, &files)?;
-    let folder = ChatFolder::open(console.cache()?.root.join("chats"))?;
+    let folder = chat_folder(args, console)?;
     let session = SessionId::new(Namespace::default(), args.session.as_deref().unwrap_or("chat"))?;
-    let named = args.session.as_ref().map(|_| folder.take(&session)).transpose()?;
+    let named = match (&folder, &args.session) {
+        (Some(folder), Some(_)) => Some(folder.take(&session)?),
+        _ => None,
+    };
     let mut conversation = match &named {
         Some(named) => named.load(&files)?.unwrap_or_default(),
         None => Conversation::default(),
@@ -117,7 +120,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     if let Some(named) = named.as_ref().filter(|_| !conversation.is_empty()) {
         resume(&handle, &session, &named.dir, console)?;
     }
-    let lines = Lines::open(folder.history())?;
+    let lines = Lines::open(folder.as_ref().map(ChatFolder::history))?;
     let when_idle = if lines.is_terminal() { WhenIdle::Ignore } else { WhenIdle::Exit };
     // NOTE: after the line editor, which has a handler of its own that this one passes signals to.
     let interrupts = Interrupts::listen(when_idle)?;
@@ -157,6 +160,17 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
         });
     }
     Ok(())
+}
+
+/// Where conversations and the history are kept. A chat without a name does without, where nothing
+/// can be written.
+fn chat_folder(args: &Args, console: &Console<'_>) -> anyhow::Result<Option<ChatFolder>> {
+    let cache = console.cache().map_err(anyhow::Error::from);
+    match cache.and_then(|cache| ChatFolder::open(cache.root.join("chats"))) {
+        Ok(folder) => Ok(Some(folder)),
+        Err(error) if args.session.is_some() => Err(error),
+        Err(_) => Ok(None),
+    }
 }
 
 /// Refuses what cannot work before anything is loaded.
