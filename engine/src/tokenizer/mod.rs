@@ -267,7 +267,8 @@ mod tests {
                 "normalized": false, "special": true}}], "normalizer": {{"type": "NFC"}},
                 "pre_tokenizer": {{"type": "ByteLevel", "add_prefix_space": false,
                 "trim_offsets": true, "use_regex": true}}, "post_processor": null,
-                "decoder": {{"type": "ByteLevel"}}, "model": {model}}}"#
+                "decoder": {{"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true,
+                "use_regex": true}}, "model": {model}}}"#
             )
         };
         let vocab = r#""vocab": {"a": 0, "b": 1, "ab": 2, "\u0120": 3, "\u0120ab": 4}"#;

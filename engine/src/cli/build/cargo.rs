@@ -1,7 +1,7 @@
 //! Running cargo so that the same source gives the same bytes, wherever it lies.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -44,23 +44,25 @@ impl Cargo<'_> {
 
     /// Compiler flags under which no path of this machine gets into the program.
     fn flags(&self, target_dir: &Path) -> anyhow::Result<OsString> {
-        let mut flags = OsString::new();
         // NOTE: of several that fit, the compiler takes the last.
         let paths = [
             (self.source.to_owned(), "/bespoke"),
             (target_dir.to_owned(), "/target"),
             (cargo_home()?, "/cargo"),
         ];
-        for (path, name) in paths {
-            if !flags.is_empty() {
-                flags.push("\u{1f}");
-            }
-            flags.push("--remap-path-prefix=");
-            flags.push(path);
-            flags.push("=");
-            flags.push(name);
+        let remap = |(path, name): (PathBuf, &str)| {
+            let mut flag = OsString::from("--remap-path-prefix=");
+            flag.push(path);
+            flag.push("=");
+            flag.push(name);
+            flag
+        };
+        let mut flags: Vec<OsString> = paths.into_iter().map(remap).collect();
+        // NOTE: linkers make a build id of symbols too, some of whose names have hashes of paths.
+        if cfg!(target_os = "linux") {
+            flags.push("-Clink-arg=-Wl,--build-id=none".into());
         }
-        Ok(flags)
+        Ok(flags.join(OsStr::new("\u{1f}")))
     }
 }
 
@@ -72,9 +74,7 @@ const FEATURES: &str = "chat,grammar,server";
 fn cargo_home() -> anyhow::Result<PathBuf> {
     let named = env::var_os("CARGO_HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
     let home = named.or_else(|| env::home_dir().map(|home| home.join(".cargo")));
-    let home = home.context("no home folder is known; set CARGO_HOME to cargo's folder")?;
-    // Cargo itself follows no links, so both names of a linked folder cannot occur.
-    Ok(home)
+    home.context("no home folder is known; set CARGO_HOME to cargo's folder")
 }
 
 /// The source tree: `given`, else the nearest folder from the current one upwards that is one.
