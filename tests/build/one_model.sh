@@ -22,8 +22,8 @@ git clone --quiet "$root" "$work/elsewhere"
 "$bespoke" build "$model" -o "$work/two" --embed-weights --source "$work/elsewhere"
 cmp "$work/one" "$work/two"
 
-echo '== no path, name or time of this machine is in it'
-if grep -a -o -F -e "$root" -e "$work" -e "$(realpath ~)/" -e "$(hostname)" "$work/one" | sort | uniq -c | grep .; then
+echo '== no path of this machine is in it'
+if grep -a -o -F -e "$root" -e "$work" -e "$(realpath ~)/" "$work/one" | sort | uniq -c | grep .; then
     exit 1
 fi
 
@@ -38,9 +38,9 @@ done
 unshare --mount --net bash -c '
     mount --bind -o ro "$1" "$1"
     mount -o remount,bind,ro "$1"
-    env -i chroot "$1" /one generate --prompt "The capital of France is" --max-tokens 8
-    env -i chroot "$1" /one doctor
-' bash "$work/root"
+    env -i "$2" "$1" /one generate --prompt "The capital of France is" --max-tokens 8
+    env -i "$2" "$1" /one doctor
+' bash "$work/root" "$(PATH=$PATH:/usr/sbin command -v chroot)"
 
 echo '== a cut or changed file says so'
 size=$(stat -c %s "$work/one")
