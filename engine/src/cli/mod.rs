@@ -160,7 +160,7 @@ where
         for name in WITH_MODEL {
             if command.find_subcommand(name).is_some() {
                 command =
-                    command.mut_subcommand(name, |command| command.mut_arg("model", &with_default));
+                    command.mut_subcommand(name, |command| command.mut_arg("model", with_default));
             }
         }
     }

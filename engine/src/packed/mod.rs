@@ -28,7 +28,7 @@ mod tests {
     fn the_layout_is_that_of_its_version() {
         let (n, k, group) = (40, 64, 32);
         let bytes = |len: usize, step: usize| -> Vec<u8> {
-            (0..len).map(|i| (i * step % 251 & 0x3b) as u8).collect()
+            (0..len).map(|i| ((i * step % 251) & 0x3b) as u8).collect()
         };
         let panels = Panels { n, k, lanes: 16, cols: 2 };
         let linear = |part| LinearSource { parts: vec![part], row_map: None, bias: None };
