@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write as _};
 use std::panic;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -29,7 +29,8 @@ fn main() -> ExitCode {
     let bundle = match bundle(program.as_deref()) {
         Ok(bundle) => bundle.map(Arc::new),
         Err(error) => {
-            eprintln!("error: {error}");
+            // Nobody could be told that it cannot be written.
+            let _ = writeln!(io::stderr(), "error: {error}");
             return Exit::Failed.into();
         }
     };
