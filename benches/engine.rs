@@ -20,7 +20,7 @@ use bespoke::request::Request;
 use bespoke_benches::Bench;
 use bespoke_benches::case::kv_page_bytes;
 use bespoke_benches::report::Samples;
-use bespoke_kernel_gen::spec::{LinearRole, ModelShape, RowRegime};
+use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 use criterion::{BenchmarkId, Criterion, Throughput};
 
 /// Names in the model cache, as the quick start gives them.
@@ -143,7 +143,7 @@ fn step_work(
     let roles = [LinearRole::Qkv, LinearRole::O, LinearRole::GateUp, LinearRole::Down];
     for role in roles.into_iter().chain([LinearRole::Head]) {
         let spec = shape.linear_kernel(role, options.activation)?;
-        let kernel = table.find(&spec, RowRegime::One, target);
+        let kernel = table.serving_kernel(&spec, 1, target);
         let kernel = kernel.expect("the engine was loaded with this table");
         match role {
             LinearRole::Head => add(Work::of(kernel, 1), 1),

@@ -7,6 +7,7 @@ use bespoke_kernel_gen::target::Target;
 
 use crate::backend::cuda::KvMemory;
 use crate::kernels::KernelTable;
+use crate::kernels::choice::DeviceChoice;
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,6 +47,8 @@ pub struct EngineOptions {
     pub activation: ActivationType,
     /// Instruction set of the kernels; `None`: the best that this machine and this build have.
     pub target: Option<Target>,
+    /// Whose measurements decide about the kernels of the CPU.
+    pub device: DeviceChoice,
     /// Threads of one op; `None`: all cores.
     pub num_threads: Option<usize>,
     /// The kernels of this build.
@@ -99,6 +102,7 @@ impl EngineOptions {
             kv_dtype: KvDType::F16,
             activation: ActivationType::Int8,
             target: None,
+            device: DeviceChoice::This,
             num_threads: None,
             kernels,
             cuda_kernels: CudaKernelTable::default(),

@@ -13,9 +13,11 @@ use crate::cuda::{self, Arch};
 use crate::emit::Generated;
 use crate::error::Error;
 use crate::models_rs::models_rs;
+use crate::plan::PlanOptions;
 use crate::presets;
 use crate::spec::{ModelShape, PAGE_SIZE, PAGE_SIZES};
 use crate::target::Target;
+use crate::tuning::lock::Lock;
 
 /// Generates kernels for the models that `BESPOKE_MODEL` names (folders, `config.json` files or
 /// presets, separated by `:` or `,`), or for the default models, into `OUT_DIR`.
@@ -24,24 +26,50 @@ use crate::target::Target;
 ///
 /// `BESPOKE_TARGETS` names the CPU targets, separated by commas; without it there are all.
 ///
+/// `kernels.lock` in the package's folder, else in the one above, says which kernels serve which
+/// rows; `BESPOKE_LOCK` names another file, or `none`. With `BESPOKE_TUNER=1` the build also has
+/// the candidates of a tuner, for this machine's best target or that of `BESPOKE_TUNER_TARGET`.
+///
 /// Where the package's feature `cuda` is on, the same models' CUDA kernels are compiled for the
 /// architectures of `BESPOKE_CUDA_TARGETS`, or for [`DEFAULT_ARCHS`].
 ///
 /// A failure is printed for cargo and ends the process with exit code 1.
 pub fn build() {
-    for name in ["BESPOKE_MODEL", "BESPOKE_PAGE_SIZE", "BESPOKE_TARGETS"] {
-        rerun_if_env_changed(name);
-    }
+    tell_compiler();
+    const VARIABLES: [&str; 6] = [
+        "BESPOKE_MODEL",
+        "BESPOKE_PAGE_SIZE",
+        "BESPOKE_TARGETS",
+        "BESPOKE_LOCK",
+        "BESPOKE_TUNER",
+        "BESPOKE_TUNER_TARGET",
+    ];
+    VARIABLES.into_iter().for_each(rerun_if_env_changed);
     finish(page_size(&variable("BESPOKE_PAGE_SIZE")).and_then(|page_size| {
         let shapes = with_pages(shapes(&variable("BESPOKE_MODEL"))?, page_size);
         let folder = out_dir()?;
-        generate_into(&folder, &shapes, &targets(&variable("BESPOKE_TARGETS"))?)?;
+        let lock = lock(&variable("BESPOKE_LOCK"))?;
+        let tuner = tuner(&variable("BESPOKE_TUNER"), &variable("BESPOKE_TUNER_TARGET"))?;
+        let options = PlanOptions { lock: lock.as_ref(), tuner };
+        let targets = targets(&variable("BESPOKE_TARGETS"))?;
+        generate_into(&folder, &shapes, &targets, &options)?;
         write_if_changed(&folder.join("models.rs"), models_rs(&shapes).as_bytes())?;
         match std::env::var_os("CARGO_FEATURE_CUDA") {
             Some(_) => generate_cuda_into(&folder, &shapes),
             None => Ok(()),
         }
     }));
+}
+
+/// The compiler's version as `BESPOKE_COMPILER`: measurements say what made the kernels.
+fn tell_compiler() {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let output = std::process::Command::new(rustc).arg("--version").output();
+    let version = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let version = version.unwrap_or_default();
+    let words: Vec<&str> = version.split_whitespace().take(2).collect();
+    let version = if words.is_empty() { "unknown".to_owned() } else { words.join(" ") };
+    println!("cargo::rustc-env=BESPOKE_COMPILER={version}");
 }
 
 /// What decides about the CUDA compiler and the cache of its results.
@@ -138,16 +166,26 @@ fn generate_cuda_into(folder: &Path, shapes: &[ModelShape]) -> Result<(), Error>
     )
 }
 
-/// Generates kernels for `config.json` files, such as those of a test's models, with pages of
-/// `page_size` slots, into the folder `folder` of `OUT_DIR`.
-pub fn build_configs(configs: &[PathBuf], targets: &[Target], page_size: usize, folder: &str) {
+/// Kernels for `config.json` files, such as those of a test's models.
+#[derive(Clone, Copy, Debug)]
+pub struct Configs<'a> {
+    pub paths: &'a [PathBuf],
+    pub targets: &'a [Target],
+    pub page_size: usize,
+    pub options: PlanOptions<'a>,
+}
+
+/// Generates kernels for `configs` into the folder `folder` of `OUT_DIR`.
+pub fn build_configs(configs: &Configs<'_>, folder: &str) {
+    let Configs { paths, targets, page_size, options } = *configs;
     let shape = |path: &PathBuf| {
         rerun_if_changed(path);
         presets::shape(&path.to_string_lossy(), &[PathBuf::new()])
     };
-    let shapes: Result<Vec<ModelShape>, Error> = configs.iter().map(shape).collect();
+    let shapes: Result<Vec<ModelShape>, Error> = paths.iter().map(shape).collect();
     finish(shapes.and_then(|shapes| {
-        generate_into(&out_dir()?.join(folder), &with_pages(shapes, page_size), targets)
+        let folder = out_dir()?.join(folder);
+        generate_into(&folder, &with_pages(shapes, page_size), targets, &options)
     }));
 }
 
@@ -187,10 +225,7 @@ fn shapes(models: &str) -> Result<Vec<ModelShape>, Error> {
     if names.is_empty() {
         return presets::default_shapes();
     }
-    // NOTE: cargo runs build scripts in the package's folder; people name paths from where they
-    // are, which is usually the folder above, the workspace's root.
-    let package = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());
-    let folders = [package.join(".."), package];
+    let folders = folders();
     let shape = |name: &&str| {
         if let Some(path) = presets::config_file(name, &folders) {
             rerun_if_changed(&path);
@@ -200,6 +235,63 @@ fn shapes(models: &str) -> Result<Vec<ModelShape>, Error> {
     names.iter().map(shape).collect()
 }
 
+/// Where relative paths may start.
+///
+/// NOTE: cargo runs build scripts in the package's folder; people name paths from where they are,
+/// which is usually the folder above, the workspace's root.
+fn folders() -> [PathBuf; 2] {
+    let package = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());
+    [package.join(".."), package]
+}
+
+/// The lock that `BESPOKE_LOCK` names; nothing stands for the package's or the workspace's own,
+/// where there is one.
+fn lock(name: &str) -> Result<Option<Lock>, Error> {
+    let [workspace, package] = folders();
+    let exists = |path: &PathBuf| path.is_file();
+    let found = match name {
+        "none" => return Ok(None),
+        // NOTE: a file that is not there is not watched: cargo would build anew every time.
+        "" => {
+            [package, workspace].map(|folder| folder.join("kernels.lock")).into_iter().find(exists)
+        }
+        name => {
+            let paths = [workspace.join(name), package.join(name)];
+            Some(paths.into_iter().find(exists).ok_or_else(|| Error::Lock {
+                message: format!(
+                    "BESPOKE_LOCK names {name}, which is not there; name a file, or `none`"
+                ),
+            })?)
+        }
+    };
+    let Some(path) = found else { return Ok(None) };
+    rerun_if_changed(&path);
+    let io = |source| Error::Io { path: path.display().to_string(), source };
+    Lock::parse(&std::fs::read_to_string(&path).map_err(io)?).map(Some)
+}
+
+/// The target whose candidates a build has, where it is a tuner's.
+fn tuner(text: &str, target: &str) -> Result<Option<Target>, Error> {
+    let wrong = |message: String| Error::Lock { message };
+    match text {
+        "" | "0" => return Ok(None),
+        "1" => {}
+        other => {
+            return Err(wrong(format!(
+                "BESPOKE_TUNER is {other:?}; set it to 1, or leave it unset"
+            )));
+        }
+    }
+    if target.is_empty() {
+        return Ok(Some(Target::best()));
+    }
+    let found = Target::from_name(target).ok_or_else(|| {
+        let names = Target::ALL.map(Target::name).join(", ");
+        wrong(format!("BESPOKE_TUNER_TARGET is {target:?}; choose of {names}"))
+    })?;
+    Ok(Some(found))
+}
+
 fn out_dir() -> Result<PathBuf, Error> {
     std::env::var_os("OUT_DIR").map(PathBuf::from).ok_or_else(|| {
         let message = "OUT_DIR is not set; call this from a build script".to_string();
@@ -207,8 +299,17 @@ fn out_dir() -> Result<PathBuf, Error> {
     })
 }
 
-fn generate_into(folder: &Path, shapes: &[ModelShape], targets: &[Target]) -> Result<(), Error> {
-    let Generated { kernels_rs, kernels_json } = crate::generate(shapes, targets)?;
+fn generate_into(
+    folder: &Path,
+    shapes: &[ModelShape],
+    targets: &[Target],
+    options: &PlanOptions<'_>,
+) -> Result<(), Error> {
+    let Generated { kernels_rs, kernels_json, warnings } =
+        crate::generate(shapes, targets, options)?;
+    for warning in warnings {
+        println!("cargo::warning={warning}");
+    }
     let io = |source| Error::Io { path: folder.display().to_string(), source };
     std::fs::create_dir_all(folder).map_err(io)?;
     write_if_changed(&folder.join("kernels.rs"), kernels_rs.as_bytes())?;
@@ -242,6 +343,34 @@ mod tests {
         assert_eq!(targets("avx512, portable").unwrap(), [Target::Portable, Target::Avx512]);
         let error = targets("avx512,avx2").unwrap_err().to_string();
         assert!(error.contains("\"avx2\"") && error.contains("x86_64_v3"), "{error}");
+    }
+
+    #[test]
+    fn tuners_are_checked() {
+        assert_eq!(tuner("", "avx512").unwrap(), None);
+        assert_eq!(tuner("0", "").unwrap(), None);
+        assert_eq!(tuner("1", "").unwrap(), Some(Target::best()));
+        assert_eq!(tuner("1", "x86_64_v3").unwrap(), Some(Target::X86_64V3));
+        assert!(tuner("yes", "").unwrap_err().to_string().contains("BESPOKE_TUNER is \"yes\""));
+        let error = tuner("1", "sse2").unwrap_err().to_string();
+        assert!(error.contains("\"sse2\"") && error.contains("portable"), "{error}");
+    }
+
+    #[test]
+    fn a_lock_that_is_named_is_there() {
+        assert!(lock("none").unwrap().is_none());
+        let error = lock("no/such.lock").unwrap_err().to_string();
+        assert!(error.contains("no/such.lock"), "{error}");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("other.lock");
+        std::fs::write(&path, "version = 1\n").unwrap();
+        assert_eq!(
+            lock(&path.to_string_lossy()).unwrap(),
+            Some(Lock { version: 1, ..Lock::default() })
+        );
+        std::fs::write(&path, "version = 9\n").unwrap();
+        let error = lock(&path.to_string_lossy()).unwrap_err().to_string();
+        assert!(error.contains("version 9"), "{error}");
     }
 
     #[test]

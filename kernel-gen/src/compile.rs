@@ -87,8 +87,9 @@ fn check_entry(source: &Source, template: &Template, entries: &Entries) -> Resul
     Ok(())
 }
 
-/// Hash of the instantiation and of the template files its code comes from.
-fn hash(source: &Source) -> String {
+/// Hash of a kernel's instantiation and of the code of the template files that it comes from:
+/// another body has another hash, other comments or another layout have not.
+pub fn hash(source: &Source) -> String {
     let mut hasher = blake3::Hasher::new();
     let mut add = |text: &str| {
         hasher.update(&(text.len() as u64).to_le_bytes());
@@ -98,7 +99,7 @@ fn hash(source: &Source) -> String {
     add(source.variant.target.features());
     for template in templates::used(&source.variant.spec, source.variant.target) {
         add(template.path);
-        add(template.text);
+        add(template.code());
     }
     hasher.finalize().to_hex()[..32].to_string()
 }

@@ -6,14 +6,29 @@ use crate::spec::{
 };
 use crate::target::Target;
 
-/// Tile sizes of a kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// Tile sizes of a kernel. A field that the kernel's body does not read is 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KernelConfig {
-    /// Rows of a register block; 1 for ops that work row by row.
+    /// Rows of a register block, one of [`ROW_BLOCKS`]; 1 for ops that work row by row.
     pub rows: usize,
-    /// Column tiles of a packed weight panel; 0 for ops without packed weights.
+    /// Column tiles of a packed weight panel; 0 for ops without packed weights. All kernels that
+    /// read one packed matrix agree about it.
     pub cols: usize,
+    /// Column tiles of a register block: 1, 2 or 4.
+    pub tiles: usize,
+    /// Packed lines of inputs that a turn of the innermost loop takes.
+    pub unroll: usize,
+    /// Bytes between a load of weights and the line that is asked for with it; 0: none.
+    pub prefetch: usize,
+    /// Rows from which threads share a call out by rows instead of columns; 0: never.
+    pub split: usize,
+    /// What rows a register block leaves: 0 in pairs, 1 in halves of the block, where the last
+    /// block may repeat rows of the one before it.
+    pub halves: usize,
 }
+
+/// Rows that a register block can have.
+pub const ROW_BLOCKS: [usize; 10] = [1, 2, 3, 4, 6, 7, 8, 12, 14, 16];
 
 /// Scratch memory of `paged_attention` in decoding.
 const DECODE_SCRATCH_BYTES: usize = 64 << 10;
@@ -30,32 +45,55 @@ fn num_registers(target: Target) -> usize {
 
 impl KernelConfig {
     /// What is used where nothing was measured.
-    pub fn default_for(spec: &KernelSpec, regime: RowRegime, _target: Target) -> KernelConfig {
+    pub fn default_for(spec: &KernelSpec, regime: RowRegime, target: Target) -> KernelConfig {
         if !spec.is_matmul() {
-            return KernelConfig { rows: 1, cols: 0 };
+            return KernelConfig { rows: 1, ..KernelConfig::default() };
         }
-        let rows = match regime {
-            RowRegime::Any | RowRegime::One => 1,
-            RowRegime::Few => 8,
-            RowRegime::Many => 6,
+        let (rows_max, tiles_max) = match target {
+            Target::Portable => (2, 1),
+            Target::X86_64V3 => (6, 2),
+            Target::Avx512 => (6, 4),
         };
-        KernelConfig { rows, cols: 4 }
+        let form = Form::of(spec);
+        let base = KernelConfig { cols: 4, tiles: tiles_max, ..KernelConfig::default() };
+        // NOTE: eight lines of a whole panel.
+        let lines = 8 * base.cols * target.lanes() * form.element_bytes(spec);
+        let prefetch = if form == Form::AwqInt8 || form == Form::AwqFloat { 2048 } else { lines };
+        let unroll = usize::from(form.unrolls());
+        match regime {
+            RowRegime::Any | RowRegime::One => KernelConfig { rows: 1, unroll, prefetch, ..base },
+            RowRegime::Few => KernelConfig { rows: rows_max.min(4), unroll, prefetch, ..base },
+            RowRegime::Many => {
+                let tiles = if form == Form::AwqInt8 { tiles_max.min(2) } else { tiles_max };
+                KernelConfig { rows: rows_max, tiles, split: 48, ..base }
+            }
+        }
     }
 
-    /// All configurations worth a trial, the default among them.
+    /// All configurations worth a trial, sorted, the default among them.
     pub fn candidates(spec: &KernelSpec, regime: RowRegime, target: Target) -> Vec<KernelConfig> {
         let default = KernelConfig::default_for(spec, regime, target);
-        let rows: &[usize] = match regime {
-            _ if !spec.is_matmul() => &[1],
-            RowRegime::Any | RowRegime::One => &[1],
-            RowRegime::Few => &[2, 4, 8],
-            RowRegime::Many => &[4, 6, 8, 12, 14],
-        };
-        let cols: &[usize] = if spec.is_matmul() { &[1, 2, 4, 8] } else { &[default.cols] };
-        let all = rows
-            .iter()
-            .flat_map(|rows| cols.iter().map(|cols| KernelConfig { rows: *rows, cols: *cols }));
-        all.filter(|config| config.is_feasible(spec, regime, target).is_ok()).collect()
+        let mut all = vec![default];
+        if spec.is_matmul() && target != Target::Portable {
+            all.extend(grid(spec, regime, target, default));
+        }
+        all.retain(|config| config.is_feasible(spec, regime, target).is_ok());
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// Short names, as symbols have them, and values of the fields that are not 0.
+    pub fn fields(&self) -> Vec<(&'static str, usize)> {
+        let KernelConfig { rows, cols, tiles, unroll, prefetch, split, halves } = *self;
+        let values = [rows, cols, tiles, unroll, prefetch, split, halves];
+        FIELDS.into_iter().zip(values).filter(|(_, value)| *value != 0).collect()
+    }
+
+    /// The configuration whose field named `FIELDS[i]` is `values[i]`.
+    pub(crate) fn from_values(values: [usize; FIELDS.len()]) -> KernelConfig {
+        let [rows, cols, tiles, unroll, prefetch, split, halves] = values;
+        KernelConfig { rows, cols, tiles, unroll, prefetch, split, halves }
     }
 
     /// Whether a kernel with this configuration exists, or the reason why not.
@@ -69,33 +107,79 @@ impl KernelConfig {
         if !spec.regimes().contains(&regime) {
             return Err(format!("{} has no kernel for row regime {}", spec.op(), regime.name()));
         }
-        let KernelConfig { rows, cols } = *self;
         if !spec.is_matmul() {
-            return match (rows, cols) {
-                (1, 0) => Ok(()),
-                _ => Err(format!("{} has no choice of rows {rows} and cols {cols}", spec.op())),
+            let only = KernelConfig { rows: 1, ..KernelConfig::default() };
+            return match *self == only {
+                true => Ok(()),
+                false => Err(format!("{} has no choice of {}", spec.op(), self.text())),
             };
         }
+        self.check_fields(spec, regime)?;
+        self.check_block(regime, target)
+    }
+
+    /// Every field within its limits, and 0 where the body does not read it.
+    fn check_fields(&self, spec: &KernelSpec, regime: RowRegime) -> Result<(), String> {
+        let form = Form::of(spec);
+        let KernelConfig { cols, unroll, prefetch, split, halves, .. } = *self;
         if !(1..=16).contains(&cols) {
             return Err(format!("{cols} column tiles a panel; 1 to 16 are possible"));
         }
+        let is_many = regime == RowRegime::Many;
+        let prefetch_max = if is_many && form != Form::GemmInt8 { 0 } else { 16 << 10 };
+        let group = form.group_lines(spec);
+        let unrolls = form.unrolls() && !is_many;
+        let split_max = if is_many { 1 << 20 } else { 0 };
+        // NOTE: a block of many float rows adds to what it finds, so it cannot be repeated.
+        let repeats = matches!(form, Form::AwqInt8 | Form::GemmInt8) || !is_many;
+        let halves_max = usize::from(repeats && regime != RowRegime::One);
+        if unroll != 0 && !group.is_multiple_of(unroll) {
+            return Err(format!("turns of {unroll} lines do not divide a group of {group}"));
+        }
+        let limits = [
+            ("unroll", unroll, usize::from(unrolls), if unrolls { 8 } else { 0 }),
+            ("prefetch", prefetch, 0, prefetch_max),
+            ("split", split, 0, split_max),
+            ("halves", halves, 0, halves_max),
+        ];
+        for (name, value, min, max) in limits {
+            if !(min..=max).contains(&value) {
+                return Err(format!("{name} is {value}; {min} to {max} are possible here"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The register block exists and fits the registers.
+    fn check_block(&self, regime: RowRegime, target: Target) -> Result<(), String> {
+        let KernelConfig { rows, tiles, .. } = *self;
         let rows_max = match regime {
             RowRegime::Any | RowRegime::One => 1,
-            RowRegime::Few => RowRegime::FEW_MAX,
-            RowRegime::Many => usize::MAX,
+            RowRegime::Few | RowRegime::Many => usize::MAX,
         };
-        if rows == 0 || rows > rows_max {
+        if rows > rows_max || !ROW_BLOCKS.contains(&rows) {
             return Err(format!("a block of {rows} rows in row regime {}", regime.name()));
         }
-        // NOTE: an accumulator a row, and beside them a weight, an activation and a scale.
-        let (used, registers) = (rows + 3, num_registers(target));
+        if ![1, 2, 4].contains(&tiles) {
+            return Err(format!("a block of {tiles} column tiles; 1, 2 and 4 are possible"));
+        }
+        // NOTE: a sum a row and tile, and beside them a weight, an activation and a scale.
+        // Accumulators of groups may live in memory.
+        let (used, registers) = (rows * tiles + 3, num_registers(target));
         if used > registers {
             return Err(format!(
-                "a block of {rows} rows takes {used} vector registers, {} has {registers}",
+                "a block of {rows} rows and {tiles} tiles takes {used} vector registers, {} has \
+                 {registers}",
                 target.name()
             ));
         }
         Ok(())
+    }
+
+    fn text(&self) -> String {
+        let words: Vec<String> =
+            self.fields().iter().map(|(name, value)| format!("{name}{value}")).collect();
+        words.join("_")
     }
 
     /// Scratch memory that one thread of the kernel needs.
@@ -114,6 +198,102 @@ impl KernelConfig {
             _ => 0,
         }
     }
+}
+
+/// Names of the fields in symbols: rows, cols, tiles, unroll, prefetch, split, halves.
+pub(crate) const FIELDS: [&str; 7] = ["r", "c", "t", "u", "p", "s", "h"];
+
+/// The bodies of matmuls.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    GemmFloat,
+    GemmInt8,
+    AwqFloat,
+    AwqInt8,
+}
+
+impl Form {
+    /// `spec` is a matmul.
+    fn of(spec: &KernelSpec) -> Form {
+        match spec {
+            KernelSpec::AwqGemm { activation: ActivationType::Int8, .. } => Form::AwqInt8,
+            KernelSpec::AwqGemm { .. } => Form::AwqFloat,
+            KernelSpec::Gemm { weight: DType::I8, .. } => Form::GemmInt8,
+            _ => Form::GemmFloat,
+        }
+    }
+
+    /// Whether the body takes a number of packed lines a turn.
+    fn unrolls(self) -> bool {
+        matches!(self, Form::AwqInt8 | Form::GemmInt8)
+    }
+
+    /// Bytes that a lane holds of a packed line.
+    fn element_bytes(self, spec: &KernelSpec) -> usize {
+        match *spec {
+            KernelSpec::Gemm { weight, .. } if weight != DType::I8 => weight.size(),
+            _ => 4,
+        }
+    }
+
+    /// Packed lines of a group of int8 rows.
+    fn group_lines(self, spec: &KernelSpec) -> usize {
+        match *spec {
+            KernelSpec::AwqGemm { k, group, .. } => activation_group(k, group).unwrap_or(k) / 8,
+            KernelSpec::Gemm { k, .. } => activation_group(k, GroupSize::Channel).unwrap_or(k) / 4,
+            _ => 0,
+        }
+    }
+}
+
+/// Configurations around `default`, some of which may not be feasible.
+///
+/// On AVX-512, blocks of four tiles read a panel in one stream, which weights from memory want;
+/// blocks of many rows and one tile unpack a line least often and serve what is bound by the dot
+/// rate.
+fn grid(
+    spec: &KernelSpec,
+    regime: RowRegime,
+    target: Target,
+    default: KernelConfig,
+) -> Vec<KernelConfig> {
+    let form = Form::of(spec);
+    let is_int8 = form == Form::AwqInt8 || form == Form::GemmInt8;
+    let one = matches!(regime, RowRegime::Any | RowRegime::One);
+    let blocks: &[(usize, usize)] = match (target, is_int8) {
+        (Target::Avx512, _) if one => &[(1, 2), (1, 4)],
+        (_, _) if one => &[(1, 1), (1, 2)],
+        (Target::Avx512, true) => {
+            &[(2, 4), (4, 4), (6, 2), (6, 4), (8, 1), (8, 2), (12, 1), (12, 2), (14, 1), (16, 1)]
+        }
+        (Target::Avx512, false) => &[(4, 4), (6, 4), (8, 2)],
+        (_, true) => &[(2, 2), (4, 1), (4, 2), (6, 1), (6, 2), (8, 1), (12, 1)],
+        (_, false) => &[(4, 2), (6, 2)],
+    };
+    let unrolls: &[usize] = match regime {
+        RowRegime::Many => &[0],
+        _ if is_int8 => &[1, 2],
+        _ => &[0],
+    };
+    let prefetches: &[usize] = match (regime, is_int8) {
+        (RowRegime::Many, _) => &[0],
+        (RowRegime::Few, _) | (_, false) => &[0, 2048],
+        _ => &[0, 512, 2048, 4096],
+    };
+    let splits: &[usize] = if regime == RowRegime::Many { &[0, 48] } else { &[0] };
+    let halves = usize::from(!one && (is_int8 || regime == RowRegime::Few));
+    let mut all = Vec::new();
+    for (rows, tiles) in blocks.iter().copied() {
+        for unroll in unrolls.iter().copied() {
+            for prefetch in prefetches.iter().copied() {
+                for split in splits.iter().copied() {
+                    let block = KernelConfig { rows, tiles, halves, ..default };
+                    all.push(KernelConfig { unroll, prefetch, split, ..block });
+                }
+            }
+        }
+    }
+    all
 }
 
 /// Relations of the sizes that no configuration can mend.

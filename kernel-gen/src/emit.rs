@@ -4,15 +4,18 @@
 use serde_json::{Map, Value, json};
 
 use crate::compile::Artifact;
+use crate::plan::{Interval, Plan, Serving};
 
 /// What a build generates.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Generated {
-    /// The constant `PAGE_SIZE`, and a call of `bespoke_macros::kernels!` with one declaration a
-    /// kernel.
+    /// Constants of the build, and a call of `bespoke_macros::kernels!` with one declaration a
+    /// kernel and a serving.
     pub kernels_rs: String,
     /// An array of objects, one a kernel.
     pub kernels_json: String,
+    /// What people should know.
+    pub warnings: Vec<String>,
 }
 
 const HEADER: &str = "\
@@ -21,18 +24,56 @@ const HEADER: &str = "\
 
 ";
 
-/// Writes both files. The same arguments give the same bytes.
-pub fn emit(artifacts: &[Artifact], page_size: usize) -> Generated {
+/// What is written.
+#[derive(Clone, Copy, Debug)]
+pub struct Contents<'a> {
+    pub artifacts: &'a [Artifact],
+    pub plan: &'a Plan,
+    /// Token slots of a KV page.
+    pub page_size: usize,
+    /// Whether kernels are among them that serve nothing, for the tuner.
+    pub is_tuner: bool,
+}
+
+/// Writes both files. The same contents give the same bytes.
+pub fn emit(contents: &Contents<'_>) -> Generated {
+    let Contents { artifacts, plan, page_size, is_tuner } = *contents;
+    let servings = &plan.servings;
     let mut kernels_rs = String::from(HEADER);
     kernels_rs.push_str("/// Token slots of a KV page.\n");
     kernels_rs.push_str(&format!("pub(crate) const PAGE_SIZE: usize = {page_size};\n\n"));
+    kernels_rs.push_str("/// Whether this build also has kernels that serve nothing.\n");
+    kernels_rs.push_str(&format!("pub(crate) const IS_TUNER: bool = {is_tuner};\n\n"));
+    kernels_rs.push_str("/// What of the lock decided about the servings.\n");
+    let lock = if plan.lock.problems.is_empty() { String::new() } else { plan.lock.print() };
+    kernels_rs.push_str(&format!("pub(crate) const LOCK: &str = {lock:?};\n\n"));
     kernels_rs.push_str("::bespoke_macros::kernels! {\n");
     for artifact in artifacts {
         kernels_rs.push_str(&artifact.source.declaration(&artifact.hash));
     }
+    for serving in servings {
+        kernels_rs.push_str(&declaration(serving));
+    }
     kernels_rs.push_str("}\n");
+    let row = |artifact| row(artifact, servings);
     let kernels_json = json_text(artifacts.iter().map(row).collect());
-    Generated { kernels_rs, kernels_json }
+    Generated { kernels_rs, kernels_json, warnings: plan.warnings.clone() }
+}
+
+/// A serving's declaration for `kernels!`.
+fn declaration(serving: &Serving) -> String {
+    let mut text = String::from("    serving {\n");
+    if let Some(device) = &serving.device {
+        text.push_str(&format!("        device: {device:?},\n"));
+    }
+    text.push_str("        intervals: [\n");
+    for Interval { rows_max, variant, provenance } in &serving.intervals {
+        let rows = if *rows_max == usize::MAX { "_".to_string() } else { rows_max.to_string() };
+        let symbol = variant.symbol();
+        text.push_str(&format!("            {rows} => {symbol} as {provenance:?},\n"));
+    }
+    text.push_str("        ],\n    }\n");
+    text
 }
 
 /// `kernels.json` of these rows.
@@ -40,7 +81,7 @@ pub fn json_text(rows: Vec<Value>) -> String {
     format!("{:#}\n", Value::Array(rows))
 }
 
-fn row(artifact: &Artifact) -> Value {
+fn row(artifact: &Artifact, servings: &[Serving]) -> Value {
     let variant = &artifact.source.variant;
     let sizes: Map<String, Value> =
         variant.spec.sizes().into_iter().map(|(name, size)| (name.into(), size.into())).collect();
@@ -55,7 +96,28 @@ fn row(artifact: &Artifact) -> Value {
         "config": { "rows": variant.config.rows, "cols": variant.config.cols },
         "scratch_bytes": variant.scratch_bytes(),
         "reduction_class": variant.reduction_class(),
-        "provenance": variant.provenance(),
+        "serves": serves(artifact, servings),
         "source_hash": artifact.hash,
     })
+}
+
+/// The row counts that a kernel serves, on which devices, and why.
+fn serves(artifact: &Artifact, servings: &[Serving]) -> Vec<Value> {
+    let variant = &artifact.source.variant;
+    let mut rows = Vec::new();
+    for serving in servings {
+        let mut rows_min = 1;
+        for interval in &serving.intervals {
+            if interval.variant == *variant {
+                rows.push(json!({
+                    "device": serving.device,
+                    "rows_min": rows_min,
+                    "rows_max": (interval.rows_max != usize::MAX).then_some(interval.rows_max),
+                    "provenance": interval.provenance.name(),
+                }));
+            }
+            rows_min = interval.rows_max.saturating_add(1);
+        }
+    }
+    rows
 }

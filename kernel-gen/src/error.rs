@@ -22,6 +22,12 @@ pub enum Error {
     Toolkit { message: String },
     /// A kernel that the CUDA compiler refuses, or whose machine code is not as it has to be.
     Compile { symbol: String, message: String },
+    /// A measurement that cannot be written down, or records from which nothing can be chosen.
+    Record { message: String },
+    /// `kernels.lock` cannot be followed: why, and what to do.
+    Lock { message: String },
+    /// A trace of row counts that cannot be read.
+    Trace { message: String },
 }
 
 impl fmt::Display for Error {
@@ -38,10 +44,13 @@ impl fmt::Display for Error {
                 write!(f, "BESPOKE_PAGE_SIZE is {value:?}; choose 16, 32 or 64, or leave it unset")
             }
             Error::Infeasible { symbol, reason } => write!(f, "{symbol}: {reason}"),
+            Error::Trace { message } => write!(f, "trace: {message}"),
             Error::Io { path, source } => write!(f, "{path}: {source}"),
             Error::Source { position, message } => write!(f, "{position}: {message}"),
             Error::Toolkit { message } => f.write_str(message),
             Error::Compile { symbol, message } => write!(f, "{symbol}: {message}"),
+            Error::Record { message } => write!(f, "records: {message}"),
+            Error::Lock { message } => write!(f, "kernels.lock: {message}"),
         }
     }
 }

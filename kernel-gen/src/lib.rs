@@ -11,10 +11,10 @@
 //! use bespoke_kernel_gen::{plan, presets, spec::KernelSpec, target::Target};
 //!
 //! let shape = presets::shape("smollm2-135m-awq", &[])?;
-//! let variants = plan::plan(&[shape], &[Target::Avx512])?;
+//! let plan = plan::plan(&[shape], &[Target::Avx512], &plan::PlanOptions::default())?;
 //! let quantize = KernelSpec::Quantize { k: 576, group: 64 };
-//! assert!(variants.iter().any(|variant| variant.spec == quantize));
-//! assert_eq!(variants[0].symbol(), "embed_h576_f16__avx512");
+//! assert!(plan.variants.iter().any(|variant| variant.spec == quantize));
+//! assert_eq!(plan.variants[0].symbol(), "embed_h576_f16__avx512");
 //! # Ok::<(), bespoke_kernel_gen::Error>(())
 //! ```
 
@@ -35,6 +35,7 @@ pub mod render;
 pub mod spec;
 pub mod target;
 pub mod templates;
+pub mod tuning;
 
 pub use error::Error;
 
@@ -43,11 +44,13 @@ pub use error::Error;
 pub fn generate(
     shapes: &[spec::ModelShape],
     targets: &[target::Target],
+    options: &plan::PlanOptions<'_>,
 ) -> Result<emit::Generated, Error> {
     let page_size = shapes.first().map_or(spec::PAGE_SIZE, |shape| shape.page_size);
     assert!(shapes.iter().all(|shape| shape.page_size == page_size), "one page size a build");
-    let variants = plan::plan(shapes, targets)?;
-    let sources = variants.iter().map(render::render).collect();
+    let plan = plan::plan(shapes, targets, options)?;
+    let sources = plan.variants.iter().map(render::render).collect();
     let artifacts = compile::compile(sources)?;
-    Ok(emit::emit(&artifacts, page_size))
+    let is_tuner = options.tuner.is_some();
+    Ok(emit::emit(&emit::Contents { artifacts: &artifacts, plan: &plan, page_size, is_tuner }))
 }

@@ -9,8 +9,10 @@ use bespoke_kernel_gen::cuda::compile::{self, Compiler};
 use bespoke_kernel_gen::cuda::jobs::Jobs;
 use bespoke_kernel_gen::cuda::toolkit::{Environment, Toolkit};
 use bespoke_kernel_gen::cuda::{self, Arch, Variant, commands};
+use bespoke_kernel_gen::plan::{Plan, PlanOptions};
 use bespoke_kernel_gen::spec::ModelShape;
 use bespoke_kernel_gen::target::Target;
+use bespoke_kernel_gen::tuning::commands as tuning;
 use bespoke_kernel_gen::{Error, cargo, generate, plan, presets, render};
 
 const USAGE: &str = "\
@@ -20,6 +22,19 @@ kernel-gen source SYMBOL                         the source of a CUDA kernel
 kernel-gen build  [MODEL…] [--target T] -o DIR   writes kernels.rs and kernels.json, for CUDA
                   [--jobs N]                     targets machine code (*.cubin) and kernels.json
 kernel-gen check  [MODEL…] [--target T]          generates twice and compares; nothing is written
+kernel-gen check  --measured [MODEL…]            what serves each layer by kernels.lock; fails where
+                  [--lock FILE] [--target T]     it was not measured on the device (this one, or
+                  [--device KEY]                 that of KEY), but for the specs or ops that are
+                  [--allow SPEC]                 allowed
+                  [--activations float|int8] [--kv f32|f16|int8|int4]
+kernel-gen select [MODEL…] [-o kernels.lock]     chooses kernels from the records of `bespoke tune`,
+                  [--records DIR]                those in tuning/records, for the specs of the
+                  [--from-trace FILE]            models, else for all; weighs row counts by traces
+                  [--max-kernel-bytes N]         of engines; limits the bytes of all kernels beside
+                  [--variants N]                 the defaults, and the kernels of each spec (4)
+                  [--profile invariant|free]
+kernel-gen explain SPEC [--rows N]               all measured times, what was chosen, and why
+                  [--records DIR]
 kernel-gen toolkit [--python PYTHON]             installs the CUDA compiler with pip
 kernel-gen sass   [MODEL…] [--target T]          instructions of CUDA kernels and of their loops
 kernel-gen sass   --check FILE | --write FILE    those of some kernels, compared or written
@@ -56,8 +71,12 @@ fn main() -> ExitCode {
         println!("{USAGE}");
         return ExitCode::SUCCESS;
     }
-    match parse_arguments(command, rest) {
-        Ok(arguments) => match run(command, &arguments) {
+    let result = match tuning::is_command(command, rest) {
+        true => tuning::parse(command, rest).map(|arguments| tuning::run(command, &arguments)),
+        false => parse_arguments(command, rest).map(|arguments| run(command, &arguments)),
+    };
+    match result {
+        Ok(result) => match result {
             Ok(text) => {
                 print!("{text}");
                 ExitCode::SUCCESS
@@ -181,9 +200,13 @@ fn shapes(models: &[String]) -> Result<Vec<ModelShape>, Error> {
     models.iter().map(|model| presets::shape(model, &[PathBuf::new()])).collect()
 }
 
+fn cpu_plan(shapes: &[ModelShape], arguments: &Arguments) -> Result<Plan, Error> {
+    plan::plan(shapes, &arguments.targets, &PlanOptions::default())
+}
+
 fn run_plan(arguments: &Arguments) -> Result<String, Error> {
     let shapes = shapes(&arguments.models)?;
-    let cpu = plan::print(&plan::plan(&shapes, &arguments.targets)?);
+    let cpu = plan::print(&cpu_plan(&shapes, arguments)?.variants);
     Ok(cpu + &cuda::plan::print(&cuda::plan::plan(&shapes, &arguments.archs)?))
 }
 
@@ -193,13 +216,14 @@ fn run_render(arguments: &Arguments) -> Result<String, Error> {
         let source = render::render(variant);
         format!("{} = {}\n", source.symbol, source.instantiation())
     };
-    let cpu: String = plan::plan(&shapes, &arguments.targets)?.iter().map(line).collect();
+    let cpu: String = cpu_plan(&shapes, arguments)?.variants.iter().map(line).collect();
     Ok(cpu + &commands::render(&cuda::plan::plan(&shapes, &arguments.archs)?)?)
 }
 
 fn run_build(arguments: &Arguments) -> Result<String, Error> {
     let folder = arguments.out.as_deref().unwrap_or(Path::new("."));
-    let generated = generate(&shapes(&arguments.models)?, &arguments.targets)?;
+    let shapes = shapes(&arguments.models)?;
+    let generated = generate(&shapes, &arguments.targets, &PlanOptions::default())?;
     let mut report = String::new();
     for (name, text) in
         [("kernels.rs", &generated.kernels_rs), ("kernels.json", &generated.kernels_json)]
@@ -284,13 +308,13 @@ fn run_check(arguments: &Arguments) -> Result<String, Error> {
     }
     let mut report = String::new();
     for (name, shapes) in sets {
-        let first = generate(&shapes, &arguments.targets)?;
+        let generated = || generate(&shapes, &arguments.targets, &PlanOptions::default());
         let cuda = || commands::render(&cuda::plan::plan(&shapes, &arguments.archs)?);
-        if generate(&shapes, &arguments.targets)? != first || cuda()? != cuda()? {
+        if generated()? != generated()? || cuda()? != cuda()? {
             let message = "two runs generated different text".to_string();
             return Err(Error::Model { name, message });
         }
-        let num_kernels = plan::plan(&shapes, &arguments.targets)?.len()
+        let num_kernels = cpu_plan(&shapes, arguments)?.variants.len()
             + cuda::plan::plan(&shapes, &arguments.archs)?.len();
         report.push_str(&format!("{name}: {num_kernels} kernels\n"));
     }

@@ -3,10 +3,11 @@
 //! ```text
 //! awq_gemm_n960_k576_g64_int8_few__avx512
 //! op       sizes, formats      regime target     (Any has no regime; a configuration other than
-//! awq_gemm_n960_k576_g64_int8_few_r4_c2__avx512   the default is written out)
+//! awq_gemm_n960_k576_g64_int8_few_r8_c4_t2_u1_h1__avx512   the default is written out, but for
+//!                                                          fields that are 0)
 //! ```
 
-use crate::config::KernelConfig;
+use crate::config::{FIELDS, KernelConfig};
 use crate::cuda::{KvType, RowType};
 use crate::plan::KernelVariant;
 use crate::spec::{ActivationType, DType, GroupSize, KernelSpec, KvDType, RowFormat, RowRegime};
@@ -21,7 +22,9 @@ pub fn symbol(variant: &KernelVariant) -> String {
         name.push_str(regime.name());
     }
     if *config != KernelConfig::default_for(spec, *regime, *target) {
-        name.push_str(&format!("_r{}_c{}", config.rows, config.cols));
+        for (field, value) in config.fields() {
+            name.push_str(&format!("_{field}{value}"));
+        }
     }
     format!("{name}__{}", target.name())
 }
@@ -33,7 +36,8 @@ fn rows_name(out: RowFormat) -> String {
     }
 }
 
-fn spec_name(spec: &KernelSpec) -> String {
+/// The name of a spec, with which its symbols begin: `awq_gemm_n960_k576_g64_int8`.
+pub fn spec_name(spec: &KernelSpec) -> String {
     let op = spec.op();
     match *spec {
         KernelSpec::Embed { hidden, dtype } => format!("{op}_h{hidden}_{}", dtype.name()),
@@ -165,22 +169,35 @@ const OPS: [&str; 9] = [
 pub fn parse(text: &str) -> Option<KernelVariant> {
     let (name, target) = text.rsplit_once("__")?;
     let target = Target::from_name(target)?;
-    let op = OPS
-        .into_iter()
-        .find(|op| name.strip_prefix(op).is_some_and(|rest| rest.starts_with('_')))?;
-    let mut words = Words::new(&name[op.len() + 1..]);
-    let spec = parse_spec(op, &mut words)?;
+    let (op, mut words) = read_op(name)?;
+    let spec = read_spec(op, &mut words)?;
     let regime = words.regime();
-    let config = match words.size_if("r") {
-        Some(rows) => KernelConfig { rows, cols: words.size("c")? },
-        None => KernelConfig::default_for(&spec, regime, target),
+    let config = if words.is_empty() {
+        KernelConfig::default_for(&spec, regime, target)
+    } else {
+        KernelConfig::from_values(FIELDS.map(|field| words.size_if(field).unwrap_or(0)))
     };
     let variant = KernelVariant { spec, regime, target, config };
     // NOTE: leftover words, leading zeros and the like do not survive the way back.
     (words.is_empty() && symbol(&variant) == text).then_some(variant)
 }
 
-fn parse_spec(op: &str, words: &mut Words<'_>) -> Option<KernelSpec> {
+/// The spec that `text` names; `None` for anything [`spec_name`] does not write.
+pub fn parse_spec(text: &str) -> Option<KernelSpec> {
+    let (op, mut words) = read_op(text)?;
+    let spec = read_spec(op, &mut words)?;
+    (words.is_empty() && spec_name(&spec) == text).then_some(spec)
+}
+
+/// The op that a name begins with, and the words behind it.
+fn read_op(name: &str) -> Option<(&'static str, Words<'_>)> {
+    let op = OPS
+        .into_iter()
+        .find(|op| name.strip_prefix(op).is_some_and(|rest| rest.starts_with('_')))?;
+    Some((op, Words::new(&name[op.len() + 1..])))
+}
+
+fn read_spec(op: &str, words: &mut Words<'_>) -> Option<KernelSpec> {
     // NOTE: fields are evaluated in the order they are written, the order of the words.
     Some(match op {
         "embed" => KernelSpec::Embed { hidden: words.size("h")?, dtype: words.dtype()? },
@@ -217,4 +234,44 @@ fn parse_spec(op: &str, words: &mut Words<'_>) -> Option<KernelSpec> {
         "quantize" => KernelSpec::Quantize { k: words.size("k")?, group: words.size("g")? },
         _ => KernelSpec::Sample { vocab: words.size("v")? },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn specs_read_back() {
+        for text in [
+            "awq_gemm_n960_k576_g64_int8",
+            "awq_gemm_n960_k576_gchannel_float",
+            "gemm_n49152_k576_i8",
+            "rope_h9_v3_d64_r64_p32_int8_qknorm",
+            "paged_attention_h9_v3_d64_w0_p32_f16",
+            "rms_norm_h576_int8_g64",
+        ] {
+            let spec = parse_spec(text).unwrap_or_else(|| panic!("{text}"));
+            assert_eq!(spec_name(&spec), text);
+        }
+        for text in ["awq_gemm_n960_k576_g64", "gemm_n0960_k576_i8", "gemm_n1_k1_i8_few", "", "_"] {
+            assert_eq!(parse_spec(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn configurations_are_written_out() {
+        let text = "awq_gemm_n960_k576_g64_int8_few_r8_c4_t2_u1_h1__avx512";
+        let variant = parse(text).expect("a symbol");
+        let KernelConfig { rows, cols, tiles, unroll, prefetch, split, halves } = variant.config;
+        assert_eq!((rows, cols, tiles, unroll), (8, 4, 2, 1));
+        assert_eq!((prefetch, split, halves), (0, 0, 1));
+        assert_eq!(variant.symbol(), text);
+        for text in [
+            "awq_gemm_n960_k576_g64_int8_few_c4_r8__avx512",
+            "awq_gemm_n960_k576_g64_int8_few_r8_c4_t2_u0__avx512",
+            "awq_gemm_n960_k576_g64_int8_few_r8_c4_t2_x1__avx512",
+        ] {
+            assert_eq!(parse(text), None, "{text}");
+        }
+    }
 }

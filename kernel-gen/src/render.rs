@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::config::KernelConfig;
 use crate::plan::KernelVariant;
 use crate::spec::{
     ActivationType, DType, GroupSize, KernelSpec, KvDType, RowFormat, RowRegime, activation_group,
@@ -71,7 +72,6 @@ impl Source {
                  cols: {cols},\n        \
                  scratch_bytes: {scratch},\n        \
                  reduction_class: \"{class}\",\n        \
-                 provenance: \"{provenance}\",\n        \
                  source_hash: \"{source_hash}\",\n    \
              }}\n",
             symbol = self.symbol,
@@ -81,7 +81,6 @@ impl Source {
             cols = config.cols,
             scratch = self.variant.scratch_bytes(),
             class = self.variant.reduction_class(),
-            provenance = self.variant.provenance(),
         )
     }
 }
@@ -155,7 +154,16 @@ fn rows_group(out: RowFormat) -> Argument {
 }
 
 fn arguments_of(variant: &KernelVariant) -> Vec<Argument> {
-    let config = [size("COLS", variant.config.cols), size("ROWS", variant.config.rows)];
+    let KernelConfig { rows, cols, tiles, unroll, prefetch, split, halves } = variant.config;
+    let config = [
+        size("COLS", cols),
+        size("ROWS", rows),
+        size("TILES", tiles),
+        size("UNROLL", unroll),
+        size("PREFETCH", prefetch),
+        size("SPLIT", split),
+        size("HALVES", halves),
+    ];
     let int8_matmul = |n, k, group| {
         // NOTE: is_feasible has seen that there is a group.
         let group = activation_group(k, group).unwrap_or(0);

@@ -87,6 +87,17 @@ pub enum LinearRole {
 impl LinearRole {
     pub const ALL: [LinearRole; 5] =
         [LinearRole::Qkv, LinearRole::O, LinearRole::GateUp, LinearRole::Down, LinearRole::Head];
+
+    /// Name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            LinearRole::Qkv => "qkv",
+            LinearRole::O => "o",
+            LinearRole::GateUp => "gate_up",
+            LinearRole::Down => "down",
+            LinearRole::Head => "head",
+        }
+    }
 }
 
 /// Sizes and format of one linear: `[rows, k] × [n, k]ᵀ → [rows, n]`.
@@ -504,7 +515,7 @@ impl ModelShape {
 
     /// The op that makes the rows which the linear `role` reads. Attention's are always float32,
     /// and another op makes them int8.
-    fn input_kernel(&self, role: LinearRole, out: RowFormat) -> Option<KernelSpec> {
+    pub(crate) fn input_kernel(&self, role: LinearRole, out: RowFormat) -> Option<KernelSpec> {
         match (role, out) {
             (LinearRole::Qkv | LinearRole::GateUp | LinearRole::Head, out) => {
                 Some(KernelSpec::RmsNorm { hidden: self.hidden_size, out })

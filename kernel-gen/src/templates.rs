@@ -1,5 +1,11 @@
 //! The text of the CPU templates, from which kernels take their bodies and their hashes.
 
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use std::sync::LazyLock;
+
+use proc_macro2::{Delimiter, Spacing, TokenStream, TokenTree};
+
 use crate::spec::KernelSpec;
 use crate::target::Target;
 
@@ -9,6 +15,95 @@ pub struct Template {
     /// Path in the repository.
     pub path: &'static str,
     pub text: &'static str,
+}
+
+impl Template {
+    /// The file's code alone, as [`code_of`] writes it.
+    pub fn code(&self) -> &'static str {
+        static CODES: LazyLock<BTreeMap<&str, String>> = LazyLock::new(|| {
+            ALL.iter().map(|(_, template)| (template.path, code_of(template.text))).collect()
+        });
+        CODES.get(self.path).map_or(self.text, String::as_str)
+    }
+}
+
+/// The tokens of a source text without comments, documentation and layout. What are no tokens
+/// stays as it is, for `compile` to report.
+pub fn code_of(text: &str) -> String {
+    match TokenStream::from_str(text) {
+        Ok(tokens) => {
+            let mut code = String::with_capacity(text.len());
+            write_tokens(tokens, Delimiter::None, &mut code);
+            code
+        }
+        Err(_) => text.to_string(),
+    }
+}
+
+fn write_tokens(tokens: TokenStream, within: Delimiter, code: &mut String) {
+    let mut tokens: Vec<TokenTree> = tokens.into_iter().collect();
+    let is_comma = |token: &TokenTree| matches!(token, TokenTree::Punct(p) if p.as_char() == ',');
+    // NOTE: a list over several lines ends with a comma that it lacks on one; `(a,)` is a tuple,
+    // and `(a)` none.
+    let num_commas = tokens.iter().filter(|token| is_comma(token)).count();
+    let is_list = within != Delimiter::Parenthesis || num_commas > 1;
+    if is_list && tokens.last().is_some_and(is_comma) {
+        tokens.pop();
+    }
+    let mut idx = 0;
+    while idx < tokens.len() {
+        let len = doc_len(&tokens[idx..]);
+        if len > 0 {
+            idx += len;
+            continue;
+        }
+        write_token(&tokens[idx], code);
+        idx += 1;
+    }
+}
+
+fn write_token(token: &TokenTree, code: &mut String) {
+    match token {
+        TokenTree::Group(group) => {
+            let (open, close) = match group.delimiter() {
+                Delimiter::Parenthesis => ("( ", ") "),
+                Delimiter::Brace => ("{ ", "} "),
+                Delimiter::Bracket => ("[ ", "] "),
+                Delimiter::None => ("", ""),
+            };
+            code.push_str(open);
+            write_tokens(group.stream(), group.delimiter(), code);
+            code.push_str(close);
+        }
+        TokenTree::Punct(punct) => {
+            code.push(punct.as_char());
+            if punct.spacing() == Spacing::Alone {
+                code.push(' ');
+            }
+        }
+        other => {
+            code.push_str(&other.to_string());
+            code.push(' ');
+        }
+    }
+}
+
+/// How many of the first tokens are one attribute of documentation.
+fn doc_len(tokens: &[TokenTree]) -> usize {
+    let is = |token: Option<&TokenTree>, char| match token {
+        Some(TokenTree::Punct(punct)) => punct.as_char() == char,
+        _ => false,
+    };
+    if !is(tokens.first(), '#') {
+        return 0;
+    }
+    let len = if is(tokens.get(1), '!') { 3 } else { 2 };
+    let Some(TokenTree::Group(group)) = tokens.get(len - 1) else { return 0 };
+    let first = group.stream().into_iter().next();
+    match (group.delimiter(), first) {
+        (Delimiter::Bracket, Some(TokenTree::Ident(name))) if name == "doc" => len,
+        _ => 0,
+    }
 }
 
 macro_rules! template {
@@ -75,9 +170,9 @@ pub fn used(spec: &KernelSpec, target: Target) -> Vec<Template> {
     let mut files = vec![body(spec), vectors];
     let mut next = 0;
     while next < files.len() {
-        let text = files[next].text;
+        let code = files[next].code();
         for (module, template) in ALL {
-            let uses = |separator| text.contains(&format!("super::{module}{separator}"));
+            let uses = |separator| code.contains(&format!("super :: {module} {separator}"));
             if !files.contains(&template) && (uses("::") || uses(";")) {
                 files.push(template);
             }
@@ -106,6 +201,41 @@ mod tests {
         let quantize = KernelSpec::Quantize { k: 512, group: 64 };
         let x86 = ["quantize/quantize.rs", "common/simd_x86.rs", "common/simd.rs"];
         assert_eq!(paths(&quantize, Target::Avx512), x86.map(|path| format!("templates/{path}")));
+    }
+
+    /// Comments and layout are no code; everything else is.
+    #[test]
+    fn code_is_what_is_compiled() {
+        let text = "//! A file.\n\n/// Adds.\n#[inline]\npub fn add(a: &[u8], b: u8) -> u8 {\n    \
+                    a[0] + b\n}\nuse super::simd::Simd;\n";
+        let code = code_of(text);
+        let same = [
+            text.replace("//! A file.", "//! Another.\n//! Long."),
+            text.replace("/// Adds.", "/** Sums\n up. */"),
+            text.replace("/// Adds.\n", "#[doc = \"Adds.\"]\n"),
+            text.replace("a[0] + b", "a[0] // The first.\n        + /* and */ b"),
+            text.replace("(a: &[u8], b: u8)", "(\n    a: &[u8],\n    b: u8,\n)"),
+            text.replace('\n', "\n\n"),
+        ];
+        for other in same {
+            assert_eq!(code_of(&other), code, "{other}");
+        }
+        let different = [
+            text.replace("a[0] + b", "a[0] - b"),
+            text.replace("a[0] + b", "a[1] + b"),
+            text.replace("a[0] + b", "(a[0], b,)"),
+            text.replace("#[inline]", "#[inline(always)]"),
+            text.replace("#[inline]\n", ""),
+            text.replace("b: u8", "b: i8"),
+            text.replace("&[u8]", "&&[u8]"),
+        ];
+        for other in different {
+            assert_ne!(other, text);
+            assert_ne!(code_of(&other), code, "{other}");
+        }
+        assert_ne!(code_of("(a,)"), code_of("(a)"));
+        assert_ne!(code_of("a >> b"), code_of("a > > b"));
+        assert_eq!(code_of("no \"tokens"), "no \"tokens");
     }
 
     /// `used` reads single imports; a braced one from `super` itself would escape it.

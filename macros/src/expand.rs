@@ -5,15 +5,20 @@ use quote::{format_ident, quote, quote_spanned};
 use syn::{Ident, LitInt};
 
 use crate::model::{Kernel, Kind, Value, argument};
+use crate::serving::{Interval, Serving};
 
-pub(crate) fn expand(kernels: &[Kernel]) -> TokenStream {
+pub(crate) fn expand(kernels: &[Kernel], servings: &[Serving<'_>]) -> TokenStream {
     let functions = kernels.iter().map(expand_function);
     let rows = kernels.iter().map(expand_row);
+    let servings = servings.iter().map(expand_serving);
     quote! {
         #(#functions)*
 
         /// Every kernel of this build, sorted by op and sizes.
         pub static KERNELS: &[::bespoke::kernels::Kernel] = &[#(#rows),*];
+
+        /// Which kernel serves which rows.
+        pub static SERVINGS: &[::bespoke::kernels::Serving] = &[#(#servings),*];
     }
 }
 
@@ -71,29 +76,69 @@ fn generic((parameter, value): (&&str, &Value)) -> TokenStream {
 
 fn expand_row(kernel: &Kernel) -> TokenStream {
     let Kernel { symbol, op, regime, target, rows, cols, scratch_bytes, .. } = kernel;
-    let Kernel { reduction_class, provenance, source_hash, .. } = kernel;
+    let Kernel { reduction_class, source_hash, .. } = kernel;
     let condition = condition(kernel);
     let name = symbol.to_string();
     let op_ident = format_ident!("{}", op.spec);
-    let fields = op.fields.iter().zip(&kernel.fields).map(|(field, value)| {
-        let name = format_ident!("{}", field.name);
-        let value = field_value(field.kind, value);
-        quote! { #name: #value }
-    });
+    let spec = spec(kernel);
     quote! {
         #condition
         ::bespoke::kernels::Kernel {
             symbol: #name,
-            spec: ::bespoke::kernel_gen::spec::KernelSpec::#op_ident { #(#fields),* },
+            spec: #spec,
             regime: ::bespoke::kernel_gen::spec::RowRegime::#regime,
             target: ::bespoke::kernel_gen::target::Target::#target,
             rows: #rows,
             cols: #cols,
             scratch_bytes: #scratch_bytes,
             reduction_class: #reduction_class,
-            provenance: #provenance,
             source_hash: #source_hash,
             run: ::bespoke::kernels::KernelFn::#op_ident(#symbol),
+        }
+    }
+}
+
+/// The kernel's spec as an expression.
+fn spec(kernel: &Kernel) -> TokenStream {
+    let op = format_ident!("{}", kernel.op.spec);
+    let fields = kernel.op.fields.iter().zip(&kernel.fields).map(|(field, value)| {
+        let name = format_ident!("{}", field.name);
+        let value = field_value(field.kind, value);
+        quote! { #name: #value }
+    });
+    quote! { ::bespoke::kernel_gen::spec::KernelSpec::#op { #(#fields),* } }
+}
+
+/// Kernels are named, not pointed to, so that a table with others in their places serves those.
+fn expand_serving(serving: &Serving<'_>) -> TokenStream {
+    // A serving has at least one interval.
+    let first = serving.intervals[0].kernel;
+    let (condition, spec, target) = (condition(first), spec(first), &first.target);
+    let device = match &serving.device {
+        Some(device) => quote! { ::core::option::Option::Some(#device) },
+        None => quote! { ::core::option::Option::None },
+    };
+    let intervals = serving.intervals.iter().map(|Interval { rows_max, kernel, provenance }| {
+        let rows_max = match rows_max {
+            Some(rows) => quote! { #rows },
+            None => quote! { usize::MAX },
+        };
+        let symbol = kernel.symbol.to_string();
+        quote! {
+            ::bespoke::kernels::Interval {
+                rows_max: #rows_max,
+                symbol: #symbol,
+                provenance: ::bespoke::kernel_gen::plan::Provenance::#provenance,
+            }
+        }
+    });
+    quote! {
+        #condition
+        ::bespoke::kernels::Serving {
+            spec: #spec,
+            target: ::bespoke::kernel_gen::target::Target::#target,
+            device: #device,
+            intervals: &[#(#intervals),*],
         }
     }
 }

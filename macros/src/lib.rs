@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! kernel gemm_n960_k576_bf16_few__avx512 {
-//!     run: gemm::few<S = Avx512, E = BF16, N = 960, K = 576, COLS = 4, ROWS = 8>,
+//!     run: gemm::few<S = Avx512, E = BF16, N = 960, K = 576, COLS = 4, ROWS = 8,
+//!         TILES = 4, UNROLL = 0, PREFETCH = 1024, SPLIT = 0, HALVES = 0>,
 //!     spec: Gemm { n: 960, k: 576, weight: BF16 },
 //!     regime: Few,
 //!     target: Avx512,
@@ -14,19 +15,27 @@
 //!     cols: 4,
 //!     scratch_bytes: 0,
 //!     reduction_class: "gemm_float.avx512",
-//!     provenance: "default",
 //!     source_hash: "…",
 //! }
+//! serving {
+//!     device: "avx512-…",
+//!     intervals: [1 => <symbol> as Default, 8 => <symbol> as Measured, _ => <symbol> as Default],
+//! }
 //! ```
+//!
+//! A serving says which kernels serve which row counts, up to a limit and above the one before; it
+//! becomes a row of the table `SERVINGS`. Without a `device` it is for any.
 
 mod error;
 mod expand;
 mod model;
 mod parse;
+mod serving;
 #[cfg(test)]
 mod tests;
 
-/// Declares kernels and `pub static KERNELS: &[bespoke::kernels::Kernel]`.
+/// Declares kernels, `pub static KERNELS: &[bespoke::kernels::Kernel]` and
+/// `pub static SERVINGS: &[bespoke::kernels::Serving]`.
 ///
 /// What a declaration says twice, in `run` for the template and in `spec` for the engine, must
 /// agree: names are compared here, sizes by constant assertions, so that a wrong table does not
@@ -38,9 +47,19 @@ pub fn kernels(input: proc_macro::TokenStream) -> proc_macro::TokenStream {
 
 fn kernels_tokens(input: proc_macro2::TokenStream) -> proc_macro2::TokenStream {
     let mut errors = error::Errors::default();
-    let declarations = parse::parse(input, &mut errors);
-    let kernels = model::check(declarations, &mut errors);
-    let mut tokens = expand::expand(&kernels);
+    let mut tokens = expand_all(input, &mut errors);
     tokens.extend(errors.into_compile_errors());
     tokens
+}
+
+/// What is right of the input, expanded; the rest is reported.
+fn expand_all(
+    input: proc_macro2::TokenStream,
+    errors: &mut error::Errors,
+) -> proc_macro2::TokenStream {
+    let parse::Declarations { kernels, servings } = parse::parse(input, errors);
+    let symbols: Vec<syn::Ident> = kernels.iter().map(|kernel| kernel.symbol.clone()).collect();
+    let kernels = model::check(kernels, errors);
+    let servings = serving::check(servings, &symbols, &kernels, errors);
+    expand::expand(&kernels, &servings)
 }

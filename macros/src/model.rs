@@ -62,7 +62,6 @@ pub(crate) struct Kernel {
     pub(crate) cols: LitInt,
     pub(crate) scratch_bytes: LitInt,
     pub(crate) reduction_class: LitStr,
-    pub(crate) provenance: LitStr,
     pub(crate) source_hash: LitStr,
 }
 
@@ -103,6 +102,15 @@ macro_rules! fields {
     (@parameter) => { None };
 }
 
+/// Entries of a matmul: sizes, and behind them the fields of a configuration.
+macro_rules! matmul_entries {
+    ($($regime:ident $name:ident<$($parameter:ident),*>),*) => {
+        entries!($($regime $name<
+            $($parameter,)* COLS, ROWS, TILES, UNROLL, PREFETCH, SPLIT, HALVES
+        >),*)
+    };
+}
+
 macro_rules! entries {
     ($($regime:ident $name:ident<$($parameter:ident),*>),*) => {
         &[$(Entry {
@@ -132,13 +140,13 @@ pub(crate) const OPS: &[Op] = &[
         name: "gemm",
         spec: "Gemm",
         args: "GemmArgs",
-        entries: entries!(
-            One one<S, E, N, K, COLS, ROWS>,
-            Few few<S, E, N, K, COLS, ROWS>,
-            Many many<S, E, N, K, COLS, ROWS>,
-            One int8_one<S, N, K, GROUP, COLS, ROWS>,
-            Few int8_few<S, N, K, GROUP, COLS, ROWS>,
-            Many int8_many<S, N, K, GROUP, COLS, ROWS>
+        entries: matmul_entries!(
+            One one<S, E, N, K>,
+            Few few<S, E, N, K>,
+            Many many<S, E, N, K>,
+            One int8_one<S, N, K, GROUP>,
+            Few int8_few<S, N, K, GROUP>,
+            Many int8_many<S, N, K, GROUP>
         ),
         fields: fields!(n: Size = N, k: Size = K, weight: DType = E),
     },
@@ -146,13 +154,13 @@ pub(crate) const OPS: &[Op] = &[
         name: "awq_gemm",
         spec: "AwqGemm",
         args: "AwqGemmArgs",
-        entries: entries!(
-            One float_one<S, N, K, GROUP, COLS, ROWS>,
-            Few float_few<S, N, K, GROUP, COLS, ROWS>,
-            Many float_many<S, N, K, GROUP, COLS, ROWS>,
-            One int8_one<S, N, K, GROUP, COLS, ROWS>,
-            Few int8_few<S, N, K, GROUP, COLS, ROWS>,
-            Many int8_many<S, N, K, GROUP, COLS, ROWS>
+        entries: matmul_entries!(
+            One float_one<S, N, K, GROUP>,
+            Few float_few<S, N, K, GROUP>,
+            Many float_many<S, N, K, GROUP>,
+            One int8_one<S, N, K, GROUP>,
+            Few int8_few<S, N, K, GROUP>,
+            Many int8_many<S, N, K, GROUP>
         ),
         fields: fields!(
             n: Size = N, k: Size = K, group: GroupSize = GROUP, activation: ActivationType
@@ -238,7 +246,6 @@ fn check_one(declaration: Declaration, errors: &mut Errors) -> Option<Kernel> {
     let cols = required(declaration.cols, "cols", &symbol, errors);
     let scratch_bytes = required(declaration.scratch_bytes, "scratch_bytes", &symbol, errors);
     let class = required(declaration.reduction_class, "reduction_class", &symbol, errors);
-    let provenance = required(declaration.provenance, "provenance", &symbol, errors);
     let source_hash = required(declaration.source_hash, "source_hash", &symbol, errors);
     let run = run.and_then(|run| check_run(&run, errors));
     let fields = match (&run, spec) {
@@ -259,7 +266,6 @@ fn check_one(declaration: Declaration, errors: &mut Errors) -> Option<Kernel> {
         cols: cols?,
         scratch_bytes: scratch_bytes?,
         reduction_class: class?,
-        provenance: provenance?,
         source_hash: source_hash?,
     };
     check_agreement(&kernel, errors).then_some(kernel)

@@ -3,11 +3,12 @@
 use proc_macro2::TokenStream;
 
 use crate::error::Errors;
-use crate::{expand, kernels_tokens, model, parse};
+use crate::{expand_all, kernels_tokens};
 
 const GOOD: &str = r#"
 kernel awq_gemm_n960_k576_g64_int8_few__avx512 {
-    run: awq_gemm::int8_few<S = Avx512, N = 960, K = 576, GROUP = 64, COLS = 4, ROWS = 8>,
+    run: awq_gemm::int8_few<S = Avx512, N = 960, K = 576, GROUP = 64, COLS = 4, ROWS = 8,
+        TILES = 4, UNROLL = 1, PREFETCH = 2048, SPLIT = 0, HALVES = 0>,
     spec: AwqGemm { n: 960, k: 576, group: Of(64), activation: Int8 },
     regime: Few,
     target: Avx512,
@@ -16,7 +17,6 @@ kernel awq_gemm_n960_k576_g64_int8_few__avx512 {
     cols: 4,
     scratch_bytes: 0,
     reduction_class: "awq_gemm_int8.avx512",
-    provenance: "default",
     source_hash: "0123",
 }
 kernel rms_norm_h576_int8_g64__portable {
@@ -29,8 +29,30 @@ kernel rms_norm_h576_int8_g64__portable {
     cols: 0,
     scratch_bytes: 0,
     reduction_class: "rms_norm.portable",
-    provenance: "default",
     source_hash: "4567",
+}
+kernel awq_gemm_n960_k576_g64_int8_one__avx512 {
+    run: awq_gemm::int8_one<S = Avx512, N = 960, K = 576, GROUP = 64, COLS = 4, ROWS = 1,
+        TILES = 4, UNROLL = 1, PREFETCH = 2048, SPLIT = 0, HALVES = 0>,
+    spec: AwqGemm { n: 960, k: 576, group: Of(64), activation: Int8 },
+    regime: One,
+    target: Avx512,
+    features: "avx512f,avx512vnni",
+    rows: 1,
+    cols: 4,
+    scratch_bytes: 0,
+    reduction_class: "awq_gemm_int8.avx512",
+    source_hash: "89ab",
+}
+serving {
+    intervals: [_ => rms_norm_h576_int8_g64__portable as Default],
+}
+serving {
+    device: "avx512-amd-25-17",
+    intervals: [
+        1 => awq_gemm_n960_k576_g64_int8_one__avx512 as Default,
+        _ => awq_gemm_n960_k576_g64_int8_few__avx512 as Measured,
+    ],
 }
 "#;
 
@@ -41,9 +63,7 @@ fn tokens(text: &str) -> TokenStream {
 /// The errors of an input, one a line, with their places.
 fn errors(text: &str) -> String {
     let mut errors = Errors::default();
-    let declarations = parse::parse(tokens(text), &mut errors);
-    let kernels = model::check(declarations, &mut errors);
-    expand::expand(&kernels);
+    expand_all(tokens(text), &mut errors);
     errors.print()
 }
 
@@ -88,6 +108,17 @@ fn wrong_names_are_reported_at_their_place() {
         with("cols: 4", "rows: 4"),
         with("kernel rms", "kernal rms"),
         with("rms_norm_h576_int8_g64__portable", "awq_gemm_n960_k576_g64_int8_few__avx512"),
+        with("_ => rms_norm_h576", "_ => rms_norm_h577"),
+        with("as Measured", "as Guessed"),
+        with("1 => awq", "_ => awq"),
+        with("_ => awq", "2 => awq"),
+        with("1 => awq", "0 => awq"),
+        with("intervals: [_ => rms_norm_h576_int8_g64__portable as Default]", "intervals: []"),
+        with("device: \"avx512", "machine: \"avx512"),
+        with(
+            "_ => awq_gemm_n960_k576_g64_int8_few__avx512",
+            "_ => rms_norm_h576_int8_g64__portable",
+        ),
     ];
     let text: String = cases.iter().map(|case| errors(case)).collect();
     insta::assert_snapshot!(text);

@@ -18,8 +18,8 @@
 
 use super::abi::{AwqGemmArgs, Share, int8_stride};
 use super::gemm::{
-    K_BLOCK, TileRun, add_bias, float_block, for_row_blocks, for_tile_runs, split_many,
-    store_block, tile_range, tile_unit,
+    K_BLOCK, TileRun, add_bias, float_block, for_row_blocks, for_tile_runs, has_block, next_block,
+    split_many, store_block, tile_range, tile_unit,
 };
 use super::simd::{Element, F16, Simd};
 
@@ -35,6 +35,11 @@ pub unsafe fn int8_one<
     const GROUP: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &AwqGemmArgs,
     share: Share,
@@ -43,13 +48,13 @@ pub unsafe fn int8_one<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: the runs lie within the panels, the row is the only one.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
-            int8_stream::<S, N, K, GROUP, 1, C>(args, 0, run)
+        for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
+            int8_stream::<S, N, K, GROUP, UNROLL, PREFETCH, 1, C>(args, 0, run)
         });
     }
 }
 
-/// 2 to 8 int8 rows: weights are read from memory once.
+/// Some int8 rows: weights are read from memory once.
 ///
 /// # Safety
 /// As [`int8_one`].
@@ -61,6 +66,11 @@ pub unsafe fn int8_few<
     const GROUP: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &AwqGemmArgs,
     share: Share,
@@ -69,9 +79,9 @@ pub unsafe fn int8_few<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_one`; row + R never exceeds the rows.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
-            for_row_blocks!(0, args.rows, 4, |row, R| {
-                int8_stream::<S, N, K, GROUP, R, C>(args, row, run)
+        for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
+            for_row_blocks!(0, args.rows, |row, R| {
+                int8_stream::<S, N, K, GROUP, UNROLL, PREFETCH, R, C>(args, row, run)
             })
         });
     }
@@ -89,33 +99,26 @@ pub unsafe fn int8_many<
     const GROUP: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &AwqGemmArgs,
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (rows, (first, last)) = split_many::<S, N, COLS>(args.rows, share);
+    let (rows, (first, last)) = split_many::<S, N, SPLIT>(args.rows, share);
     // SAFETY: a run's weights lie within its panel; scratch holds K · COLS · LANES bytes.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
-            unpack_bytes::<S, K, GROUP, C>(args, run, share.scratch);
-            // NOTE: with two tiles, sums and accumulators of six rows stay in registers.
-            const W: usize = block_tiles(C);
-            let mut tile = 0;
-            while tile < C {
-                let part = TileRun { tile: run.tile + tile, ..run };
-                let panel = share.scratch.add(tile * K * S::LANES);
-                // NOTE: the first rows ask for the weights of the next run, which lie behind.
-                let next = run_weight::<S, K>(args.weight, run)
-                    .wrapping_add(K / 2 * (C + tile) * S::LANES);
-                for_row_blocks!(rows.0, rows.1, 6, |row, R| {
-                    if row == rows.0 {
-                        int8_block::<S, N, K, GROUP, R, W, true>(args, panel, next, row, part)
-                    } else {
-                        int8_block::<S, N, K, GROUP, R, W, false>(args, panel, next, row, part)
-                    }
-                });
-                tile += W;
+        for_tile_runs!(first, last, tiles, COLS, S::BLOCK_TILES, |run, C| {
+            if const { TILES >= 4 && C == 4 } {
+                int8_panel::<S, N, K, GROUP, ROWS, HALVES, C, C>(args, share.scratch, rows, run)
+            } else if const { TILES >= 2 && C >= 2 } {
+                int8_panel::<S, N, K, GROUP, ROWS, HALVES, C, 2>(args, share.scratch, rows, run)
+            } else {
+                int8_panel::<S, N, K, GROUP, ROWS, HALVES, C, 1>(args, share.scratch, rows, run)
             }
         });
     }
@@ -133,6 +136,11 @@ pub unsafe fn float_one<
     const GROUP: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &AwqGemmArgs,
     share: Share,
@@ -141,13 +149,13 @@ pub unsafe fn float_one<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_one`.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
-            float_stream::<S, N, K, GROUP, 1, C>(args, 0, run)
+        for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
+            float_stream::<S, N, K, GROUP, PREFETCH, 1, C>(args, 0, run)
         });
     }
 }
 
-/// 2 to 8 float rows: weights are read from memory once.
+/// Some float rows: weights are read from memory once.
 ///
 /// # Safety
 /// As [`int8_one`].
@@ -159,6 +167,11 @@ pub unsafe fn float_few<
     const GROUP: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &AwqGemmArgs,
     share: Share,
@@ -167,9 +180,9 @@ pub unsafe fn float_few<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_few`.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
-            for_row_blocks!(0, args.rows, 4, |row, R| {
-                float_stream::<S, N, K, GROUP, R, C>(args, row, run)
+        for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
+            for_row_blocks!(0, args.rows, |row, R| {
+                float_stream::<S, N, K, GROUP, PREFETCH, R, C>(args, row, run)
             })
         });
     }
@@ -187,21 +200,26 @@ pub unsafe fn float_many<
     const GROUP: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &AwqGemmArgs,
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (rows, (first, last)) = split_many::<S, N, COLS>(args.rows, share);
+    let (rows, (first, last)) = split_many::<S, N, SPLIT>(args.rows, share);
     let scratch: *mut f32 = share.scratch.cast();
     // SAFETY: a run's weights lie within its panel; scratch holds K_BLOCK · COLS · LANES floats.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
+        for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             let mut k0 = 0;
             while k0 < K {
                 let k1 = if k0 + K_BLOCK < K { k0 + K_BLOCK } else { K };
                 dequantize::<S, K, GROUP, C>(args, run, k0, k1, scratch);
-                for_row_blocks!(rows.0, rows.1, 6, |row, R| {
+                for_row_blocks!(rows.0, rows.1, |row, R| {
                     float_block::<S, N, K, R, C>(args.x.f32, scratch, row, run, k0, k1, args.out)
                 });
                 k0 = k1;
@@ -235,6 +253,8 @@ unsafe fn int8_stream<
     const N: usize,
     const K: usize,
     const GROUP: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
     const R: usize,
     const C: usize,
 >(
@@ -242,7 +262,7 @@ unsafe fn int8_stream<
     row: usize,
     run: TileRun,
 ) {
-    const { assert!(K.is_multiple_of(GROUP) && GROUP.is_multiple_of(8)) };
+    const { assert!(K.is_multiple_of(GROUP) && GROUP.is_multiple_of(8 * UNROLL)) };
     // SAFETY: the caller's rows and tiles exist.
     unsafe {
         let stride = run.panel_width * S::LANES * 4;
@@ -257,28 +277,13 @@ unsafe fn int8_stream<
             let mut high = [[S::zero_i32(); C]; R];
             let mut k = group * GROUP;
             while k < (group + 1) * GROUP {
-                let mut c = 0;
-                while c < C {
-                    let at = w.add(c * S::LANES * 4);
-                    S::prefetch(at.wrapping_add(PREFETCH_BYTES));
-                    let line = S::load_i32(at);
-                    let (u_low, u_high) = (S::low_nibbles(line), S::high_nibbles(line));
-                    let mut r = 0;
-                    while r < R {
-                        let x = x.add(r * int8_stride(K) + k).cast::<i32>();
-                        low[r][c] = S::dot_u4(low[r][c], u_low, S::splat_i32(x.read_unaligned()));
-                        let x = S::splat_i32(x.add(1).read_unaligned());
-                        if R * C <= 8 {
-                            high[r][c] = S::dot_u4(high[r][c], u_high, x);
-                        } else {
-                            low[r][c] = S::dot_u4(low[r][c], u_high, x);
-                        }
-                        r += 1;
-                    }
-                    c += 1;
+                let mut line = 0;
+                while line < UNROLL {
+                    int8_line::<S, K, PREFETCH, R, C>(&mut low, &mut high, w, x.add(k));
+                    w = w.add(stride);
+                    k += 8;
+                    line += 1;
                 }
-                w = w.add(stride);
-                k += 8;
             }
             let mut r = 0;
             while r < R {
@@ -296,8 +301,46 @@ unsafe fn int8_stream<
     }
 }
 
-/// How far ahead of the loads a stream asks for its lines.
-const PREFETCH_BYTES: usize = 2048;
+/// Eight inputs of `R` int8 rows by `C` tiles of packed nibbles at `w`.
+#[inline(always)]
+unsafe fn int8_line<
+    S: Simd,
+    const K: usize,
+    const PREFETCH: usize,
+    const R: usize,
+    const C: usize,
+>(
+    low: &mut [[S::I32; C]; R],
+    high: &mut [[S::I32; C]; R],
+    w: *const u8,
+    x: *const i8,
+) {
+    let mut c = 0;
+    while c < C {
+        // SAFETY: the caller's rows and weights exist.
+        unsafe {
+            let at = w.add(c * S::LANES * 4);
+            if PREFETCH > 0 {
+                S::prefetch(at.wrapping_add(PREFETCH));
+            }
+            let line = S::load_i32(at);
+            let (u_low, u_high) = (S::low_nibbles(line), S::high_nibbles(line));
+            let mut r = 0;
+            while r < R {
+                let x = x.add(r * int8_stride(K)).cast::<i32>();
+                low[r][c] = S::dot_u4(low[r][c], u_low, S::splat_i32(x.read_unaligned()));
+                let x = S::splat_i32(x.add(1).read_unaligned());
+                if R * C <= 8 {
+                    high[r][c] = S::dot_u4(high[r][c], u_high, x);
+                } else {
+                    low[r][c] = S::dot_u4(low[r][c], u_high, x);
+                }
+                r += 1;
+            }
+        }
+        c += 1;
+    }
+}
 
 /// Whether the sums of a group still lack their zero term.
 #[derive(Clone, Copy, PartialEq)]
@@ -341,24 +384,63 @@ unsafe fn flush<S: Simd, const K: usize, const GROUP: usize, const R: usize, con
     }
 }
 
-/// Tiles of a register block of many int8 rows, of a run of `tiles`.
-const fn block_tiles(tiles: usize) -> usize {
-    if tiles > 2 { 2 } else { tiles }
-}
-
 /// What unpacked weights are too large by: q − z + 16 is a positive byte.
 const BIAS: i32 = 16;
 
-/// Nibbles of `C` tiles as bytes q − z + [`BIAS`], `[block][k / 4][tile][lane][4]` with the tiles
-/// of a register block side by side. The zeros are subtracted here, once for all rows.
+/// The rows `rows` by `C` tiles, `W` at a time, unpacked to `scratch` before.
 #[inline(always)]
-unsafe fn unpack_bytes<S: Simd, const K: usize, const GROUP: usize, const C: usize>(
+unsafe fn int8_panel<
+    S: Simd,
+    const N: usize,
+    const K: usize,
+    const GROUP: usize,
+    const ROWS: usize,
+    const HALVES: usize,
+    const C: usize,
+    const W: usize,
+>(
+    args: &AwqGemmArgs,
+    scratch: *mut u8,
+    rows: (usize, usize),
+    run: TileRun,
+) {
+    // SAFETY: the run and the rows exist, scratch holds K bytes of each of the run's columns.
+    unsafe {
+        unpack_bytes::<S, K, GROUP, C, W>(args, run, scratch);
+        let mut tile = 0;
+        while tile < C {
+            let part = TileRun { tile: run.tile + tile, ..run };
+            let panel = scratch.add(tile * K * S::LANES);
+            // NOTE: the first rows ask for the weights of the next run, which lie behind.
+            let next =
+                run_weight::<S, K>(args.weight, run).wrapping_add(K / 2 * (C + tile) * S::LANES);
+            for_row_blocks!(rows.0, rows.1, |row, R| {
+                if row == rows.0 {
+                    int8_block::<S, N, K, GROUP, R, W, true>(args, panel, next, row, part)
+                } else {
+                    int8_block::<S, N, K, GROUP, R, W, false>(args, panel, next, row, part)
+                }
+            });
+            tile += W;
+        }
+    }
+}
+
+/// Nibbles of `C` tiles as bytes q − z + [`BIAS`], `[block][k / 4][tile][lane][4]` with the `W`
+/// tiles of a register block side by side. The zeros are subtracted here, once for all rows.
+#[inline(always)]
+unsafe fn unpack_bytes<
+    S: Simd,
+    const K: usize,
+    const GROUP: usize,
+    const C: usize,
+    const W: usize,
+>(
     args: &AwqGemmArgs,
     run: TileRun,
     out: *mut u8,
 ) {
     const { assert!(K.is_multiple_of(GROUP) && GROUP.is_multiple_of(8)) };
-    let tiles = const { block_tiles(C) };
     let line_bytes = S::LANES * 4;
     // SAFETY: reads the run's K / 8 lines, writes K · C · LANES bytes.
     unsafe {
@@ -378,12 +460,12 @@ unsafe fn unpack_bytes<S: Simd, const K: usize, const GROUP: usize, const C: usi
                 let mut c = 0;
                 while c < C {
                     let line = S::load_i32(w.add(c * line_bytes));
-                    let block = out.add(c / tiles * tiles * K * S::LANES);
-                    let at = block.add((2 * k8 * tiles + c % tiles) * line_bytes);
+                    let block = out.add(c / W * W * K * S::LANES);
+                    let at = block.add((2 * k8 * W + c % W) * line_bytes);
                     // NOTE: no byte overflows into the next.
                     S::store_i32(at, S::add_i32(S::low_nibbles(line), shift[c]));
                     let high = S::add_i32(S::high_nibbles(line), shift[c]);
-                    S::store_i32(at.add(tiles * line_bytes), high);
+                    S::store_i32(at.add(W * line_bytes), high);
                     c += 1;
                 }
                 w = w.add(run.panel_width * line_bytes);
@@ -499,6 +581,7 @@ unsafe fn float_stream<
     const N: usize,
     const K: usize,
     const GROUP: usize,
+    const PREFETCH: usize,
     const R: usize,
     const C: usize,
 >(
@@ -521,7 +604,9 @@ unsafe fn float_stream<
                 let scale = F16::load::<S>(args.scales.add(idx).cast());
                 let zero = S::load_u8(args.zeros.add(idx));
                 let at = w.add(c * S::LANES * 4);
-                S::prefetch(at.wrapping_add(PREFETCH_BYTES));
+                if PREFETCH > 0 {
+                    S::prefetch(at.wrapping_add(PREFETCH));
+                }
                 let weights = dequantize_line::<S>(S::load_i32(at), zero, scale);
                 let mut r = 0;
                 while r < R {

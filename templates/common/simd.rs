@@ -17,8 +17,7 @@ pub trait Simd: Copy + 'static {
     /// What [`Simd::dot_i8`] adds per activation: its weights are bytes `w + 128`, and the result
     /// is `Σ w·a + DOT_I8_BIAS · Σ a`.
     const DOT_I8_BIAS: i32;
-    /// Largest register block: rows, and vectors beside each other.
-    const BLOCK_ROWS: usize;
+    /// Vectors beside each other in the largest register block.
     const BLOCK_TILES: usize;
     type F32: Copy;
     type I32: Copy;

@@ -23,7 +23,6 @@ macro_rules! lanes {
 impl Simd for Portable {
     const LANES: usize = L;
     const DOT_I8_BIAS: i32 = 0;
-    const BLOCK_ROWS: usize = 2;
     const BLOCK_TILES: usize = 1;
     type F32 = [f32; L];
     type I32 = [i32; L];

@@ -15,7 +15,6 @@ pub struct Avx512;
 impl Simd for V3 {
     const LANES: usize = 8;
     const DOT_I8_BIAS: i32 = 0;
-    const BLOCK_ROWS: usize = 6;
     const BLOCK_TILES: usize = 2;
     type F32 = __m256;
     type I32 = __m256i;
@@ -241,7 +240,6 @@ unsafe fn first_lanes(n: usize) -> __m256i {
 impl Simd for Avx512 {
     const LANES: usize = 16;
     const DOT_I8_BIAS: i32 = 128;
-    const BLOCK_ROWS: usize = 6;
     const BLOCK_TILES: usize = 4;
     type F32 = __m512;
     type I32 = __m512i;

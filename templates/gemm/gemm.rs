@@ -18,9 +18,6 @@ use super::simd::{Element, Simd};
 /// Inputs of a weight panel that are unpacked at a time: 512 · 64 columns · 4 bytes fit in L2.
 pub const K_BLOCK: usize = 512;
 
-/// Rows from which a call is split by rows instead of columns.
-pub const SPLIT_ROWS_MIN: usize = 48;
-
 /// Where a run of tiles lies: inside one panel.
 #[derive(Clone, Copy)]
 pub struct TileRun {
@@ -32,10 +29,11 @@ pub struct TileRun {
     pub tile: usize,
 }
 
-/// Calls a block function over the tiles `first..last`, 4, 2 or 1 of a panel at a time, as many as
-/// the registers of `S` hold.
+/// Calls a block function over the tiles `first..last`, 4, 2 or 1 of a panel at a time, at most
+/// `$most`.
 macro_rules! for_tile_runs {
-    ($first:expr, $last:expr, $tiles:expr, $cols:expr, |$run:ident, $c:ident| $body:expr) => {{
+    ($first:expr, $last:expr, $tiles:expr, $cols:expr, $most:expr, |$run:ident, $c:ident|
+     $body:expr) => {{
         let mut tile = $first;
         while tile < $last {
             let panel_tile = tile / $cols * $cols;
@@ -45,15 +43,15 @@ macro_rules! for_tile_runs {
                 if $last - tile < panel_left { $last - tile } else { panel_left }
             };
             let $run = TileRun { panel_tile, panel_width, tile: tile - panel_tile };
-            if const { S::BLOCK_TILES >= 4 } && left >= 4 {
+            if const { $most >= 4 && COLS >= 4 } && left >= 4 {
                 const $c: usize = 4;
                 $body;
                 tile += 4;
-            } else if const { S::BLOCK_TILES >= 2 } && left >= 2 {
+            } else if const { $most >= 2 && COLS >= 2 } && left >= 2 {
                 const $c: usize = 2;
                 $body;
                 tile += 2;
-            } else if const { S::BLOCK_TILES == 1 || tile_unit::<S, N>() == 1 } {
+            } else if const { $most == 1 || COLS % 2 == 1 || tile_unit::<S, N>() == 1 } {
                 const $c: usize = 1;
                 $body;
                 tile += 1;
@@ -66,29 +64,61 @@ macro_rules! for_tile_runs {
 }
 pub(crate) use for_tile_runs;
 
-/// Calls a block function over the rows `first..last`, `$most`, 2 or 1 at a time, as many as the
-/// registers of `S` hold.
+/// Calls a block function over the rows `first..last`, in the blocks that [`next_block`] gives for
+/// the constants `ROWS` and `HALVES` of the caller.
 macro_rules! for_row_blocks {
-    ($first:expr, $last:expr, $most:expr, |$row:ident, $r:ident| $body:expr) => {{
-        let mut $row = $first;
-        while $row < $last {
-            if const { S::BLOCK_ROWS >= $most } && $last - $row >= $most {
-                const $r: usize = $most;
-                $body;
-                $row += $most;
-            } else if $last - $row >= 2 {
-                const $r: usize = 2;
-                $body;
-                $row += 2;
-            } else {
-                const $r: usize = 1;
-                $body;
-                $row += 1;
-            }
+    ($first:expr, $last:expr, |$row:ident, $r:ident| $body:expr) => {{
+        let mut done = $first;
+        while done < $last {
+            let (size, again) = next_block(ROWS, HALVES, done - $first, $last - done);
+            let $row = done - again;
+            for_row_blocks!(@sizes size, $r, $body, 16, 14, 12, 8, 7, 6, 4, 3, 2, 1);
+            done = $row + size;
         }
     }};
+    (@sizes $size:ident, $r:ident, $body:expr, $($rows:literal),*) => {
+        $(if const { has_block(ROWS, HALVES, $rows) } && $size == $rows {
+            const $r: usize = $rows;
+            $body;
+        })*
+    };
 }
 pub(crate) use for_row_blocks;
+
+/// The next block of rows, of which `done` precede and `left` follow: its size, and how many of the
+/// rows before it it repeats. Whole blocks of `rows` come first. What is left is taken in pairs, or
+/// with `halves` in the smallest of `rows`, its half, the half of that, … that hold it, where as
+/// many rows precede; to compute a row again gives the same bits.
+#[inline(always)]
+pub const fn next_block(rows: usize, halves: usize, done: usize, left: usize) -> (usize, usize) {
+    if left >= rows {
+        return (rows, 0);
+    }
+    if halves == 0 {
+        return (if left >= 2 { 2 } else { 1 }, 0);
+    }
+    let mut size = rows;
+    while left < size {
+        let half = size.div_ceil(2);
+        if left > half && done + left >= size {
+            return (size, size - left);
+        }
+        size = half;
+    }
+    (size, 0)
+}
+
+/// Whether [`next_block`] ever gives `size` rows.
+pub const fn has_block(rows: usize, halves: usize, size: usize) -> bool {
+    if halves == 0 {
+        return size == rows || (size < rows && size <= 2);
+    }
+    let mut block = rows;
+    while block > size {
+        block = block.div_ceil(2);
+    }
+    block == size
+}
 
 /// Tiles that threads share out together: pairs where there are pairs, because every size of a
 /// block is code of its own.
@@ -104,14 +134,15 @@ pub fn tile_range<S: Simd, const N: usize>(share: Share) -> (usize, usize) {
     (first * unit, last * unit)
 }
 
-/// Rows and tiles that a share of a many-row call computes: `(row range, tile range)`.
+/// Rows and tiles that a share of a many-row call computes: `(row range, tile range)`. From `SPLIT`
+/// rows on it is rows that are shared out, unless that is 0.
 #[inline(always)]
-pub fn split_many<S: Simd, const N: usize, const COLS: usize>(
+pub fn split_many<S: Simd, const N: usize, const SPLIT: usize>(
     rows: usize,
     share: Share,
 ) -> ((usize, usize), (usize, usize)) {
     let tiles = N.div_ceil(S::LANES);
-    if rows >= SPLIT_ROWS_MIN {
+    if SPLIT > 0 && rows >= SPLIT {
         (share.range(rows), (0, tiles))
     } else {
         ((0, rows), tile_range::<S, N>(share))
@@ -130,6 +161,11 @@ pub unsafe fn one<
     const K: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &GemmArgs,
     share: Share,
@@ -138,13 +174,13 @@ pub unsafe fn one<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: the runs lie within the panels, the row is the only one.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
-            stream::<S, E, N, K, 1, C>(args, 0, run)
+        for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
+            stream::<S, E, N, K, PREFETCH, 1, C>(args, 0, run)
         });
     }
 }
 
-/// 2 to 8 rows of float activations: weights are read from memory once.
+/// Some rows of float activations: weights are read from memory once.
 ///
 /// # Safety
 /// As [`one`].
@@ -156,6 +192,11 @@ pub unsafe fn few<
     const K: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &GemmArgs,
     share: Share,
@@ -164,9 +205,9 @@ pub unsafe fn few<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `one`; row + R never exceeds the rows.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
-            for_row_blocks!(0, args.rows, 4, |row, R| {
-                stream::<S, E, N, K, R, C>(args, row, run)
+        for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
+            for_row_blocks!(0, args.rows, |row, R| {
+                stream::<S, E, N, K, PREFETCH, R, C>(args, row, run)
             })
         });
     }
@@ -184,21 +225,26 @@ pub unsafe fn many<
     const K: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &GemmArgs,
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (rows, (first, last)) = split_many::<S, N, COLS>(args.rows, share);
+    let (rows, (first, last)) = split_many::<S, N, SPLIT>(args.rows, share);
     let scratch: *mut f32 = share.scratch.cast();
     // SAFETY: a run's weights lie within its panel; scratch holds K_BLOCK · COLS · LANES floats.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
+        for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             let mut k0 = 0;
             while k0 < K {
                 let k1 = if k0 + K_BLOCK < K { k0 + K_BLOCK } else { K };
                 unpack::<S, E, K, C>(args.weight, run, k0, k1, scratch);
-                for_row_blocks!(rows.0, rows.1, 6, |row, R| {
+                for_row_blocks!(rows.0, rows.1, |row, R| {
                     float_block::<S, N, K, R, C>(args.x.f32, scratch, row, run, k0, k1, args.out)
                 });
                 k0 = k1;
@@ -215,6 +261,7 @@ unsafe fn stream<
     E: Element,
     const N: usize,
     const K: usize,
+    const PREFETCH: usize,
     const R: usize,
     const C: usize,
 >(
@@ -230,7 +277,9 @@ unsafe fn stream<
         let mut acc = [[S::zero(); C]; R];
         let mut k = 0;
         while k < K {
-            S::prefetch(w.wrapping_add(8 * stride));
+            if PREFETCH > 0 {
+                S::prefetch(w.wrapping_add(PREFETCH));
+            }
             let mut c = 0;
             while c < C {
                 let weight = E::load::<S>(w.add(c * S::LANES * E::SIZE));
@@ -430,6 +479,11 @@ pub unsafe fn int8_one<
     const GROUP: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &GemmArgs,
     share: Share,
@@ -438,13 +492,13 @@ pub unsafe fn int8_one<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: the runs lie within the panels, the row is the only one.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
-            int8_block::<S, N, K, GROUP, 1, C>(args, 0, run)
+        for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
+            int8_block::<S, N, K, GROUP, UNROLL, PREFETCH, 1, C>(args, 0, run)
         });
     }
 }
 
-/// 2 to 8 int8 rows.
+/// Some int8 rows.
 ///
 /// # Safety
 /// As [`int8_one`].
@@ -456,6 +510,11 @@ pub unsafe fn int8_few<
     const GROUP: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &GemmArgs,
     share: Share,
@@ -464,9 +523,9 @@ pub unsafe fn int8_few<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_one`; row + R never exceeds the rows.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
-            for_row_blocks!(0, args.rows, 4, |row, R| {
-                int8_block::<S, N, K, GROUP, R, C>(args, row, run)
+        for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
+            for_row_blocks!(0, args.rows, |row, R| {
+                int8_block::<S, N, K, GROUP, UNROLL, PREFETCH, R, C>(args, row, run)
             })
         });
     }
@@ -484,17 +543,22 @@ pub unsafe fn int8_many<
     const GROUP: usize,
     const COLS: usize,
     const ROWS: usize,
+    const TILES: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
+    const SPLIT: usize,
+    const HALVES: usize,
 >(
     args: &GemmArgs,
     share: Share,
 ) {
     let tiles = N.div_ceil(S::LANES);
-    let (rows, (first, last)) = split_many::<S, N, COLS>(args.rows, share);
+    let (rows, (first, last)) = split_many::<S, N, SPLIT>(args.rows, share);
     // SAFETY: as in `int8_few`.
     unsafe {
-        for_tile_runs!(first, last, tiles, COLS, |run, C| {
-            for_row_blocks!(rows.0, rows.1, 6, |row, R| {
-                int8_block::<S, N, K, GROUP, R, C>(args, row, run)
+        for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
+            for_row_blocks!(rows.0, rows.1, |row, R| {
+                int8_block::<S, N, K, GROUP, 1, PREFETCH, R, C>(args, row, run)
             })
         });
     }
@@ -507,6 +571,8 @@ unsafe fn int8_block<
     const N: usize,
     const K: usize,
     const GROUP: usize,
+    const UNROLL: usize,
+    const PREFETCH: usize,
     const R: usize,
     const C: usize,
 >(
@@ -514,7 +580,7 @@ unsafe fn int8_block<
     row: usize,
     run: TileRun,
 ) {
-    const { assert!(K.is_multiple_of(GROUP) && GROUP.is_multiple_of(4)) };
+    const { assert!(K.is_multiple_of(GROUP) && GROUP.is_multiple_of(4 * UNROLL)) };
     // SAFETY: the caller's rows and tiles exist.
     unsafe {
         let stride = run.panel_width * S::LANES * 4;
@@ -532,12 +598,16 @@ unsafe fn int8_block<
             }
             let mut k = group * GROUP;
             while k < (group + 1) * GROUP {
-                if R == 1 {
-                    S::prefetch(w.wrapping_add(8 * stride));
+                let mut line = 0;
+                while line < UNROLL {
+                    if PREFETCH > 0 {
+                        S::prefetch(w.wrapping_add(PREFETCH));
+                    }
+                    int8_step::<S, K, R, C>(&mut sums, w, x.add(k));
+                    w = w.add(stride);
+                    k += 4;
+                    line += 1;
                 }
-                int8_step::<S, K, R, C>(&mut sums, w, x.add(k));
-                w = w.add(stride);
-                k += 4;
             }
             let mut r = 0;
             while r < R {

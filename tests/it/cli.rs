@@ -497,6 +497,7 @@ fn lists_kernels() {
             "config",
             "reduction_class",
             "provenance",
+            "serves",
             "bytes",
         ]
     );
@@ -505,6 +506,11 @@ fn lists_kernels() {
     assert_eq!(row["group_size"], 64);
     assert_eq!(row["target"], "avx512");
     assert_eq!(row["config"]["regime"], "one");
+    let first = &row["serves"][0];
+    assert_eq!(keys(first), ["rows_min", "rows_max", "device", "provenance"]);
+    assert_eq!((&first["rows_min"], &first["rows_max"]), (&Value::from(1), &Value::from(1)));
+    assert_eq!(first["provenance"], "default");
+    assert!(first["device"].is_null());
     // The code's size is in the symbol table of this executable.
     if cfg!(target_os = "linux") {
         let is_sized = |row: &Value| row["bytes"].as_u64().is_some_and(|bytes| bytes > 0);
@@ -513,6 +519,34 @@ fn lists_kernels() {
     let text = run(&["kernels"]).out;
     assert_eq!(text.lines().count(), rows.len() + 2);
     assert!(text.ends_with(&format!("\n{} kernels\n", rows.len())));
+}
+
+/// Every layer and row count has its kernel and where the choice comes from.
+#[test]
+fn explains_every_layer() {
+    let report = run(&["explain", "smollm2-135m-awq", "--json"]);
+    assert_eq!(report.exit, Exit::Done, "{}", report.err);
+    let report: Value = serde_json::from_str(&report.out).unwrap();
+    assert_eq!(keys(&report), ["model", "target", "device", "kernels"]);
+    let rows = report["kernels"].as_array().unwrap();
+    let of_op = |op: &str| -> Vec<&Value> { rows.iter().filter(|row| row["op"] == op).collect() };
+    for op in ["qkv", "o", "gate_up", "down", "head"] {
+        let mut next = 1;
+        for row in of_op(op) {
+            assert_eq!(row["rows_min"], next, "{row}");
+            next = row["rows_max"].as_u64().map_or(0, |rows| rows + 1);
+            assert!(row["symbol"].is_string() && row["provenance"].is_string(), "{row}");
+        }
+        assert_eq!(next, 0, "{op}: the last interval has no limit");
+    }
+    assert_eq!(of_op("qkv")[0]["layers"], "layers 0-29");
+    for op in ["embed", "rms_norm", "rope", "attention", "quantize", "silu_and_mul", "sample"] {
+        assert!(!of_op(op).is_empty(), "{op}");
+    }
+    let one = run(&["explain", "smollm2-135m-awq", "--rows", "12"]).out;
+    let kernels = one.lines().filter(|line| line.contains(" qkv "));
+    assert_eq!(kernels.count(), 1, "{one}");
+    check_error(&["explain", "no-such-model"], Exit::Failed, "no-such-model");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use bespoke_kernel_gen::config::KernelConfig;
 use bespoke_kernel_gen::model::ModelConfig;
-use bespoke_kernel_gen::plan::{self, KernelVariant};
+use bespoke_kernel_gen::plan::{self, KernelVariant, PlanOptions};
 use bespoke_kernel_gen::presets::{self, PRESETS};
 use bespoke_kernel_gen::spec::{ActivationType, GroupSize, LinearPlace, LinearRole, ModelShape};
 use bespoke_kernel_gen::target::Target;
@@ -13,13 +13,17 @@ fn preset(name: &str) -> ModelShape {
     presets::shape(name, &[]).unwrap_or_else(|error| panic!("{error}"))
 }
 
+fn planned(shapes: &[ModelShape], targets: &[Target]) -> Vec<KernelVariant> {
+    let plan = plan::plan(shapes, targets, &PlanOptions::default());
+    plan.unwrap_or_else(|error| panic!("{error}")).variants
+}
+
 fn variants(shapes: &[ModelShape]) -> Vec<KernelVariant> {
-    plan::plan(shapes, &Target::ALL).unwrap_or_else(|error| panic!("{error}"))
+    planned(shapes, &Target::ALL)
 }
 
 fn check_plan(name: &str) {
-    let variants =
-        plan::plan(&[preset(name)], &[Target::Avx512]).unwrap_or_else(|error| panic!("{error}"));
+    let variants = planned(&[preset(name)], &[Target::Avx512]);
     insta::assert_snapshot!(format!("plan_{name}"), plan::print(&variants));
 }
 
@@ -120,7 +124,7 @@ fn refusals() {
     let message = |json: &String| {
         let planned = ModelConfig::parse(json)
             .and_then(|config| config.shape("case"))
-            .and_then(|shape| plan::plan(&[shape], &Target::ALL));
+            .and_then(|shape| plan::plan(&[shape], &Target::ALL, &PlanOptions::default()));
         match planned {
             Ok(_) => panic!("not refused: {json}"),
             Err(error) => format!("{error}\n"),
@@ -143,7 +147,7 @@ fn infeasible_specs_are_errors() {
     let message = |change: fn(&mut ModelShape)| {
         let mut shape = preset("smollm2-135m-awq");
         change(&mut shape);
-        match plan::plan(&[shape], &[Target::Avx512]) {
+        match plan::plan(&[shape], &[Target::Avx512], &PlanOptions::default()) {
             Ok(_) => panic!("an infeasible spec was planned"),
             Err(error) => format!("{error}\n"),
         }
@@ -159,7 +163,7 @@ fn awq(group: GroupSize) -> bespoke_kernel_gen::spec::WeightFormat {
 #[test]
 fn sizes_change_the_generated_kernels() {
     let generated = |shape: &ModelShape| {
-        generate(std::slice::from_ref(shape), &[Target::Avx512])
+        generate(std::slice::from_ref(shape), &[Target::Avx512], &PlanOptions::default())
             .unwrap_or_else(|error| panic!("{error}"))
     };
     let shape = preset("smollm2-135m-awq");
@@ -185,7 +189,8 @@ fn sizes_change_the_generated_kernels() {
 fn generated_text_is_deterministic() {
     let run = || {
         let shapes = presets::default_shapes().unwrap_or_else(|error| panic!("{error}"));
-        generate(&shapes, &Target::ALL).unwrap_or_else(|error| panic!("{error}"))
+        generate(&shapes, &Target::ALL, &PlanOptions::default())
+            .unwrap_or_else(|error| panic!("{error}"))
     };
     let (first, second) = (run(), run());
     assert!(first == second);

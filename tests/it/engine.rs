@@ -5,5 +5,6 @@ mod handle;
 mod null;
 mod requests;
 mod sampling;
+mod servings;
 mod sessions;
 mod usage;

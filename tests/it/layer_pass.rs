@@ -10,7 +10,7 @@ use bespoke::engine::Engine;
 use bespoke::kernels::KernelTable;
 use bespoke::quantize::layer_pass::{LayerPass, PassOptions};
 use bespoke::quantize::quantized_layer::{AwqOptions, QuantizedLayer};
-use bespoke_kernel_gen::spec::{GroupSize, PAGE_SIZE};
+use bespoke_kernel_gen::spec::GroupSize;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
@@ -29,7 +29,7 @@ const MODELS: [&str; 9] = [
     "qwen3-qknorm",
 ];
 
-const NO_KERNELS: KernelTable = KernelTable { kernels: &[], page_size: PAGE_SIZE };
+const NO_KERNELS: KernelTable = KernelTable::EMPTY;
 
 fn model_dir(model: &str) -> PathBuf {
     golden_dir().join("tiny").join(model)

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use bespoke::kernels::{Kernel, KernelTable, generated};
 use bespoke_kernel_gen::name;
-use bespoke_kernel_gen::plan::{self, KernelVariant};
+use bespoke_kernel_gen::plan::{self, KernelVariant, PlanOptions};
 use bespoke_kernel_gen::presets;
 use bespoke_kernel_gen::target::Target;
 
@@ -28,9 +28,12 @@ fn check_table(table: &KernelTable) {
         assert_eq!((kernel.rows, kernel.cols), (variant.config.rows, variant.config.cols));
         assert_eq!(kernel.scratch_bytes, variant.scratch_bytes());
         assert_eq!(kernel.reduction_class, variant.reduction_class());
-        let found = table.find(&kernel.spec, kernel.regime, kernel.target);
-        assert_eq!(found.map(|found| found.symbol), Some(kernel.symbol));
+        assert_eq!(table.kernel(kernel.symbol).map(|found| found.spec), Some(kernel.spec));
+        assert!(table.serving(&kernel.spec, kernel.target).is_some(), "{}", kernel.symbol);
     }
+    let intervals = table.servings.iter().flat_map(|serving| serving.intervals);
+    let served: BTreeSet<&str> = intervals.map(|interval| interval.symbol).collect();
+    assert_eq!(served, symbols, "every kernel serves something");
 }
 
 #[test]
@@ -46,9 +49,11 @@ fn the_table_of_tiny_models_says_what_its_symbols_say() {
 /// Unless the build names other models, the table is the plan of the default ones.
 #[test]
 fn the_built_in_table_is_complete() {
-    let variants = presets::default_shapes().and_then(|shapes| plan::plan(&shapes, targets()));
-    let planned: BTreeSet<String> = variants
+    let plan = presets::default_shapes()
+        .and_then(|shapes| plan::plan(&shapes, targets(), &PlanOptions::default()));
+    let planned: BTreeSet<String> = plan
         .unwrap_or_else(|error| panic!("{error}"))
+        .variants
         .iter()
         .map(KernelVariant::symbol)
         .collect();

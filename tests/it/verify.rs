@@ -43,7 +43,7 @@ fn broken(table: &KernelTable) -> KernelTable {
         _ => *kernel,
     };
     let kernels: Vec<Kernel> = table.kernels.iter().map(kernel).collect();
-    KernelTable { kernels: Vec::leak(kernels), page_size: table.page_size }
+    KernelTable { kernels: Vec::leak(kernels), ..*table }
 }
 
 #[test]

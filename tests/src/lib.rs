@@ -10,13 +10,19 @@ macro_rules! generated {
 
             include!(concat!(env!("OUT_DIR"), $path));
 
-            pub(crate) const TABLE: bespoke::kernels::KernelTable =
-                bespoke::kernels::KernelTable { kernels: KERNELS, page_size: PAGE_SIZE };
+            pub(crate) const TABLE: bespoke::kernels::KernelTable = bespoke::kernels::KernelTable {
+                kernels: KERNELS,
+                servings: SERVINGS,
+                page_size: PAGE_SIZE,
+                is_tuner: IS_TUNER,
+                lock: LOCK,
+            };
         }
     };
 }
 
 generated!(tiny, "/kernels.rs");
+generated!(locked, "/locked/kernels.rs");
 generated!(pages16, "/pages16/kernels.rs");
 generated!(pages64, "/pages64/kernels.rs");
 generated!(targets, "/targets/kernels.rs");
@@ -24,6 +30,12 @@ generated!(targets, "/targets/kernels.rs");
 /// The table of the tiny golden models' kernels.
 pub fn tiny_kernels() -> KernelTable {
     tiny::TABLE
+}
+
+/// Kernels of the tiny model `llama-awq-g32`, with a lock that chooses others than the default ones
+/// for two threads of the machine that builds the tests.
+pub fn locked_kernels() -> KernelTable {
+    locked::TABLE
 }
 
 /// Kernels of the tiny model `llama-gqa2` with pages of `page_size` slots, 16, 32 or 64.

@@ -11,6 +11,7 @@ use crate::batch::{Batch, BatchLimits, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::LogitStats;
 use crate::model::linear::{DenseView, LinearSource};
+use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::LinearRole;
 
 /// Rows between ops, by who writes them: a device may keep each in another type.
@@ -127,6 +128,12 @@ pub trait Backend {
     }
 
     fn end_step(&mut self) {}
+
+    /// Where the choices of the model's kernels come from, one for each interval of row counts that
+    /// a kernel serves; none where there is nothing to choose.
+    fn provenances(&self) -> Vec<Provenance> {
+        Vec::new()
+    }
 
     /// The kernels that steps have used; none where the backend does not time them. The first call
     /// may take some tenths of a second, to measure the machine's limits.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use bespoke_kernel_gen::target::Target;
+use bespoke_kernel_gen::tuning::device::{CpuDevice, Match, this_cpu};
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
@@ -131,6 +132,17 @@ struct Kernels {
     count: usize,
     by_target: BTreeMap<&'static str, usize>,
     by_op: BTreeMap<&'static str, usize>,
+    /// Key of this machine's device class.
+    device: Option<String>,
+    /// Device classes that kernels were chosen for, and how near each is.
+    chosen_for: Vec<ChosenFor>,
+}
+
+#[derive(Serialize)]
+struct ChosenFor {
+    device: &'static str,
+    /// `exact`, `family`, or `other`: not used here.
+    matches: &'static str,
 }
 
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
@@ -151,6 +163,10 @@ fn report(console: &Console<'_>) -> Report {
         *by_target.entry(kernel.target.name()).or_default() += 1;
         *by_op.entry(kernel.spec.op()).or_default() += 1;
     }
+    let target = cpu::best_target(&console.kernels);
+    let device = target.map(|target| CpuDevice { target, ..this_cpu(cpu::available_threads()) });
+    let chosen_for = device.as_ref().map_or(Vec::new(), |device| chosen_for(console, device));
+    let device = device.map(|device| device.key());
     let cache = console.cache().ok();
     Report {
         version: env!("CARGO_PKG_VERSION"),
@@ -159,7 +175,7 @@ fn report(console: &Console<'_>) -> Report {
             threads: thread::available_parallelism().map_or(1, usize::from),
             features: cpu_features(),
             targets: available.map(Target::name).collect(),
-            target: cpu::best_target(&console.kernels).map(Target::name),
+            target: target.map(Target::name),
         },
         memory: MemoryReport {
             total_bytes: memory::total_bytes(),
@@ -172,7 +188,7 @@ fn report(console: &Console<'_>) -> Report {
             path: cache.map(|cache| cache.root),
         },
         model: console.bundle.as_deref().map(model),
-        kernels: Kernels { count: kernels.len(), by_target, by_op },
+        kernels: Kernels { count: kernels.len(), by_target, by_op, device, chosen_for },
     }
 }
 
@@ -191,6 +207,20 @@ fn model_text(model: &ModelReport) -> String {
         None => "without weights".to_owned(),
     };
     format!("{}, {weights}, for {}", model.name, model.targets.join(", "))
+}
+
+/// The device classes of this binary's kernels, and how near `device` is to them.
+fn chosen_for(console: &Console<'_>, device: &CpuDevice) -> Vec<ChosenFor> {
+    let devices = Target::ALL.into_iter().flat_map(|target| console.kernels.devices(target));
+    let row = |key: &'static str| ChosenFor {
+        device: key,
+        matches: match device.matches(key) {
+            Some(Match::Exact) => "exact",
+            Some(Match::Family) => "family",
+            None => "other",
+        },
+    };
+    devices.flatten().map(row).collect()
 }
 
 /// `path`, or the nearest folder above it that is there.
@@ -303,6 +333,16 @@ fn text(report: &Report) -> String {
     };
     let model = report.model.as_ref().map_or("none".to_owned(), model_text);
     let target = cpu.target.unwrap_or("none; only the reference backend works");
+    let chosen_for: Vec<String> = report
+        .kernels
+        .chosen_for
+        .iter()
+        .map(|chosen| format!("{} ({})", chosen.device, chosen.matches))
+        .collect();
+    let chosen_for = match chosen_for.as_slice() {
+        [] => "no device: the defaults serve".to_owned(),
+        _ => chosen_for.join("\n"),
+    };
     let memory = &report.memory;
     let mut table = Table::new();
     table.load_style(NOTHING);
@@ -312,6 +352,8 @@ fn text(report: &Report) -> String {
         ["CPU features", &cpu.features.join(" ")],
         ["targets", &cpu.targets.join(", ")],
         ["kernels used", target],
+        ["device class", report.kernels.device.as_deref().unwrap_or("unknown")],
+        ["kernels chosen for", &chosen_for],
         [
             "memory",
             &format!("{}, {} available", bytes(memory.total_bytes), bytes(memory.available_bytes)),

@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::fs::File;
 
+use bespoke_kernel_gen::plan::Provenance;
+use bespoke_kernel_gen::target::Target;
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
@@ -10,7 +12,9 @@ use serde_json::{Map, Value};
 
 use super::console::Console;
 use super::elf;
-use crate::kernels::Kernel;
+use crate::backend::cpu::{available_threads, device_key};
+use crate::kernels::choice::{Choice, DeviceChoice};
+use crate::kernels::{Kernel, KernelTable, Served};
 
 /// List every kernel in this binary
 ///
@@ -33,8 +37,22 @@ struct Row {
     target: &'static str,
     config: Config,
     reduction_class: &'static str,
-    provenance: &'static str,
+    /// Where the choice comes from on this machine, null for a kernel that serves nothing here.
+    provenance: Option<&'static str>,
+    serves: Vec<Rows>,
     bytes: Option<u64>,
+}
+
+/// Row counts that a kernel serves; for attention, one row means decoding.
+#[derive(Serialize)]
+struct Rows {
+    rows_min: usize,
+    /// Null: no limit.
+    rows_max: Option<usize>,
+    /// Key of the device class, null for any.
+    device: Option<&'static str>,
+    /// Where the choice comes from on that device.
+    provenance: &'static str,
 }
 
 #[derive(Serialize)]
@@ -47,17 +65,33 @@ struct Config {
 }
 
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
-    let kernels = console.kernels.kernels;
-    let code_bytes = code_bytes(kernels);
-    let rows: Vec<Row> =
-        kernels.iter().map(|kernel| row(kernel, code_bytes.get(kernel.symbol).copied())).collect();
+    let kernels = &console.kernels;
+    let code_bytes = code_bytes(kernels.kernels);
+    let keys = Target::ALL.map(|target| {
+        let key = device_key(DeviceChoice::This, target, available_threads());
+        (target, key.unwrap_or_default())
+    });
+    let row = |kernel: &Kernel| {
+        let choice = keys
+            .iter()
+            .find(|(target, _)| *target == kernel.target)
+            .map(|(_, key)| Choice { table: kernels, target: kernel.target, device: Some(key) });
+        let provenance = choice.and_then(|choice| choice.provenance(kernel));
+        row(kernels, kernel, provenance, code_bytes.get(kernel.symbol).copied())
+    };
+    let rows: Vec<Row> = kernels.kernels.iter().map(row).collect();
     match args.json {
         true => console.print_json(&rows),
         false => console.print(&table(&rows)),
     }
 }
 
-fn row(kernel: &Kernel, bytes: Option<u64>) -> Row {
+fn row(
+    table: &KernelTable,
+    kernel: &Kernel,
+    provenance: Option<Provenance>,
+    bytes: Option<u64>,
+) -> Row {
     let sizes = kernel.spec.sizes().into_iter();
     Row {
         symbol: kernel.symbol,
@@ -73,16 +107,27 @@ fn row(kernel: &Kernel, bytes: Option<u64>) -> Row {
             scratch_bytes: kernel.scratch_bytes,
         },
         reduction_class: kernel.reduction_class,
-        provenance: kernel.provenance,
+        provenance: provenance.map(Provenance::name),
+        serves: table.serves(kernel).into_iter().map(rows_of).collect(),
         bytes,
+    }
+}
+
+fn rows_of(served: Served) -> Rows {
+    Rows {
+        rows_min: served.rows_min,
+        rows_max: (served.rows_max != usize::MAX).then_some(served.rows_max),
+        device: served.device,
+        provenance: served.provenance.name(),
     }
 }
 
 fn table(rows: &[Row]) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING);
-    table
-        .set_header(["op", "sizes", "dtype", "group", "rows", "target", "config", "class", "code"]);
+    table.set_header([
+        "op", "sizes", "dtype", "group", "rows", "target", "config", "class", "from", "code",
+    ]);
     for row in rows {
         let sizes: Vec<String> =
             row.sizes.iter().map(|(name, size)| format!("{name}={size}")).collect();
@@ -99,6 +144,7 @@ fn table(rows: &[Row]) -> String {
             row.target.to_owned(),
             config,
             row.reduction_class.to_owned(),
+            row.provenance.unwrap_or("-").to_owned(),
             row.bytes.map_or(String::new(), |bytes| format!("{bytes} B")),
         ]);
     }
@@ -106,7 +152,7 @@ fn table(rows: &[Row]) -> String {
 }
 
 /// Bytes of machine code by kernel, as far as the running executable tells.
-fn code_bytes(kernels: &[Kernel]) -> HashMap<&'static str, u64> {
+pub(super) fn code_bytes(kernels: &[Kernel]) -> HashMap<&'static str, u64> {
     let executable = std::env::current_exe().ok().and_then(|path| File::open(path).ok());
     let functions = executable.and_then(|mut file| elf::functions(&mut file).ok());
     let mut bytes: HashMap<&'static str, u64> = HashMap::new();

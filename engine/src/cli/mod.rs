@@ -9,6 +9,7 @@ mod dequantize;
 mod doctor;
 mod elf;
 mod eval;
+mod explain;
 mod export;
 mod generate;
 mod grammar;
@@ -38,6 +39,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use console::Console;
+
+use crate::kernels::choice::Pin;
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +93,7 @@ enum Command {
     #[cfg(feature = "server")]
     Serve(serve::Args),
     Kernels(kernels::Args),
+    Explain(explain::Args),
     Verify(verify::Args),
     Tune(tune::Args),
     Doctor(doctor::Args),
@@ -116,7 +120,22 @@ where
         }
         Err(help) => return console.end(|console| console.print(&help.render().to_string())),
     };
-    console.end(|console| match cli.command {
+    console.end(|console| {
+        pin_kernels(console)?;
+        run_command(cli.command, console)
+    })
+}
+
+/// Puts the kernels that `BESPOKE_KERNEL_PIN` names (`SPEC=SYMBOL`, separated by commas) in place
+/// of those that would serve, to compare them.
+fn pin_kernels(console: &mut Console<'_>) -> anyhow::Result<()> {
+    let pins = Pin::parse_list(&std::env::var("BESPOKE_KERNEL_PIN").unwrap_or_default())?;
+    console.kernels = console.kernels.pinned(&pins)?;
+    Ok(())
+}
+
+fn run_command(command: Command, console: &mut Console<'_>) -> anyhow::Result<()> {
+    match command {
         Command::Quickstart(args) => quickstart::run(&args, console),
         Command::Pull(args) => pull::run(&args, console),
         Command::Import(args) => import::run(&args, console),
@@ -133,6 +152,7 @@ where
         #[cfg(feature = "server")]
         Command::Serve(args) => serve::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
+        Command::Explain(args) => explain::run(&args, console),
         Command::Verify(args) => verify::run(&args, console),
         Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
@@ -140,12 +160,12 @@ where
         Command::PackWeights(args) => pack_weights::run(&args, console),
         #[cfg(feature = "server")]
         Command::ProbeTemplate(args) => probation::run(&args, console),
-    })
+    }
 }
 
 /// Commands with a model, which a program that brings one need not be told.
-const WITH_MODEL: [&str; 7] =
-    ["generate", "chat", "logits", "perplexity", "eval", "bench", "serve"];
+const WITH_MODEL: [&str; 8] =
+    ["generate", "chat", "logits", "perplexity", "eval", "bench", "serve", "explain"];
 
 fn parse<I, T>(args: I, console: &Console<'_>) -> Result<Cli, clap::Error>
 where

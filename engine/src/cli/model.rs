@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use bespoke_kernel_gen::model::ModelConfig;
-use bespoke_kernel_gen::spec::{ActivationType, KvDType};
+use bespoke_kernel_gen::presets;
+use bespoke_kernel_gen::spec::{ActivationType, KvDType, ModelShape};
 use clap::ValueEnum;
 
 use super::console::Console;
@@ -106,6 +107,26 @@ pub(super) enum Activations {
     Float,
     /// Rounded to 8 bits, a scale per row and group
     Int8,
+}
+
+impl Kv {
+    pub(super) fn choice(self) -> KvDType {
+        match self {
+            Kv::F16 => KvDType::F16,
+            Kv::F32 => KvDType::F32,
+            Kv::Int8 => KvDType::I8,
+            Kv::Int4 => KvDType::I4,
+        }
+    }
+}
+
+impl Activations {
+    pub(super) fn choice(self) -> ActivationType {
+        match self {
+            Activations::Float => ActivationType::Float,
+            Activations::Int8 => ActivationType::Int8,
+        }
+    }
 }
 
 /// `0.8`, or bytes as `12G`.
@@ -249,16 +270,8 @@ pub(super) fn options(
             Format::Checkpoint => LoadFormat::Checkpoint,
             Format::Dummy => LoadFormat::Dummy,
         },
-        kv_dtype: match run.kv_dtype {
-            Kv::F16 => KvDType::F16,
-            Kv::F32 => KvDType::F32,
-            Kv::Int8 => KvDType::I8,
-            Kv::Int4 => KvDType::I4,
-        },
-        activation: match run.activations {
-            Activations::Float => ActivationType::Float,
-            Activations::Int8 => ActivationType::Int8,
-        },
+        kv_dtype: run.kv_dtype.choice(),
+        activation: run.activations.choice(),
         num_threads: run.threads,
         packed_cache: !run.no_packed_cache,
         cuda_kernels: generated::cuda_table(),
@@ -267,4 +280,18 @@ pub(super) fn options(
         max_context: Some(context_len.min(context_max(config)).max(2)),
         ..EngineOptions::new(console.kernels)
     }
+}
+
+/// The shape of a model that the binary was built for, that is found, or that kernels can be made
+/// for by name.
+pub(super) fn shape_of(model: &str, console: &Console<'_>) -> anyhow::Result<ModelShape> {
+    let built = generated::models().into_iter().find(|shape| shape.name == model);
+    if let Some(shape) = built {
+        return Ok(shape);
+    }
+    let shape = match console.resolve(model) {
+        Ok(dir) => ModelFiles::read_config(&ModelFolder::Disk(dir))?.shape(model)?,
+        Err(error) => presets::shape(model, &[]).map_err(|_| error)?,
+    };
+    Ok(ModelShape { page_size: console.kernels.page_size, ..shape })
 }

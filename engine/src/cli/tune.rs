@@ -1,228 +1,127 @@
-//! `bespoke tune`: how long each kernel takes on this machine's GPU.
+//! `bespoke tune`: which kernels are fastest on this machine, and records of it.
 
-use std::path::PathBuf;
+mod cpu;
+#[cfg(feature = "cuda")]
+mod gpu;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::ValueEnum;
 
 use super::console::Console;
+use super::model::Activations;
 
-/// Measure the kernels of this binary on this machine's GPU
+/// Verify and measure the kernels of this binary on this machine
 ///
-/// Each kernel alone, replayed from a recording over operands in memory, at the sizes of serving.
-/// Each measurement is appended to the file of records at once; what is there already, of the same
-/// kernel on the same GPU, is not measured again.
+/// On a CPU, all candidates of a model's matmuls: each is verified in a process of its own, and
+/// raced against the kernel that serves where nothing was measured. On a GPU, each kernel alone,
+/// replayed from a recording. Each measurement is appended to the records at once; a later run goes
+/// on where this one ended. `kernel-gen select` chooses from the records.
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct Args {
-    /// File of records, one JSON object a line; appended to
-    #[arg(long, value_name = "FILE")]
-    records: Option<PathBuf>,
-    /// End after so many seconds; a later run goes on
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
-    budget: Option<u64>,
-    /// Only the models whose names contain this
-    #[arg(long, value_name = "NAME")]
-    only: Option<String>,
+    /// Model folder, name of a cached model, or preset [default: those the binary was built for]
+    model: Option<String>,
+    /// Folder of records, of which all are read and one file is appended to; or one file, *.jsonl
+    #[arg(long, value_name = "PATH", default_value = "tuning/records")]
+    records: PathBuf,
+    /// End after so long: 300, 300s or 5m; a later run goes on
+    #[arg(long, value_name = "TIME", value_parser = parse_budget, default_value = "300s")]
+    budget: Duration,
+    /// What is tuned
+    #[arg(long, value_enum, default_value_t = Which::Auto)]
+    backend: Which,
+    /// Rows that quantized linears read
+    #[arg(long, value_enum, default_value_t = Activations::Int8)]
+    activations: Activations,
+    /// Threads to compute with [default: all cores]
+    #[arg(long, value_name = "N", value_parser = super::model::parse_threads)]
+    threads: Option<usize>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// Hidden: verify these kernels, in the process that does nothing else
+    #[arg(long, value_name = "SYMBOL,…", value_delimiter = ',', hide = true)]
+    verify_candidates: Vec<String>,
+}
+
+impl Args {
+    /// The file that is appended to: `name` in the folder, or the one that is given.
+    fn records_file(&self, name: &Path) -> PathBuf {
+        match self.records.extension().is_some_and(|extension| extension == "jsonl") {
+            true => self.records.clone(),
+            false => self.records.join(name),
+        }
+    }
+}
+
+const EXAMPLES: &str = "\
+A binary that has the candidates of a model:
+  BESPOKE_TUNER=1 BESPOKE_MODEL=MODEL cargo build --release --target-dir target/tuner
+  target/tuner/release/bespoke tune MODEL --budget 300s";
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum Which {
+    /// The GPU where this binary has kernels for one, else the CPU
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
+    if !args.verify_candidates.is_empty() {
+        return cpu::verify_candidates(args, console);
+    }
+    match args.backend {
+        Which::Cpu => cpu::run(args, console),
+        Which::Auto if cfg!(not(feature = "cuda")) => cpu::run(args, console),
+        Which::Auto | Which::Cuda => run_gpu(args, console),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn run_gpu(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
+    gpu::run(args, console)
 }
 
 #[cfg(not(feature = "cuda"))]
-pub(super) fn run(_args: &Args, _console: &mut Console<'_>) -> anyhow::Result<()> {
+fn run_gpu(_args: &Args, _console: &mut Console<'_>) -> anyhow::Result<()> {
     anyhow::bail!(
-        "this binary was built without CUDA, and only GPUs are tuned; build it with `cargo build \
-         --release --features cuda`, or measure CPU kernels with `cargo bench`"
+        "this binary was built without CUDA; build it with `cargo build --release --features \
+         cuda`, or tune the CPU with `--backend cpu`"
     )
 }
 
-#[cfg(feature = "cuda")]
-pub(super) use gpu::run;
-
-#[cfg(feature = "cuda")]
-mod gpu {
-    use std::collections::{BTreeMap, BTreeSet};
-    use std::fs::{File, OpenOptions};
-    use std::io::{ErrorKind, Write as _};
-    use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-
-    use anyhow::Context as _;
-    use bespoke_kernel_gen::spec::{KvDType, ModelShape};
-    use comfy_table::Table;
-    use comfy_table::presets::NOTHING;
-    use serde::Serialize;
-
-    use super::{Args, Console};
-    use crate::backend::cuda::device::{Device as _, DeviceInfo};
-    use crate::backend::cuda::driver::Driver;
-    use crate::cli::verify::shapes;
-    use crate::kernels::generated;
-    use crate::tune::{self, Cases, Key, Measured, Record, RecordedVariant, TuneOptions, key};
-
-    /// The JSON of a run.
-    #[derive(Serialize)]
-    struct Report {
-        gpu: String,
-        toolkit: &'static str,
-        /// Cases that the file of records had already.
-        num_known: usize,
-        /// Whether the budget ended before the cases did.
-        is_partial: bool,
-        records: Vec<Record>,
+/// `300`, `300s`, `5m` or `1h`, up to a day.
+fn parse_budget(text: &str) -> Result<Duration, String> {
+    let (number, unit) = match text.strip_suffix(['s', 'm', 'h']) {
+        Some(number) => (number, &text[number.len()..]),
+        None => (text, "s"),
+    };
+    let seconds = match unit {
+        "m" => 60,
+        "h" => 3600,
+        _ => 1,
+    };
+    let seconds = number.parse::<u64>().ok().and_then(|number| number.checked_mul(seconds));
+    match seconds {
+        Some(seconds @ 1..=86_400) => Ok(Duration::from_secs(seconds)),
+        _ => Err("expected a time such as 300s or 5m, a day at most".to_owned()),
     }
+}
 
-    pub(in crate::cli) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
-        let table = generated::cuda_table();
-        let info = Driver::open(&table)?.info().clone();
-        let mut session = Session::open(args, info)?;
-        for shape in shapes(args.only.as_deref())? {
-            for kv_dtype in [KvDType::F16, KvDType::I8, KvDType::I4] {
-                console.report(&format!("{}, {} KV cache\n", shape.name, kv_dtype.name()));
-                session.measure(Driver::open(&table)?, &shape, kv_dtype)?;
-            }
-        }
-        let report = session.finish(table.toolkit)?;
-        match args.json {
-            true => console.print_json(&report),
-            false => console.print(&text(&report)),
-        }
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    /// A run and its file.
-    struct Session {
-        info: DeviceInfo,
-        hashes: BTreeMap<&'static str, &'static str>,
-        toolkit: &'static str,
-        known: BTreeSet<Key>,
-        file: Option<File>,
-        end: Option<Instant>,
-        num_known: usize,
-        is_partial: bool,
-        records: Vec<Record>,
-        failed: Option<anyhow::Error>,
-    }
-
-    impl Session {
-        fn open(args: &Args, info: DeviceInfo) -> anyhow::Result<Session> {
-            let table = generated::cuda_table();
-            let target = table.targets.iter().find(|target| target.arch == info.arch);
-            let kernels = target.map_or(&[][..], |target| target.kernels);
-            let hashes = kernels.iter().map(|kernel| (kernel.symbol, kernel.source_hash)).collect();
-            let (mut known, mut file) = (BTreeSet::new(), None);
-            if let Some(path) = &args.records {
-                match std::fs::read_to_string(path) {
-                    Ok(text) => known = Record::keys(&text),
-                    Err(error) if error.kind() == ErrorKind::NotFound => {}
-                    Err(error) => return Err(error).context(path.display().to_string()),
-                }
-                let opened = OpenOptions::new().create(true).append(true).open(path);
-                file = Some(opened.with_context(|| path.display().to_string())?);
-            }
-            Ok(Session {
-                info,
-                hashes,
-                toolkit: table.toolkit,
-                known,
-                file,
-                end: args.budget.map(|budget| Instant::now() + Duration::from_secs(budget)),
-                num_known: 0,
-                is_partial: false,
-                records: Vec::new(),
-                failed: None,
-            })
+    #[test]
+    fn budgets_have_units() {
+        for (text, seconds) in [("300", 300), ("300s", 300), ("5m", 300), ("24h", 86_400)] {
+            assert_eq!(parse_budget(text), Ok(Duration::from_secs(seconds)), "{text}");
         }
-
-        fn hash_of(&self, symbol: Option<&str>) -> Option<String> {
-            symbol.and_then(|symbol| self.hashes.get(symbol)).map(|hash| (*hash).to_owned())
+        for text in ["", "0", "-1", "5d", "25h", "m", "99999999999999999999h", "1.5m"] {
+            assert!(parse_budget(text).is_err(), "{text}");
         }
-
-        fn measure(
-            &mut self,
-            device: Driver,
-            shape: &ModelShape,
-            kv_dtype: KvDType,
-        ) -> anyhow::Result<()> {
-            // NOTE: one of the two closures at a time has the session.
-            let session = std::cell::RefCell::new(self);
-            tune::measure(
-                device,
-                shape,
-                kv_dtype,
-                &Cases::default(),
-                &TuneOptions::default(),
-                &mut |case, symbol| {
-                    let mut session = session.borrow_mut();
-                    let hash = session.hash_of(symbol);
-                    let (name, arch) = (&session.info.name, session.info.arch.name());
-                    let symbol = symbol.map(str::to_owned);
-                    let key = key(&case.to_string(), name, arch, &symbol, &hash);
-                    let is_known = session.known.contains(&key);
-                    session.num_known += usize::from(is_known);
-                    !is_known
-                },
-                &mut |measured| {
-                    let mut session = session.borrow_mut();
-                    if let Err(error) = session.take(&measured, shape, kv_dtype) {
-                        session.failed.get_or_insert(error);
-                    }
-                    let is_over = session.end.is_some_and(|end| Instant::now() > end);
-                    session.is_partial |= is_over;
-                    !is_over && session.failed.is_none()
-                },
-            )?;
-            let session = session.into_inner();
-            session.failed.take().map_or(Ok(()), Err)
-        }
-
-        fn take(
-            &mut self,
-            measured: &Measured,
-            shape: &ModelShape,
-            kv_dtype: KvDType,
-        ) -> anyhow::Result<()> {
-            let variant = RecordedVariant {
-                symbol: measured.symbol.clone(),
-                source_hash: self.hash_of(measured.symbol.as_deref()),
-                toolkit: self.toolkit.to_owned(),
-            };
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-            let record = Record::new(measured, shape, kv_dtype, &self.info, variant, now);
-            if let Some(file) = &mut self.file {
-                let line = format!("{}\n", serde_json::to_string(&record)?);
-                file.write_all(line.as_bytes()).context("cannot write the file of records")?;
-            }
-            self.known.insert(record.key());
-            self.records.push(record);
-            Ok(())
-        }
-
-        fn finish(self, toolkit: &'static str) -> anyhow::Result<Report> {
-            if let Some(file) = &self.file {
-                file.sync_all().context("cannot write the file of records")?;
-            }
-            let Session { info, num_known, is_partial, records, .. } = self;
-            Ok(Report { gpu: info.name, toolkit, num_known, is_partial, records })
-        }
-    }
-
-    fn text(report: &Report) -> String {
-        let mut table = Table::new();
-        table.load_style(NOTHING);
-        table.set_header(["kernel", "case", "µs", "GB/s", "TFLOP/s"]);
-        for record in &report.records {
-            let symbol = record.variant.symbol.as_deref().unwrap_or("copy by the driver");
-            table.add_row([
-                symbol.to_owned(),
-                record.problem.case.clone(),
-                format!("{:.1}", record.time.us[1]),
-                format!("{:.0}", record.time.gb_per_s),
-                format!("{:.1}", record.time.tflop_per_s),
-            ]);
-        }
-        let rest = if report.is_partial { "; the budget is spent, run again to go on" } else { "" };
-        format!(
-            "{}\n{} cases measured on {}, {} known before{rest}\n",
-            table.trim_fmt(),
-            report.records.len(),
-            report.gpu,
-            report.num_known
-        )
     }
 }

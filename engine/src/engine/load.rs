@@ -1,6 +1,7 @@
 //! Loading a model into an engine.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::ModelShape;
@@ -243,6 +244,7 @@ impl Engine {
             stats: Vec::with_capacity(limits.logit_rows_max),
             samples: Vec::with_capacity(limits.logit_rows_max),
             ended: Vec::new(),
+            row_histogram: Arc::default(),
         })
     }
 }

@@ -114,6 +114,7 @@ impl<'a> Loader<'a> {
             activation: options.activation,
             num_threads: options.num_threads,
             target: options.target,
+            device: options.device,
         };
         CpuBackend::new(&options.kernels, self.config, self.shape, &cpu_options)
     }

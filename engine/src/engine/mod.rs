@@ -18,10 +18,12 @@ mod sessions;
 #[cfg(test)]
 mod simulation;
 
+use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use bespoke_kernel_gen::model::ModelConfig;
+use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::ModelShape;
 
 use crate::backend::KernelUsage;
@@ -36,6 +38,7 @@ use crate::kv_cache::{Keep, Namespace, Page, PageCounts, PagePool, num_pages};
 use crate::model::decoder::{AnyDecoder, Decoder};
 use crate::model::rope::Rope;
 use crate::request::{Generation, Request, RequestId, RequestOutput, check_prompt};
+use crate::row_histogram::RowHistogram;
 use crate::sampling::{Sample, Sampler, choice_seed, needs_logits, sample_greedily};
 use crate::scheduler::{Scheduler, append_span};
 use crate::sequence::{Sequence, StopCheck};
@@ -71,6 +74,7 @@ pub struct Engine {
     stats: Vec<LogitStats>,
     samples: Vec<Option<Sample>>,
     ended: Vec<Sequence>,
+    row_histogram: Arc<RowHistogram>,
 }
 
 /// What an engine is busy with.
@@ -159,6 +163,7 @@ impl Engine {
         self.start_lens.clear();
         self.start_lens.extend(self.scheduler.scheduled().map(|sequence| sequence.num_prompt));
         self.rope.fill(&mut self.batch, &self.start_lens);
+        self.row_histogram.add(self.batch.num_rows());
         self.run_model();
         self.sample();
         self.scheduler.commit(&self.samples, &mut self.pool, outputs, &mut self.ended);
@@ -322,6 +327,20 @@ impl Engine {
     /// [`Backend::kernel_usage`](crate::backend::Backend::kernel_usage).
     pub fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error> {
         on_decoder!(&mut self.model, decoder => decoder.kernel_usage())
+    }
+
+    /// Where the choices of the kernels come from that serve the model: how many intervals of row
+    /// counts, by provenance. None where the backend has no choice.
+    pub fn provenances(&self) -> BTreeMap<Provenance, usize> {
+        let mut counts = BTreeMap::new();
+        let all = on_decoder!(&self.model, decoder => decoder.provenances());
+        all.into_iter().for_each(|provenance| *counts.entry(provenance).or_default() += 1);
+        counts
+    }
+
+    /// The rows of the steps so far; counts on as the engine does.
+    pub fn row_histogram(&self) -> Arc<RowHistogram> {
+        Arc::clone(&self.row_histogram)
     }
 
     /// Lets requests have stop strings, and never chooses a token that the tokenizer lacks.

@@ -10,15 +10,24 @@ use super::KernelTable;
 // have them.
 #[cfg(not(test))]
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
-#[cfg(test)]
-const KERNELS: &[super::Kernel] = &[];
-#[cfg(test)]
-const PAGE_SIZE: usize = bespoke_kernel_gen::spec::PAGE_SIZE;
 include!(concat!(env!("OUT_DIR"), "/models.rs"));
 
 /// All kernels of this build.
+#[cfg(not(test))]
 pub fn table() -> KernelTable {
-    KernelTable { kernels: KERNELS, page_size: PAGE_SIZE }
+    KernelTable {
+        kernels: KERNELS,
+        servings: SERVINGS,
+        page_size: PAGE_SIZE,
+        is_tuner: IS_TUNER,
+        lock: LOCK,
+    }
+}
+
+/// As in a build without kernels.
+#[cfg(test)]
+pub fn table() -> KernelTable {
+    KernelTable::EMPTY
 }
 
 #[cfg(feature = "cuda")]

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use bespoke_kernel_gen::model::ModelConfig;
+use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::{DType, LinearRole, ModelShape};
 
 use crate::backend::{Backend, KernelUsage, RowsKind, Step};
@@ -352,6 +353,11 @@ impl<B: Backend> Decoder<B> {
         &mut self.backend
     }
 
+    /// See [`Backend::provenances`].
+    pub fn provenances(&self) -> Vec<Provenance> {
+        self.backend.provenances()
+    }
+
     /// See [`Backend::kernel_usage`].
     pub fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error> {
         self.backend.kernel_usage()
@@ -451,6 +457,7 @@ pub trait AnyDecoder: Send {
     fn head(&mut self, select: &[u32]);
     fn logit_stats(&mut self, stats: &mut [LogitStats]);
     fn logits(&mut self, rows: Range<usize>) -> &[f32];
+    fn provenances(&self) -> Vec<Provenance>;
     fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error>;
     fn weights_bytes(&self) -> usize;
     fn kv_cache_bytes(&self) -> usize;
@@ -493,6 +500,10 @@ where
 
     fn logits(&mut self, rows: Range<usize>) -> &[f32] {
         Decoder::logits(self, rows)
+    }
+
+    fn provenances(&self) -> Vec<Provenance> {
+        Decoder::provenances(self)
     }
 
     fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error> {

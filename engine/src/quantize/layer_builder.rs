@@ -79,7 +79,7 @@ impl<'a> LayerBuilder<'a> {
         }
         let carrier = self.carrier(role, &modules)?;
         let settings = Settings { options: self.options, num_threads: self.num_threads };
-        let found = group::quantize(role_name(role), &modules, &calibration, &carrier, &settings)
+        let found = group::quantize(role.name(), &modules, &calibration, &carrier, &settings)
             .map_err(|overflow| self.overflow(&modules, &overflow))?;
         for (module, rounded) in modules.iter().zip(found.rounded) {
             let output = vec![1.0; module.weights.nrows()];
@@ -335,15 +335,4 @@ fn dequantized(
         }
     }
     Ok(Some(bytes))
-}
-
-/// What reports call a group of linears.
-fn role_name(role: LinearRole) -> &'static str {
-    match role {
-        LinearRole::Qkv => "qkv",
-        LinearRole::O => "o",
-        LinearRole::GateUp => "gate_up",
-        LinearRole::Down => "down",
-        LinearRole::Head => "head",
-    }
 }

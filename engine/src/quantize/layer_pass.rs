@@ -21,6 +21,7 @@ use crate::backend::reference::ReferenceBackend;
 use crate::config::{BackendChoice, context_max};
 use crate::error::Error;
 use crate::kernels::KernelTable;
+use crate::kernels::choice::DeviceChoice;
 use crate::model::rope::Rope;
 use crate::model::safetensors::read_json_file;
 use crate::model::weights::{ModelWeights, Weights};
@@ -264,6 +265,7 @@ fn open_runner(
         activation: ActivationType::Float,
         num_threads: pass.num_threads,
         target: pass.target,
+        device: DeviceChoice::This,
     };
     let backend = CpuBackend::new(&pass.kernels, config, shape, &options)?;
     Ok(Box::new(LayerRunner::new(backend, shape, &mut rope, sample_len)?))

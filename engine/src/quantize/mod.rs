@@ -20,7 +20,6 @@ pub mod layer_pass;
 mod layer_runner;
 mod linalg;
 mod output;
-mod plot;
 pub mod quantized_layer;
 pub mod report;
 mod rounding;

@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use super::plot::{Line, LinePlot, Scale, bars, escape, number};
 use super::quantized_layer::{GroupReport, LayerReport, ModuleReport};
 use crate::files::human_bytes;
+use crate::plot::{self, Line, LinePlot, Scale, bars, escape, number};
 
 const PAGE: &str = include_str!("report.html");
 
@@ -130,6 +130,7 @@ impl QuantizationReport {
     /// What stands for `{{name}}` in the page.
     fn part(&self, name: &str) -> String {
         match name {
+            "style" => plot::STYLE.to_owned(),
             "model" => escape(&self.model),
             "program" => escape(&self.program),
             "facts" => self.facts(),
@@ -236,6 +237,8 @@ impl QuantizationReport {
                 .to_owned(),
             unit: " %",
             scale: Scale::Linear,
+            x_name: "layer",
+            x_scale: Scale::Linear,
             lines: lines.into(),
         };
         figure(&plot.svg())
@@ -301,6 +304,8 @@ fn error_plot(role: &str, name: &str, groups: &[(usize, &GroupReport)]) -> LineP
             .to_owned(),
         unit: "",
         scale: Scale::Log,
+        x_name: "layer",
+        x_scale: Scale::Linear,
         lines: vec![
             line("nearest", |module| module.error_rtn),
             line("scaled, clipped", |module| module.error_awq),
@@ -322,6 +327,8 @@ fn factor_plot(role: &str, name: &str, groups: &[(usize, &GroupReport)]) -> Line
             .to_owned(),
         unit: "",
         scale: Scale::Log,
+        x_name: "layer",
+        x_scale: Scale::Linear,
         lines: vec![line("largest", 2), line("median", 1), line("smallest", 0)],
     }
 }

@@ -1,7 +1,9 @@
 //! What handlers share.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use bespoke_kernel_gen::plan::Provenance;
 use tokio::sync::Semaphore;
 
 use super::drain::Lifecycle;
@@ -51,6 +53,8 @@ pub struct ServedModel {
     /// Equal fingerprints and seeds give equal tokens.
     pub fingerprint: String,
     pub backend: &'static str,
+    /// Intervals of row counts by where the choices of their kernels come from.
+    pub provenances: BTreeMap<Provenance, usize>,
 }
 
 /// Calls of the engine that wait at once; more are refused.
@@ -72,6 +76,7 @@ impl ServedModel {
             language,
             fingerprint: engine.fingerprint(),
             backend: engine.backend_name(),
+            provenances: engine.provenances(),
         }
     }
 }

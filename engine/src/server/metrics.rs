@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
+use bespoke_kernel_gen::plan::Provenance;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
     DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder,
@@ -197,6 +198,11 @@ struct WorkerLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ProvenanceLabels {
+    provenance: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ConnectionLabels {
     reason: ConnectionEnd,
 }
@@ -365,6 +371,14 @@ impl Inner {
             ("fingerprint", model.fingerprint.clone()),
         ]);
         self.registry.register("bespoke_build", "What is served", info);
+        let choices: Family<ProvenanceLabels, Gauge> = Family::default();
+        for provenance in Provenance::ALL {
+            let num = model.provenances.get(&provenance).copied().unwrap_or(0);
+            let labels = ProvenanceLabels { provenance: provenance.name().to_owned() };
+            choices.get_or_create(&labels).set(num as i64);
+        }
+        let help = "Row counts' kernels, by where the choice comes from";
+        self.registry.register("bespoke_kernel_choices", help, choices);
     }
 }
 

@@ -1,4 +1,5 @@
-//! How long the CUDA kernels of a model take, each alone.
+//! How long the kernels of a model take, each alone: those of CUDA here, those of a CPU, of which
+//! several compete for each matmul, in [`cpu`].
 //!
 //! A case is launched many times in one recording and the recording replayed, as in serving, so
 //! that the host costs next to nothing. Launches take turns over so many weights, or layers of the
@@ -6,7 +7,13 @@
 //! launch.
 
 mod cases;
+pub mod cpu;
+pub mod isolation;
+pub mod ladder;
+mod operands;
+pub mod race;
 mod record;
+pub mod report;
 
 use std::time::{Duration, Instant};
 

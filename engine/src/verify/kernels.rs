@@ -2,42 +2,38 @@
 
 use bespoke_kernel_gen::cuda::attention_plan::DECODE_ROWS_MAX;
 use bespoke_kernel_gen::cuda::{KvType, Regime, Spec};
-use bespoke_kernel_gen::spec::{KernelSpec, LinearRole, ModelShape, RowFormat, RowRegime};
-use bespoke_kernel_gen::target::Target;
+use bespoke_kernel_gen::spec::{KernelSpec, LinearRole, ModelShape, RowFormat};
 
 use super::Part;
 use crate::backend::cpu::CpuOptions;
 use crate::backend::cuda::device::Device;
 use crate::batch::Batch;
-use crate::kernels::KernelTable;
+use crate::kernels::choice::Choice;
 
 pub(super) fn cpu_kernels(
-    table: &KernelTable,
+    choice: Choice<'_>,
     shape: &ModelShape,
     options: &CpuOptions,
     part: Part,
     batch: &Batch,
 ) -> Vec<String> {
-    let CpuOptions { kv_dtype, activation, target, .. } = *options;
+    let CpuOptions { kv_dtype, activation, .. } = *options;
     let hidden = shape.hidden_size;
     let rows_of = |role| shape.linear_rows(role, activation);
     let is_decode = batch.spans.iter().all(|span| span.num_rows == 1);
-    let any = |spec| vec![(spec, RowRegime::Any)];
+    // A spec and the row count that decides about its kernel.
+    let any = |spec| vec![(spec, 1)];
     let wanted = match part {
         Part::Embed => any(KernelSpec::Embed { hidden, dtype: shape.dtype }),
         Part::Norm(role) => any(KernelSpec::RmsNorm { hidden, out: rows_of(role) }),
         Part::Linear(role) => {
-            let regime = match batch.num_rows() {
-                1 => RowRegime::One,
-                rows if rows <= RowRegime::FEW_MAX => RowRegime::Few,
-                _ => RowRegime::Many,
-            };
-            shape.linear_kernel(role, activation).map_or(vec![], |spec| vec![(spec, regime)])
+            let rows = batch.num_rows();
+            shape.linear_kernel(role, activation).map_or(vec![], |spec| vec![(spec, rows)])
         }
         Part::Rope => any(shape.rope_kernel(kv_dtype)),
         Part::Attention => {
-            let regime = if is_decode { RowRegime::One } else { RowRegime::Many };
-            let mut all = vec![(shape.paged_attention_kernel(kv_dtype), regime)];
+            let rows = if is_decode { 1 } else { usize::MAX };
+            let mut all = vec![(shape.paged_attention_kernel(kv_dtype), rows)];
             if let RowFormat::I8 { group } = rows_of(LinearRole::O) {
                 all.extend(any(KernelSpec::Quantize { k: shape.o.k, group }));
             }
@@ -49,8 +45,7 @@ pub(super) fn cpu_kernels(
         }),
         Part::Sample => any(KernelSpec::Sample { vocab: shape.vocab_size }),
     };
-    let target = target.unwrap_or(Target::Portable);
-    let found = wanted.iter().filter_map(|(spec, regime)| table.find(spec, *regime, target));
+    let found = wanted.iter().filter_map(|(spec, rows)| choice.kernel(spec, *rows));
     found.map(|kernel| kernel.symbol.to_owned()).collect()
 }
 

@@ -26,6 +26,7 @@ use crate::backend::reference::ReferenceBackend;
 use crate::batch::Batch;
 use crate::error::Error;
 use crate::kernels::KernelTable;
+use crate::kernels::choice::{Choice, DeviceChoice};
 use crate::model::weights::RandomWeights;
 use compare::Tolerance;
 use kernels::{cpu_kernels, cuda_kernels};
@@ -91,6 +92,8 @@ const PARTS: [Part; 13] = [
 /// The ops that know sequences and the type of the KV cache.
 const SEQUENCE_PARTS: [Part; 2] = [Part::Rope, Part::Attention];
 
+/// Row counts of one sequence at most.
+const ROWS_MAX: usize = 257;
 /// Row counts around the limits of the regimes; the last is the largest.
 const CPU_ROWS: [usize; 5] = [1, 2, 8, 9, 33];
 const CUDA_ROWS: [usize; 10] = [1, 7, 8, 9, 16, 17, 33, 64, 65, 129];
@@ -109,40 +112,69 @@ pub fn cpu(
     let targets = Target::ALL.into_iter().filter(held).filter(|target| is_available(*target));
     let shapes: Vec<ModelShape> = shapes.iter().flat_map(ModelShape::single_layers).collect();
     for target in targets {
-        for shape in &shapes {
-            let activations = match shape.is_quantized() {
-                true => &[ActivationType::Float, ActivationType::Int8][..],
-                false => &[ActivationType::Float],
-            };
-            for &activation in activations {
-                for kv_dtype in KvDType::ALL {
-                    let options = CpuOptions {
-                        kv_dtype,
-                        activation,
-                        num_threads: None,
-                        target: Some(target),
-                    };
-                    let case = Case {
-                        shape: shape.clone(),
-                        kv: kv_dtype,
-                        rows: &CPU_ROWS,
-                        name: format!(
-                            "{} on {}, {activation:?} activations, {} KV cache",
-                            shape.name,
-                            target.name(),
-                            kv_dtype.name()
-                        ),
-                    };
-                    let backend = CpuBackend::new(table, &config(), &case.shape, &options)?;
-                    let kernels = |_: &CpuBackend, part, batch: &Batch| {
-                        cpu_kernels(table, &case.shape, &options, part, batch)
-                    };
-                    run(&case, backend, &kernels, report, progress)?;
-                }
+        for device in table.devices(target) {
+            for shape in &shapes {
+                cpu_shape(table, (target, device), shape, report, progress)?;
             }
         }
     }
     Ok(())
+}
+
+/// All that a device class runs of one model.
+fn cpu_shape(
+    table: &KernelTable,
+    (target, device): (Target, Option<&'static str>),
+    shape: &ModelShape,
+    report: &mut Report,
+    progress: &mut dyn FnMut(&str),
+) -> Result<(), Error> {
+    let choice = Choice { table, target, device };
+    let activations = match shape.is_quantized() {
+        true => &[ActivationType::Float, ActivationType::Int8][..],
+        false => &[ActivationType::Float],
+    };
+    let rows = cpu_rows(table);
+    for &activation in activations {
+        for kv_dtype in KvDType::ALL {
+            let options = CpuOptions {
+                kv_dtype,
+                activation,
+                num_threads: None,
+                target: Some(target),
+                device: device.map_or(DeviceChoice::Any, DeviceChoice::Class),
+            };
+            let of_device = device.map_or(String::new(), |key| format!(" of {key}"));
+            let case = Case {
+                shape: shape.clone(),
+                kv: kv_dtype,
+                rows: &rows,
+                name: format!(
+                    "{} on {}{of_device}, {activation:?} activations, {} KV cache",
+                    shape.name,
+                    target.name(),
+                    kv_dtype.name()
+                ),
+            };
+            let backend = CpuBackend::new(table, &config(), &case.shape, &options)?;
+            let kernels = |_: &CpuBackend, part, batch: &Batch| {
+                cpu_kernels(choice, &case.shape, &options, part, batch)
+            };
+            run(&case, backend, &kernels, report, progress)?;
+        }
+    }
+    Ok(())
+}
+
+/// Row counts around the limits of the table's intervals, as far as a sequence has rows.
+fn cpu_rows(table: &KernelTable) -> Vec<usize> {
+    let intervals = table.servings.iter().flat_map(|serving| serving.intervals);
+    let limits = intervals.map(|interval| interval.rows_max).filter(|rows| *rows < ROWS_MAX);
+    let mut rows: Vec<usize> = limits.flat_map(|rows| [rows, rows + 1]).collect();
+    rows.extend(CPU_ROWS);
+    rows.sort_unstable();
+    rows.dedup();
+    rows
 }
 
 /// Verifies the kernels of `device` for `shapes`; `open` gives the device anew for every KV type.

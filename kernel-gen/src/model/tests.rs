@@ -393,7 +393,11 @@ proptest! {
             replace(&mut config, &mut at.clone(), &new);
         }
         if let Ok(shape) = ModelConfig::parse(&config.to_string()).and_then(|c| c.shape("case")) {
-            let _ = crate::plan::plan(&[shape], &crate::target::Target::ALL);
+            let _ = crate::plan::plan(
+                &[shape],
+                &crate::target::Target::ALL,
+                &crate::plan::PlanOptions::default(),
+            );
         }
     }
 

@@ -308,7 +308,8 @@ fn a_binary_without_kernels_names_what_is_missing() {
 /// A table without one kernel: loading a model that needs it names it, and nothing else fails.
 #[test]
 fn a_kernel_taken_from_the_table_is_missed_by_name() {
-    let all = bespoke_tests::tiny_kernels().kernels;
+    let table = bespoke_tests::tiny_kernels();
+    let all = table.kernels;
     let mut num_missed = 0;
     for missing in all {
         let kernels: Vec<Kernel> =
@@ -318,7 +319,7 @@ fn a_kernel_taken_from_the_table_is_missed_by_name() {
             kv_dtype: KvDType::F32,
             activation: ActivationType::Float,
             num_threads: Some(1),
-            ..EngineOptions::new(KernelTable { kernels: kernels.leak(), ..KernelTable::default() })
+            ..EngineOptions::new(KernelTable { kernels: kernels.leak(), ..table })
         };
         match load_case("llama-gqa2", &options) {
             Ok(_) => {}

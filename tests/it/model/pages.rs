@@ -7,6 +7,7 @@ use bespoke::backend::cpu::{CpuBackend, CpuOptions};
 use bespoke::backend::reference::ReferenceBackend;
 use bespoke::batch::{Batch, BatchLimits, PageCopy};
 use bespoke::kernels::abi::SequenceSpan;
+use bespoke::kernels::choice::DeviceChoice;
 use bespoke::model::decoder::{Decoder, DecoderLimits};
 use bespoke::model::rope::Rope;
 use bespoke::model::weights::Weights;
@@ -105,6 +106,7 @@ fn cpu_pages_are_copied() {
             activation: ActivationType::Float,
             num_threads: Some(2),
             target: None,
+            device: DeviceChoice::This,
         };
         let kernels = bespoke_tests::tiny_kernels();
         check(CpuBackend::new(&kernels, &config, &shape, &options).unwrap());

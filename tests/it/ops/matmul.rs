@@ -9,18 +9,29 @@ pub(super) const ROWS: [usize; 9] = [1, 2, 3, 5, 8, 9, 13, 50, 61];
 /// The kernels of the three row regimes.
 pub(super) type Regimes<A> = [unsafe fn(&A, Share); 3];
 
-/// The three row regimes of a matmul on every instruction set of this machine, with the lanes of a
-/// packed tile; element type, where there is one, and sizes follow the entry points.
+/// The three row regimes of a matmul on every instruction set of this machine, in a configuration
+/// with remainders in pairs and in two with halves, with the lanes of a packed tile; element type,
+/// where there is one, and sizes follow the entry points.
 macro_rules! regimes {
     ($args:ty, $op:ident, [$one:ident, $few:ident, $many:ident], $($generic:tt)+) => {{
         use $crate::ops::instances;
-        let one = instances!($args, $op::$one::<S, $($generic)+, 4, 6>);
-        let few = instances!($args, $op::$few::<S, $($generic)+, 4, 6>);
-        let many = instances!($args, $op::$many::<S, $($generic)+, 4, 6>);
-        let sets = one.into_iter().zip(few).zip(many);
-        sets.map(|((one, few), many)| {
-            let lanes = if one.0 == "avx512" { 16 } else { 8 };
-            (lanes, [one.1, few.1, many.1])
+        // A block of many float rows cannot be repeated.
+        const HALVES: usize = (stringify!($many).as_bytes()[0] == b'i') as usize;
+        // Behind the sizes: cols, rows, tiles, unroll, prefetch, split, halves.
+        let one = instances!($args, $op::$one::<S, $($generic)+, 4, 1, 4, 1, 2048, 0, 0>);
+        let few = instances!($args, $op::$few::<S, $($generic)+, 4, 4, 4, 1, 2048, 0, 0>);
+        let many = instances!($args, $op::$many::<S, $($generic)+, 4, 6, 2, 1, 0, 48, 0>);
+        let few_8 = instances!($args, $op::$few::<S, $($generic)+, 4, 8, 2, 1, 0, 0, 1>);
+        let many_8 = instances!($args, $op::$many::<S, $($generic)+, 4, 8, 1, 1, 0, 0, HALVES>);
+        let few_14 = instances!($args, $op::$few::<S, $($generic)+, 4, 14, 1, 1, 0, 0, 1>);
+        let many_6 = instances!($args, $op::$many::<S, $($generic)+, 4, 6, 4, 1, 0, 3, HALVES>);
+        let sets = [(few, many), (few_8, many_8), (few_14, many_6)];
+        sets.into_iter().flat_map(move |(few, many)| {
+            let sets = one.clone().into_iter().zip(few).zip(many);
+            sets.map(|((one, few), many)| {
+                let lanes = if one.0 == "avx512" { 16 } else { 8 };
+                (lanes, [one.1, few.1, many.1])
+            })
         })
     }};
 }

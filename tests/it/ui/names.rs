@@ -18,7 +18,6 @@ bespoke_macros::kernels! {
         cols: 0,
         scratch_bytes: 0,
         reduction_class: "sample.portable",
-        provenance: "default",
         source_hash: "0",
     }
     kernel gemm_n64_k64_f32_few__portable {
@@ -31,7 +30,6 @@ bespoke_macros::kernels! {
         cols: 4,
         scratch_bytes: 0,
         reduction_class: "gemm_float.portable",
-        provenance: "default",
         source_hash: "0",
     }
     kernel embed_h64_f32__portable {
@@ -44,7 +42,6 @@ bespoke_macros::kernels! {
         cols: 0,
         scratch_bytes: 0,
         reduction_class: "embed.portable",
-        provenance: "default",
         source_hash: "0",
     }
 }

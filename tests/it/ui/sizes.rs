@@ -18,7 +18,6 @@ bespoke_macros::kernels! {
         cols: 0,
         scratch_bytes: 0,
         reduction_class: "quantize.portable",
-        provenance: "default",
         source_hash: "0",
     }
     kernel sample_v512__portable {
@@ -31,7 +30,6 @@ bespoke_macros::kernels! {
         cols: 0,
         scratch_bytes: 0,
         reduction_class: "sample.portable",
-        provenance: "default",
         source_hash: "0",
     }
 }

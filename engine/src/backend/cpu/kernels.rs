@@ -2,9 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use bespoke_kernel_gen::config::KernelConfig;
-use bespoke_kernel_gen::plan::KernelVariant;
-use bespoke_kernel_gen::spec::{DType, KernelSpec, LinearRole, ModelShape, RowFormat, RowRegime};
+use bespoke_kernel_gen::plan::{self, INTERVALS_MAX, Provenance};
+use bespoke_kernel_gen::spec::{DType, KernelSpec, LinearRole, ModelShape, RowFormat};
 use bespoke_kernel_gen::target::Target;
 
 use super::CpuOptions;
@@ -13,7 +12,8 @@ use crate::kernels::abi::{
     AwqGemmArgs, EmbedArgs, GemmArgs, PagedAttentionArgs, QuantizeArgs, RmsNormArgs, RopeArgs,
     SampleArgs, Share, SiluAndMulArgs,
 };
-use crate::kernels::{Kernel, KernelFn, KernelTable};
+use crate::kernels::choice::Choice;
+use crate::kernels::{Kernel, KernelFn};
 
 /// An entry point, typed by its arguments.
 pub(super) type Run<A> = unsafe fn(&A, Share);
@@ -33,21 +33,32 @@ impl<A> Clone for Entry<A> {
 
 impl<A> Copy for Entry<A> {}
 
-/// One entry per row regime.
+/// Entries by the row counts that they serve.
 #[derive(Clone, Copy)]
-pub(super) struct Regimes<A> {
-    one: Entry<A>,
-    few: Entry<A>,
-    many: Entry<A>,
+pub(super) struct ByRows<A> {
+    /// Largest row counts, ascending. Those of the last interval and of unused places are
+    /// `usize::MAX`, so that the first that is large enough is always there.
+    rows_max: [usize; INTERVALS_MAX],
+    entries: [Entry<A>; INTERVALS_MAX],
 }
 
-impl<A> Regimes<A> {
-    pub(super) fn of(&self, num_rows: usize) -> Entry<A> {
-        match num_rows {
-            0 | 1 => self.one,
-            2..=RowRegime::FEW_MAX => self.few,
-            _ => self.many,
+impl<A> ByRows<A> {
+    fn new(served: &Served, entry: impl Fn(Found) -> Entry<A>) -> ByRows<A> {
+        // A serving has at least one interval, the last without a limit.
+        let last = served.0[served.0.len() - 1].1;
+        let mut all =
+            ByRows { rows_max: [usize::MAX; INTERVALS_MAX], entries: [entry(last); INTERVALS_MAX] };
+        for (idx, (rows_max, found)) in served.0.iter().enumerate() {
+            all.rows_max[idx] = *rows_max;
+            all.entries[idx] = entry(*found);
         }
+        all
+    }
+
+    pub(super) fn of(&self, num_rows: usize) -> Entry<A> {
+        let idx = self.rows_max.iter().position(|rows_max| num_rows <= *rows_max);
+        // The last limit is `usize::MAX`.
+        self.entries[idx.unwrap_or(INTERVALS_MAX - 1)]
     }
 }
 
@@ -63,8 +74,8 @@ pub(super) enum Weights {
 
 #[derive(Clone, Copy)]
 pub(super) enum Matmul {
-    Gemm(Regimes<GemmArgs>),
-    AwqGemm(Regimes<AwqGemmArgs>),
+    Gemm(ByRows<GemmArgs>),
+    AwqGemm(ByRows<AwqGemmArgs>),
 }
 
 /// What serves the linears of a role in one form.
@@ -84,6 +95,8 @@ pub(super) struct Kernels {
     pub(super) scratch_bytes: usize,
     /// Every kernel that serves the model, once.
     pub(super) used: Vec<&'static Kernel>,
+    /// Where the choices come from, one for each interval of what serves the model.
+    pub(super) provenances: Vec<Provenance>,
     /// Of all roles, each in all of its forms.
     pub(super) linears: Vec<LinearKernels>,
     norms: Vec<(RowFormat, Entry<RmsNormArgs>)>,
@@ -128,15 +141,20 @@ impl Kernels {
         found.expect("all formats have kernels").1
     }
 
-    /// Looks up everything `shape` needs on `target`.
+    /// Looks up everything `shape` needs.
     pub(super) fn find(
-        table: &KernelTable,
+        choice: Choice<'_>,
         shape: &ModelShape,
-        target: Target,
         options: &CpuOptions,
     ) -> Result<Kernels, Error> {
-        let mut lookup =
-            Lookup { table, target, missing: Vec::new(), scratch_bytes: 0, used: Vec::new() };
+        let target = choice.target;
+        let mut lookup = Lookup {
+            choice,
+            missing: Vec::new(),
+            scratch_bytes: 0,
+            used: Vec::new(),
+            provenances: Vec::new(),
+        };
         let mut linears = Vec::new();
         for role in LinearRole::ALL {
             for linear in shape.served_forms(role, options.activation) {
@@ -163,6 +181,7 @@ impl Kernels {
             target,
             scratch_bytes: lookup.scratch_bytes.max(64),
             used: lookup.used,
+            provenances: lookup.provenances,
             linears: linears.into_iter().map(|linear| linear.expect(found)).collect(),
             norms: norms.into_iter().map(|(rows, norm)| (rows, norm.expect(found))).collect(),
             silu_and_muls: silu_and_muls.into_iter().map(|(r, s)| (r, s.expect(found))).collect(),
@@ -187,7 +206,7 @@ struct SmallOps {
 
 impl SmallOps {
     fn find(lookup: &mut Lookup<'_>, shape: &ModelShape, options: &CpuOptions) -> SmallOps {
-        let attention = shape.paged_attention_kernel(options.kv_dtype);
+        let attention = lookup.served(shape.paged_attention_kernel(options.kv_dtype));
         let o_rows = row_formats(shape, options, &[LinearRole::O]);
         let quantize_spec = o_rows.into_iter().find_map(|rows| match rows {
             RowFormat::F32 => None,
@@ -198,8 +217,8 @@ impl SmallOps {
         SmallOps {
             embed: lookup.any(spec).map(embed),
             rope: lookup.any(shape.rope_kernel(options.kv_dtype)).map(rope),
-            decode: lookup.regime(attention, RowRegime::One).map(paged_attention),
-            prefill: lookup.regime(attention, RowRegime::Many).map(paged_attention),
+            decode: attention.as_ref().map(|served| paged_attention(served.of(1))),
+            prefill: attention.as_ref().map(|served| paged_attention(served.of(usize::MAX))),
             quantize: quantize_spec.and_then(|spec| lookup.any(spec)).map(quantize),
             sample: lookup.any(sample_spec).map(sample),
         }
@@ -250,23 +269,46 @@ entries! {
     silu_and_mul: SiluAndMul(SiluAndMulArgs);
 }
 
+/// What serves a spec, by ascending row counts; at least one interval, the last without a limit.
+struct Served(Vec<(usize, Found)>);
+
+impl Served {
+    fn of(&self, num_rows: usize) -> Found {
+        let found = self.0.iter().find(|(rows_max, _)| num_rows <= *rows_max);
+        found.expect("the last interval of a serving has no limit").1
+    }
+}
+
 /// Finds kernels and remembers those that are missing.
 struct Lookup<'a> {
-    table: &'a KernelTable,
-    target: Target,
+    choice: Choice<'a>,
     missing: Vec<String>,
     scratch_bytes: usize,
     used: Vec<&'static Kernel>,
+    provenances: Vec<Provenance>,
 }
 
 impl Lookup<'_> {
-    fn regime(&mut self, spec: KernelSpec, regime: RowRegime) -> Option<Found> {
-        let Some(kernel) = self.table.find(&spec, regime, self.target) else {
-            let config = KernelConfig::default_for(&spec, regime, self.target);
-            let variant = KernelVariant { spec, regime, target: self.target, config };
-            self.missing.push(variant.symbol());
+    fn served(&mut self, spec: KernelSpec) -> Option<Served> {
+        let Some(chosen) = self.choice.serving(&spec) else {
+            let serving = plan::Serving::default_for(&spec, self.choice.target);
+            let intervals = serving.intervals.iter();
+            self.missing.extend(intervals.map(|interval| interval.variant.symbol()));
             return None;
         };
+        let mut found = Vec::new();
+        for interval in chosen.serving.intervals {
+            self.provenances.push(chosen.provenance(interval));
+            match self.choice.table.kernel(interval.symbol) {
+                Some(kernel) => found.push((interval.rows_max, self.found(kernel))),
+                None => self.missing.push(interval.symbol.to_owned()),
+            }
+        }
+        let is_complete = found.len() == chosen.serving.intervals.len();
+        is_complete.then_some(Served(found))
+    }
+
+    fn found(&mut self, kernel: &'static Kernel) -> Found {
         self.scratch_bytes = self.scratch_bytes.max(kernel.scratch_bytes);
         // Layers of the same sizes share their kernels.
         let idx = self.used.iter().position(|used| used.symbol == kernel.symbol);
@@ -274,11 +316,11 @@ impl Lookup<'_> {
             self.used.push(kernel);
             self.used.len() - 1
         });
-        Some(Found { kernel, idx })
+        Found { kernel, idx }
     }
 
     fn any(&mut self, spec: KernelSpec) -> Option<Found> {
-        self.regime(spec, RowRegime::Any)
+        self.served(spec).map(|served| served.of(1))
     }
 
     fn linear(
@@ -287,29 +329,23 @@ impl Lookup<'_> {
         spec: KernelSpec,
         rows: RowFormat,
     ) -> Option<LinearKernels> {
-        let one = self.regime(spec, RowRegime::One);
-        let few = self.regime(spec, RowRegime::Few);
-        let many = self.regime(spec, RowRegime::Many);
-        let (one, few, many) = (one?, few?, many?);
+        let served = self.served(spec)?;
+        let cols = served.of(1).kernel.cols;
         assert!(
-            one.kernel.cols == few.kernel.cols && few.kernel.cols == many.kernel.cols,
-            "the row regimes of {} want different panels",
-            one.kernel.symbol
+            served.0.iter().all(|(_, found)| found.kernel.cols == cols),
+            "the kernels that serve {spec:?} want different panels"
         );
         let (weights, matmul) = match spec {
             KernelSpec::AwqGemm { k, group, .. } => {
                 let group = bespoke_kernel_gen::spec::activation_group(k, group)?;
-                let regimes =
-                    Regimes { one: awq_gemm(one), few: awq_gemm(few), many: awq_gemm(many) };
-                (Weights::Awq { group }, Matmul::AwqGemm(regimes))
+                (Weights::Awq { group }, Matmul::AwqGemm(ByRows::new(&served, awq_gemm)))
             }
             KernelSpec::Gemm { weight, .. } => {
-                let regimes = Regimes { one: gemm(one), few: gemm(few), many: gemm(many) };
-                (Weights::Dense(weight), Matmul::Gemm(regimes))
+                (Weights::Dense(weight), Matmul::Gemm(ByRows::new(&served, gemm)))
             }
             _ => unreachable!("a linear is served by a matmul"),
         };
-        Some(LinearKernels { role, weights, cols: one.kernel.cols, rows, matmul })
+        Some(LinearKernels { role, weights, cols, rows, matmul })
     }
 
     fn finish(&self, shape: &ModelShape) -> Result<(), Error> {
@@ -322,7 +358,7 @@ impl Lookup<'_> {
              without generated kernels, slowly, with `--backend reference`",
             shape.name,
             self.missing.len(),
-            self.target.name()
+            self.choice.target.name()
         );
         Err(Error::MissingKernels { symbols: self.missing.clone(), message })
     }

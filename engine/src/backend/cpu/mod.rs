@@ -9,11 +9,13 @@ mod ops;
 pub mod pack;
 pub mod packed;
 pub mod team;
+pub mod trial;
 pub mod work;
 
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::{ActivationType, DType, KvDType, LinearRole, ModelShape};
 use bespoke_kernel_gen::target::Target;
+use bespoke_kernel_gen::tuning::device::{CpuDevice, this_cpu};
 
 use buffers::Packed;
 pub use buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows};
@@ -27,6 +29,7 @@ use team::Team;
 use crate::backend::KernelUsage;
 use crate::error::Error;
 use crate::kernels::KernelTable;
+use crate::kernels::choice::{Choice, DeviceChoice};
 use crate::model::linear::{DenseView, LinearSource};
 
 /// How the CPU backend runs.
@@ -39,6 +42,8 @@ pub struct CpuOptions {
     pub num_threads: Option<usize>,
     /// `None`: the best instruction set of this machine that the table has kernels for.
     pub target: Option<Target>,
+    /// Whose measurements decide about the kernels.
+    pub device: DeviceChoice,
 }
 
 /// The generated kernels of one model, the threads that run them, and their scratch memory.
@@ -61,38 +66,27 @@ const STREAM_BYTES: usize = 192 << 20;
 
 /// Whether this machine has the instructions of `target`.
 pub fn is_available(target: Target) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let v3 = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-            && is_x86_feature_detected!("bmi1")
-            && is_x86_feature_detected!("bmi2")
-            && is_x86_feature_detected!("lzcnt")
-            && is_x86_feature_detected!("popcnt");
-        let avx512 = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512cd")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vnni")
-            && is_x86_feature_detected!("avx512bf16");
-        match target {
-            Target::Portable => true,
-            Target::X86_64V3 => v3,
-            Target::Avx512 => v3 && avx512,
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        target == Target::Portable
-    }
+    target.is_available()
 }
 
 /// The best target that this machine has and `table` holds kernels for.
 pub fn best_target(table: &KernelTable) -> Option<Target> {
     let holds = |target: &Target| table.kernels.iter().any(|kernel| kernel.target == *target);
     Target::ALL.into_iter().rev().filter(|target| is_available(*target)).find(holds)
+}
+
+/// As many threads as the process may use.
+pub fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// Key of the device class whose servings count on `target`.
+pub fn device_key(choice: DeviceChoice, target: Target, num_threads: usize) -> Option<String> {
+    match choice {
+        DeviceChoice::This => Some(CpuDevice { target, ..this_cpu(num_threads) }.key()),
+        DeviceChoice::Class(key) => Some(key.to_owned()),
+        DeviceChoice::Any => None,
+    }
 }
 
 impl CpuBackend {
@@ -114,13 +108,13 @@ impl CpuBackend {
             }
             None => best_target(table).unwrap_or(Target::Portable),
         };
-        let kernels = Kernels::find(table, shape, target, options)?;
-        let num_threads = options.num_threads.unwrap_or_else(|| {
-            std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
-        });
+        let num_threads = options.num_threads.unwrap_or_else(available_threads);
         if !(1..=1024).contains(&num_threads) {
             return Err(Error::Request(format!("{num_threads} threads; choose 1 to 1024")));
         }
+        let device = device_key(options.device, target, num_threads);
+        let choice = Choice { table, target, device: device.as_deref() };
+        let kernels = Kernels::find(choice, shape, options)?;
         let team = Team::new(num_threads).map_err(|error| {
             Error::Resources(format!("cannot start {num_threads} threads: {error}"))
         })?;

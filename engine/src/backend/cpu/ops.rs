@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape, RowFormat};
 
 use super::buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows, Packed};
@@ -32,21 +33,27 @@ struct ScratchPtrs<'a>(&'a mut [Memory]);
 unsafe impl Sync for ScratchPtrs<'_> {}
 
 impl ScratchPtrs<'_> {
-    fn get(&self, thread_idx: usize) -> *mut u8 {
-        self.0[thread_idx].ptr::<u8>().cast_mut()
+    fn get(&self, thread_idx: usize, offset: usize) -> *mut u8 {
+        self.0[thread_idx].ptr::<u8>().cast_mut().wrapping_add(offset)
     }
 }
 
-/// Runs one kernel on the whole team.
+/// Runs one kernel on the whole team; each thread's scratch begins `offset` bytes into its memory.
 ///
 /// # Safety
 /// `args` as the kernel documents them.
-unsafe fn run_team<A>(team: &mut Team, scratch: &mut [Memory], run: Run<A>, args: &A) {
+pub(super) unsafe fn run_team<A>(
+    team: &mut Team,
+    scratch: &mut [Memory],
+    offset: usize,
+    run: Run<A>,
+    args: &A,
+) {
     let count = team.len();
     let (args, scratch) = (Shared(args), ScratchPtrs(scratch));
     let (args, scratch) = (&args, &scratch);
     team.run(&move |idx| {
-        let share = Share { idx, count, scratch: scratch.get(idx) };
+        let share = Share { idx, count, scratch: scratch.get(idx, offset) };
         // SAFETY: the caller vouches for the arguments; the kernel's target was checked when the
         // backend was made.
         unsafe { run(args.0, share) }
@@ -66,7 +73,7 @@ impl CpuBackend {
             unsafe { (entry.run)(args, share) }
         } else {
             // SAFETY: as the caller vouches.
-            unsafe { run_team(&mut self.team, &mut self.scratch, entry.run, args) }
+            unsafe { run_team(&mut self.team, &mut self.scratch, 0, entry.run, args) }
         }
         self.meter.stop(start, entry.idx, |kernel| Work::of(kernel, num_rows));
     }
@@ -78,7 +85,7 @@ impl CpuBackend {
     unsafe fn run_matmul<A>(&mut self, num_rows: usize, entry: Entry<A>, args: &A) {
         let start = self.meter.start();
         // SAFETY: as the caller vouches.
-        unsafe { run_team(&mut self.team, &mut self.scratch, entry.run, args) }
+        unsafe { run_team(&mut self.team, &mut self.scratch, 0, entry.run, args) }
         self.meter.stop(start, entry.idx, |kernel| Work::of(kernel, num_rows));
     }
 
@@ -215,6 +222,10 @@ impl Backend for CpuBackend {
         self.meter.end_step();
     }
 
+    fn provenances(&self) -> Vec<Provenance> {
+        self.kernels.provenances.clone()
+    }
+
     fn kernel_usage(&mut self) -> Result<Vec<KernelUsage>, Error> {
         self.usage()
     }
@@ -263,26 +274,29 @@ impl Backend for CpuBackend {
 
     fn linear(&mut self, num_rows: usize, weight: &CpuLinear, x: &CpuInput, out: &mut CpuRows) {
         let shape = self.shape.linear(weight.role);
-        let kernels = self.kernels.linears[weight.kernels_idx];
+        let kernels = &self.kernels.linears[weight.kernels_idx];
         assert!(num_rows <= x.rows_max && num_rows <= out.rows_max);
         assert!(x.k == shape.k && x.format == kernels.rows && out.width == shape.n);
         let (rows, x, out) = (num_rows, x.rows_in(), out.data.ptr_mut());
         let bias = weight.bias_ptr();
-        match (&weight.packed, kernels.matmul) {
-            (Packed::Dense { weight }, Matmul::Gemm(regimes)) => {
+        match (&weight.packed, &kernels.matmul) {
+            (Packed::Dense { weight }, Matmul::Gemm(kernels)) => {
+                let entry = kernels.of(rows);
                 let weight = weight.ptr();
                 let args = GemmArgs { rows, x, weight, scales: std::ptr::null(), bias, out };
                 // SAFETY: sizes and formats were compared above, the weights packed for this
                 // kernel.
-                unsafe { self.run_matmul(rows, regimes.of(rows), &args) }
+                unsafe { self.run_matmul(rows, entry, &args) }
             }
-            (Packed::Int8 { weight, scales }, Matmul::Gemm(regimes)) => {
+            (Packed::Int8 { weight, scales }, Matmul::Gemm(kernels)) => {
+                let entry = kernels.of(rows);
                 let args =
                     GemmArgs { rows, x, weight: weight.ptr(), scales: scales.ptr(), bias, out };
                 // SAFETY: as above.
-                unsafe { self.run_matmul(rows, regimes.of(rows), &args) }
+                unsafe { self.run_matmul(rows, entry, &args) }
             }
-            (Packed::Awq(awq), Matmul::AwqGemm(regimes)) => {
+            (Packed::Awq(awq), Matmul::AwqGemm(kernels)) => {
+                let entry = kernels.of(rows);
                 let args = AwqGemmArgs {
                     rows,
                     x,
@@ -293,7 +307,7 @@ impl Backend for CpuBackend {
                     out,
                 };
                 // SAFETY: as above.
-                unsafe { self.run_matmul(rows, regimes.of(rows), &args) }
+                unsafe { self.run_matmul(rows, entry, &args) }
             }
             _ => unreachable!("weights are packed for the kernel of their role"),
         }
@@ -355,7 +369,7 @@ impl Backend for CpuBackend {
         let entry = if decode { self.kernels.decode } else { self.kernels.prefill };
         let start = self.meter.start();
         // SAFETY: `rope` compared the batch with the cache in this layer.
-        unsafe { run_team(&mut self.team, &mut self.scratch, entry.run, &args) }
+        unsafe { run_team(&mut self.team, &mut self.scratch, 0, entry.run, &args) }
         self.meter.stop(start, entry.idx, |kernel| Work::of_attention(kernel, &batch.spans));
         if let (RowFormat::I8 { .. }, Some(entry)) = (out.format, self.kernels.quantize) {
             let rows = batch.num_rows();

@@ -240,7 +240,6 @@ mod tests {
             cols: 0,
             scratch_bytes: 0,
             reduction_class: "nothing",
-            provenance: "default",
             source_hash: "",
             run: KernelFn::PagedAttention(nothing),
         }

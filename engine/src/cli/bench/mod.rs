@@ -21,6 +21,7 @@ use crate::config::{EngineOptions, context_max};
 use crate::files::human_bytes;
 use crate::kv_cache::num_pages;
 use crate::memory;
+use crate::row_histogram::RowHistogram;
 use measurement::{Load, Measurement};
 use report::{Point, Report, Setting, overview};
 use workload::{Lengths, Source, Workload};
@@ -83,6 +84,10 @@ pub(super) struct Args {
     /// Rows of one prompt in one step [default: no limit]
     #[arg(long, value_name = "N")]
     chunk_tokens: Option<usize>,
+    /// latency, throughput: write how many steps had how many rows, for `kernel-gen select
+    /// --from-trace`
+    #[arg(long, value_name = "FILE")]
+    trace_shapes: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -174,7 +179,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     }
     let model = args.model.as_deref().context("--model is missing")?;
     let files = ModelFiles::open(model, console)?;
-    let bench = Bench { args, files: &files };
+    let bench = Bench { args, files: &files, rows: RowHistogram::default() };
     let mut points = Vec::new();
     for source in args.sources(context_max(&files.config), console)? {
         for concurrency in args.concurrencies() {
@@ -184,6 +189,9 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
             }
             points.push(point);
         }
+    }
+    if let Some(path) = &args.trace_shapes {
+        bench.rows.write(path)?;
     }
     if args.json {
         let last = points.last().context("nothing was measured")?;
@@ -205,6 +213,7 @@ impl Args {
             ("--num-pages", self.num_pages.is_some(), ENGINE),
             ("--max-batch-tokens", self.max_batch_tokens.is_some(), ENGINE),
             ("--chunk-tokens", self.chunk_tokens.is_some(), ENGINE),
+            ("--trace-shapes", self.trace_shapes.is_some(), ENGINE),
         ];
         #[cfg(feature = "server")]
         let options = {
@@ -322,6 +331,8 @@ fn pairs(prompt_tokens: &[usize], max_tokens: &[usize]) -> anyhow::Result<Vec<Le
 struct Bench<'a> {
     args: &'a Args,
     files: &'a ModelFiles,
+    /// Of all points.
+    rows: RowHistogram,
 }
 
 impl Bench<'_> {
@@ -332,7 +343,7 @@ impl Bench<'_> {
         concurrency: usize,
         console: &mut Console<'_>,
     ) -> anyhow::Result<Point> {
-        let Bench { args, files } = *self;
+        let Bench { args, files, ref rows } = *self;
         let mode = args.mode;
         let num_requests = args.num_requests(source, concurrency);
         let num_warm_up = if mode == Mode::Latency { concurrency } else { 0 };
@@ -367,6 +378,7 @@ impl Bench<'_> {
                 meter.set(&stage, template, num_ended, num_requests as u64);
             })?;
         }
+        rows.merge(&engine.row_histogram());
         let setting = Setting { mode, source: source.name(), concurrency };
         Ok(Point::new(setting, &measurement, &engine))
     }

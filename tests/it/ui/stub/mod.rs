@@ -36,11 +36,28 @@ pub struct Kernel {
     pub cols: usize,
     pub scratch_bytes: usize,
     pub reduction_class: &'static str,
-    pub provenance: &'static str,
     pub source_hash: &'static str,
     pub run: KernelFn,
 }
 
+pub struct Serving {
+    pub spec: spec::KernelSpec,
+    pub target: target::Target,
+    pub device: Option<&'static str>,
+    pub intervals: &'static [Interval],
+}
+
+pub struct Interval {
+    pub rows_max: usize,
+    pub symbol: &'static str,
+    pub provenance: plan::Provenance,
+}
+
+pub mod plan {
+    pub enum Provenance {
+        Default,
+    }
+}
 pub mod spec {
     pub enum KernelSpec {
         Quantize { k: usize, group: usize },

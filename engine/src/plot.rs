@@ -1,9 +1,12 @@
-//! Plots as SVG, to be put into a page: lines over the layers, ranges, and bars.
+//! Plots as SVG, to be put into a page: lines over layers or rows, and bars; the pages' style.
 //!
 //! Colours come from the page's style sheet by the classes `s0` to `s3`; every line has a dash
 //! pattern of its own beside its colour, and every point a title.
 
 use std::fmt::Write as _;
+
+/// Style sheet of a page with plots.
+pub(crate) const STYLE: &str = include_str!("plot.css");
 
 const WIDTH: f64 = 480.0;
 const HEIGHT: f64 = 250.0;
@@ -17,7 +20,7 @@ const NUM_TICKS_MAX: usize = 12;
 
 /// How numbers lie along the vertical axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Scale {
+pub(crate) enum Scale {
     /// From 0.
     Linear,
     /// Numbers that are not positive are left out.
@@ -26,21 +29,24 @@ pub(super) enum Scale {
 
 /// One line of a plot.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Line {
+pub(crate) struct Line {
     pub name: String,
-    /// Layer and value.
+    /// Layer or row count, and value.
     pub points: Vec<(usize, f64)>,
 }
 
-/// Lines over the layers.
+/// Lines over layers or row counts.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct LinePlot {
+pub(crate) struct LinePlot {
     /// Distinct within the page.
     pub id: String,
     pub title: String,
     pub description: String,
     pub unit: &'static str,
     pub scale: Scale,
+    /// What the horizontal axis counts: from 0 on a linear one, from 1 on a logarithmic one.
+    pub x_name: &'static str,
+    pub x_scale: Scale,
     /// At most four.
     pub lines: Vec<Line>,
 }
@@ -53,11 +59,17 @@ struct Axis {
 }
 
 impl LinePlot {
-    pub(super) fn svg(&self) -> String {
+    pub(crate) fn svg(&self) -> String {
         let points = || self.lines.iter().flat_map(|line| &line.points);
         let axis = Axis::around(self.scale, points().map(|point| point.1));
-        let layer_max = points().map(|point| point.0).max().unwrap_or(0).max(1);
-        let x = |layer: usize| LEFT + layer as f64 / layer_max as f64 * (WIDTH - LEFT - RIGHT);
+        let x_max = points().map(|point| point.0).max().unwrap_or(0).max(1);
+        let x = |value: usize| {
+            let share = match self.x_scale {
+                Scale::Linear => value as f64 / x_max as f64,
+                Scale::Log => (value.max(1) as f64).ln() / (x_max.max(2) as f64).ln(),
+            };
+            LEFT + share * (WIDTH - LEFT - RIGHT)
+        };
         let mut svg = start(&self.id, &self.title, &self.description, HEIGHT);
         self.write_legend(&mut svg);
         for tick in axis.ticks() {
@@ -72,26 +84,37 @@ impl LinePlot {
                 number(tick),
             );
         }
-        let step = (layer_max + 1).div_ceil(NUM_TICKS_MAX);
-        for layer in (0..=layer_max).step_by(step) {
-            let _ = write!(
-                svg,
-                "<text class=\"tick\" x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{layer}</text>",
-                x(layer),
-                HEIGHT - BOTTOM + 16.0,
-            );
-        }
-        let _ = write!(
-            svg,
-            "<text class=\"tick\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">layer</text>",
-            (LEFT + WIDTH - RIGHT) / 2.0,
-            HEIGHT - 6.0,
-        );
+        self.write_x_axis(&mut svg, x_max, &x);
         for (idx, line) in self.lines.iter().enumerate() {
             self.write_line(&mut svg, idx, line, &axis, &x);
         }
         svg.push_str("</svg>");
         svg
+    }
+
+    fn write_x_axis(&self, svg: &mut String, x_max: usize, x: &dyn Fn(usize) -> f64) {
+        let step = (x_max + 1).div_ceil(NUM_TICKS_MAX);
+        let ticks: Vec<usize> = match self.x_scale {
+            Scale::Linear => (0..=x_max).step_by(step).collect(),
+            Scale::Log => {
+                (0..usize::BITS).map(|bit| 1 << bit).take_while(|t| *t <= x_max).collect()
+            }
+        };
+        for tick in ticks {
+            let _ = write!(
+                svg,
+                "<text class=\"tick\" x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{tick}</text>",
+                x(tick),
+                HEIGHT - BOTTOM + 16.0,
+            );
+        }
+        let _ = write!(
+            svg,
+            "<text class=\"tick\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
+            (LEFT + WIDTH - RIGHT) / 2.0,
+            HEIGHT - 6.0,
+            self.x_name,
+        );
     }
 
     fn write_legend(&self, svg: &mut String) {
@@ -125,10 +148,11 @@ impl LinePlot {
         for (layer, value) in shown {
             let _ = write!(
                 svg,
-                "<circle class=\"dot s{idx}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"2.5\"><title>layer \
+                "<circle class=\"dot s{idx}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"2.5\"><title>{} \
                  {layer}, {}: {}{}</title></circle>",
                 x(layer),
                 axis.y(value),
+                self.x_name,
                 escape(&line.name),
                 number(value),
                 self.unit,
@@ -138,7 +162,7 @@ impl LinePlot {
 }
 
 /// Horizontal bars from 0, each with its name and its number.
-pub(super) fn bars(id: &str, title: &str, description: &str, values: &[(&str, f64)]) -> String {
+pub(crate) fn bars(id: &str, title: &str, description: &str, values: &[(&str, f64)]) -> String {
     let max = values.iter().map(|bar| bar.1).fold(f64::MIN_POSITIVE, f64::max);
     let name_width = 110.0;
     let room = WIDTH - name_width - 80.0;
@@ -165,7 +189,7 @@ pub(super) fn bars(id: &str, title: &str, description: &str, values: &[(&str, f6
 }
 
 /// Text as HTML shows it.
-pub(super) fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -181,7 +205,7 @@ pub(super) fn escape(text: &str) -> String {
 }
 
 /// Three digits that count, without an exponent where that is short.
-pub(super) fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     if value == 0.0 || !value.is_finite() {
         return value.to_string();
     }
@@ -279,6 +303,8 @@ mod tests {
             description: "of \"q\"".to_owned(),
             unit: "",
             scale,
+            x_name: "layer",
+            x_scale: scale,
             lines: vec![line],
         }
         .svg()

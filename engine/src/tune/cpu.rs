@@ -1,0 +1,419 @@
+//! Tuning of a model's CPU matmuls: verify, race, record.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bespoke_kernel_gen::name::spec_name;
+use bespoke_kernel_gen::spec::{ActivationType, KernelSpec, LinearRole, ModelShape, RowRegime};
+use bespoke_kernel_gen::target::Target;
+use bespoke_kernel_gen::tuning::certificate::Certificate;
+use bespoke_kernel_gen::tuning::device::Device;
+use bespoke_kernel_gen::tuning::record::{Case, Outcome, Problem, Record, Time, VERSION, Variant};
+
+use super::isolation::Isolation;
+use super::operands::Operands;
+use super::race::{Field, Finish, RaceOptions, SAMPLES_MIN, Track, race};
+use crate::backend::cpu::limits::Limits;
+use crate::backend::cpu::trial::{Trial, TrialOptions};
+use crate::backend::cpu::work::Work;
+use crate::error::Error;
+use crate::kernels::{Kernel, KernelTable};
+
+/// Weights of one layout are repeated until they fill this: more than caches hold, as the weights
+/// of all layers do.
+const COLD_BYTES: usize = 64 << 20;
+/// Memory that is read to measure its rate.
+const STREAM_BYTES: usize = 192 << 20;
+/// Rows of a step at most, and those that logits are wanted of.
+const ROWS_MAX: usize = 512;
+const HEAD_ROWS_MAX: usize = 64;
+/// Rows beyond which kernels that stream packed weights are not tried.
+const STREAM_ROWS_MAX: usize = 64;
+/// A sample takes at least this long, in calls of one kernel after the other.
+const SAMPLE_SECONDS: f64 = 100e-6;
+const SAMPLE_CALLS_MAX: f64 = 64.0;
+/// Share of the time that all problems have alike; the rest goes by their work.
+const EQUAL_SHARE: f64 = 0.4;
+
+/// One matmul of the model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CpuProblem {
+    pub spec: KernelSpec,
+    /// Share of the model's weights that it multiplies.
+    pub share: f64,
+    pub rows_max: usize,
+}
+
+/// The matmuls of `shape` with these activations, the largest first.
+///
+/// # Errors
+/// A linear has no kernel.
+pub fn problems(shape: &ModelShape, activation: ActivationType) -> Result<Vec<CpuProblem>, Error> {
+    let mut weights: BTreeMap<KernelSpec, (f64, usize)> = BTreeMap::new();
+    for role in LinearRole::ALL {
+        let is_head = role == LinearRole::Head;
+        let num_times = if is_head { 1 } else { shape.num_layers };
+        let rows_max = if is_head { HEAD_ROWS_MAX } else { ROWS_MAX };
+        for linear in shape.served_forms(role, activation) {
+            let entry = weights.entry(linear.kernel(activation)?).or_default();
+            entry.0 += (num_times * linear.n * linear.k) as f64;
+            entry.1 = entry.1.max(rows_max);
+        }
+    }
+    let sum: f64 = weights.values().map(|(weight, _)| weight).sum();
+    let mut all: Vec<CpuProblem> = weights
+        .into_iter()
+        .map(|(spec, (weight, rows_max))| CpuProblem { spec, share: weight / sum, rows_max })
+        .collect();
+    all.sort_by(|a, b| b.share.total_cmp(&a.share));
+    Ok(all)
+}
+
+/// What a run knows of the machine and the binary.
+pub struct CpuSetting<'a> {
+    pub table: &'a KernelTable,
+    pub target: Target,
+    pub device: Device,
+    pub num_threads: usize,
+    /// Version of the compiler that made the kernels.
+    pub compiler: &'a str,
+    /// Bytes of machine code by symbol.
+    pub code_bytes: &'a HashMap<&'static str, u64>,
+    pub isolation: Isolation<'a>,
+}
+
+/// How far a run is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum CpuProgress<'a> {
+    Verifying { spec: &'a str, num_kernels: usize },
+    Refused { symbol: &'a str, reason: &'a str },
+    Racing { spec: &'a str, num_kernels: usize, seconds: f64 },
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuSummary {
+    pub num_verified: usize,
+    pub num_failed: usize,
+    pub num_measured: usize,
+    /// Measurements of earlier runs.
+    pub num_known: usize,
+}
+
+/// A tuning run.
+pub struct CpuTuning<'a> {
+    setting: CpuSetting<'a>,
+    /// Of this device, this compiler and kernels as they are.
+    records: Vec<Record>,
+    append: &'a mut dyn FnMut(&Record) -> Result<(), Error>,
+    summary: CpuSummary,
+}
+
+impl<'a> CpuTuning<'a> {
+    /// `append` keeps a record before the next one is measured.
+    pub fn new(
+        setting: CpuSetting<'a>,
+        records: Vec<Record>,
+        append: &'a mut dyn FnMut(&Record) -> Result<(), Error>,
+    ) -> CpuTuning<'a> {
+        let key = setting.device.key();
+        let is_current = |record: &Record| {
+            let Variant { symbol, source_hash, compiler, .. } = &record.variant;
+            let kernel = setting.table.kernel(symbol);
+            record.device.key() == key
+                && compiler == setting.compiler
+                && kernel.is_some_and(|kernel| kernel.source_hash == source_hash)
+        };
+        let records: Vec<Record> = records.into_iter().filter(is_current).collect();
+        let num_known = records.iter().filter(|record| record.time().is_some()).count();
+        let summary = CpuSummary { num_known, ..CpuSummary::default() };
+        CpuTuning { setting, records, append, summary }
+    }
+
+    /// Tunes all `problems` within `budget`, verification included.
+    ///
+    /// # Errors
+    /// A record cannot be kept, there is no memory, or kernels cannot be verified.
+    pub fn run(
+        &mut self,
+        problems: &[CpuProblem],
+        options: &RaceOptions,
+        budget: Duration,
+        progress: &mut dyn FnMut(CpuProgress<'_>),
+    ) -> Result<CpuSummary, Error> {
+        let end = Instant::now() + budget;
+        let shares: Vec<f64> = problems
+            .iter()
+            .map(|problem| {
+                EQUAL_SHARE / problems.len() as f64 + (1.0 - EQUAL_SHARE) * problem.share
+            })
+            .collect();
+        for (idx, problem) in problems.iter().enumerate() {
+            let left = end.saturating_duration_since(Instant::now()).as_secs_f64();
+            let share = shares[idx] / shares[idx..].iter().sum::<f64>();
+            let deadline = Instant::now() + Duration::from_secs_f64(left * share);
+            self.tune(problem, options, deadline, progress)?;
+        }
+        Ok(self.summary)
+    }
+
+    /// All records of this device and these kernels.
+    pub fn into_records(self) -> Vec<Record> {
+        self.records
+    }
+
+    fn tune(
+        &mut self,
+        problem: &CpuProblem,
+        options: &RaceOptions,
+        deadline: Instant,
+        progress: &mut dyn FnMut(CpuProgress<'_>),
+    ) -> Result<(), Error> {
+        let (spec, target) = (problem.spec, self.setting.target);
+        let name = spec_name(&spec);
+        let of_problem = |kernel: &&Kernel| kernel.spec == spec && kernel.target == target;
+        let kernels: Vec<&'static Kernel> =
+            self.setting.table.kernels.iter().filter(of_problem).collect();
+        let verdicts = self.verdicts();
+        let new: Vec<String> = kernels
+            .iter()
+            .filter(|kernel| !verdicts.contains_key(kernel.symbol))
+            .map(|kernel| kernel.symbol.to_owned())
+            .collect();
+        if !new.is_empty() {
+            progress(CpuProgress::Verifying { spec: &name, num_kernels: new.len() });
+            self.verify(&name, &new, progress)?;
+        }
+        let verdicts = self.verdicts();
+        let is_certified = |kernel: &&Kernel| verdicts.get(kernel.symbol) == Some(&true);
+        let kernels: Vec<&'static Kernel> = kernels.into_iter().filter(is_certified).collect();
+        let seconds = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
+        progress(CpuProgress::Racing { spec: &name, num_kernels: kernels.len(), seconds });
+        self.race(problem, &kernels, options, deadline)
+    }
+
+    /// Whether each kernel that was verified passed.
+    fn verdicts(&self) -> BTreeMap<String, bool> {
+        let verdict = |record: &Record| {
+            let symbol = record.variant.symbol.clone();
+            match &record.outcome {
+                Outcome::Certificate(certificate) => Some((symbol, certificate.check().is_ok())),
+                Outcome::Failure(_) => Some((symbol, false)),
+                Outcome::Time(_) => None,
+            }
+        };
+        let mut all = BTreeMap::new();
+        for (symbol, passed) in self.records.iter().filter_map(verdict) {
+            // A failure counts, whatever passed at another time.
+            *all.entry(symbol).or_insert(true) &= passed;
+        }
+        all
+    }
+
+    fn verify(
+        &mut self,
+        spec: &str,
+        symbols: &[String],
+        progress: &mut dyn FnMut(CpuProgress<'_>),
+    ) -> Result<(), Error> {
+        let CpuTuning { setting, records, append, summary } = self;
+        let setting = &*setting;
+        setting.isolation.verify(symbols, &mut |symbol, verdict| {
+            let outcome = match verdict {
+                Ok(levels) => {
+                    summary.num_verified += 1;
+                    Outcome::Certificate(Certificate {
+                        symbol: symbol.to_owned(),
+                        source_hash: setting.source_hash(symbol),
+                        compiler: setting.compiler.to_owned(),
+                        device: setting.device.key(),
+                        levels,
+                    })
+                }
+                Err(failure) => {
+                    summary.num_failed += 1;
+                    let reason = format!("{}: {}", failure.reason, failure.message);
+                    progress(CpuProgress::Refused { symbol, reason: &reason });
+                    Outcome::Failure(failure)
+                }
+            };
+            let record = setting.record(spec, symbol, Case::All, outcome);
+            append(&record)?;
+            records.push(record);
+            Ok(())
+        })
+    }
+
+    fn race(
+        &mut self,
+        problem: &CpuProblem,
+        kernels: &[&'static Kernel],
+        options: &RaceOptions,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        let CpuTuning { setting, records, append, summary } = self;
+        let (setting, spec) = (&*setting, problem.spec);
+        let default_of = |rows: usize| {
+            let default = setting.table.serving_kernel(&spec, rows, setting.target);
+            kernels
+                .iter()
+                .position(|kernel| default.is_some_and(|default| default.symbol == kernel.symbol))
+        };
+        let rows = |all: &[usize]| -> Vec<usize> {
+            let fits = |rows: &usize| *rows <= problem.rows_max && default_of(*rows).is_some();
+            all.iter().copied().filter(fits).collect()
+        };
+        let options = RaceOptions {
+            first_rows: rows(&options.first_rows),
+            other_rows: rows(&options.other_rows),
+            ..options.clone()
+        };
+        let name = spec_name(&spec);
+        let known = known(records, &name, kernels);
+        let operands = Operands::new(&spec, problem.rows_max)?;
+        let mut trial = setting.trial(problem, &operands)?;
+        for kernel in kernels {
+            trial.prepare(kernel, &operands.source())?;
+        }
+        let limits = Limits::measure(trial.team(), STREAM_BYTES)?;
+        let limit = |rows: usize| {
+            let work = kernels.first().map_or(Work::default(), |kernel| Work::of(kernel, rows));
+            work.bound(&limits).0 * 1e-9
+        };
+        let field = Field {
+            num_kernels: kernels.len(),
+            // Rows without a default are not raced.
+            default_of: &|rows| default_of(rows).unwrap_or(0),
+            can_serve: &|kernel, rows| can_serve(kernels[kernel], rows),
+            prior: &|kernel, rows| prior(kernels[kernel], rows),
+            limit: &limit,
+            is_known: &|kernel, rows| known.contains(&(kernel, rows)),
+        };
+        let mut track = CpuTrack::new(trial, kernels);
+        let mut result = Ok(());
+        let budget = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
+        race(&mut track, &field, &options, budget, &mut |finish| {
+            let default = kernels[(field.default_of)(finish.num_rows)].symbol;
+            let time = Outcome::Time(time(&finish, default, limit(finish.num_rows) * 1e6));
+            let symbol = kernels[finish.kernel].symbol;
+            let record = setting.record(&name, symbol, Case::Rows(finish.num_rows), time);
+            result = append(&record);
+            summary.num_measured += 1;
+            records.push(record);
+            result.is_ok()
+        });
+        result
+    }
+}
+
+impl CpuSetting<'_> {
+    fn source_hash(&self, symbol: &str) -> String {
+        self.table.kernel(symbol).map_or(String::new(), |kernel| kernel.source_hash.to_owned())
+    }
+
+    fn record(&self, spec: &str, symbol: &str, case: Case, outcome: Outcome) -> Record {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        let target = self.target.name().to_owned();
+        Record {
+            v: VERSION,
+            problem: Problem { spec: spec.to_owned(), target, case },
+            device: self.device.clone(),
+            variant: Variant {
+                symbol: symbol.to_owned(),
+                source_hash: self.source_hash(symbol),
+                compiler: self.compiler.to_owned(),
+                code_bytes: self.code_bytes.get(symbol).map_or(0, |bytes| *bytes as usize),
+            },
+            outcome,
+            measured_at: now,
+        }
+    }
+
+    fn trial(&self, problem: &CpuProblem, operands: &Operands) -> Result<Trial, Error> {
+        let options = TrialOptions {
+            num_threads: self.num_threads,
+            cold_bytes: COLD_BYTES,
+            rows_max: problem.rows_max,
+        };
+        Trial::new(problem.spec, self.target, &operands.rows, &operands.bias, options)
+    }
+}
+
+/// What earlier runs have measured well enough, as indices of kernels and row counts.
+fn known(records: &[Record], spec: &str, kernels: &[&Kernel]) -> BTreeSet<(usize, usize)> {
+    let pair = |record: &Record| {
+        let time = record.time()?;
+        let Case::Rows(rows) = record.problem.case else { return None };
+        let is_enough = time.num_samples >= SAMPLES_MIN && record.problem.spec == spec;
+        let kernel = kernels.iter().position(|kernel| kernel.symbol == record.variant.symbol)?;
+        is_enough.then_some((kernel, rows))
+    };
+    records.iter().filter_map(pair).collect()
+}
+
+fn can_serve(kernel: &Kernel, rows: usize) -> bool {
+    match kernel.regime {
+        RowRegime::One => rows == 1,
+        RowRegime::Few => rows <= STREAM_ROWS_MAX,
+        RowRegime::Many | RowRegime::Any => rows > 1,
+    }
+}
+
+/// Register blocks that are not full cost as much as full ones; weights that are unpacked first
+/// cost about four rows more; blocks of few rows read every weight more often.
+fn prior(kernel: &Kernel, rows: usize) -> f64 {
+    let block = kernel.rows.max(1);
+    let padded = rows.div_ceil(block) * block;
+    let unpacking = if kernel.regime == RowRegime::Many { 4.0 } else { 0.0 };
+    padded as f64 * (1.0 + 1.0 / block as f64) + unpacking
+}
+
+fn time(finish: &Finish, default: &str, limit_us: f64) -> Time {
+    Time {
+        mode: "backend".to_owned(),
+        cache: "cold".to_owned(),
+        us: finish.us,
+        num_samples: finish.num_samples,
+        default: default.to_owned(),
+        vs_default: finish.vs_default,
+        noise: finish.noise,
+        limit_us: (limit_us > 0.0).then_some(limit_us),
+    }
+}
+
+/// Calls on this machine.
+struct CpuTrack<'a> {
+    trial: Trial,
+    kernels: &'a [&'static Kernel],
+    /// Calls of a sample, once a first call has shown how long one takes.
+    num_calls: HashMap<(usize, usize), usize>,
+    start: Instant,
+}
+
+impl CpuTrack<'_> {
+    fn new<'a>(trial: Trial, kernels: &'a [&'static Kernel]) -> CpuTrack<'a> {
+        CpuTrack { trial, kernels, num_calls: HashMap::new(), start: Instant::now() }
+    }
+}
+
+impl Track for CpuTrack<'_> {
+    fn run(&mut self, kernel: usize, num_rows: usize) -> Option<f64> {
+        let key = (kernel, num_rows);
+        let kernel = self.kernels[kernel];
+        let trial = &mut self.trial;
+        // NOTE: the first call also brings the code into the caches.
+        let first = trial.time(kernel, num_rows).as_secs_f64().max(1e-9);
+        let num_calls = *self.num_calls.entry(key).or_insert_with(|| {
+            (SAMPLE_SECONDS / first).ceil().clamp(1.0, SAMPLE_CALLS_MAX) as usize
+        });
+        let start = Instant::now();
+        for _ in 0..num_calls {
+            trial.time(kernel, num_rows);
+        }
+        Some(start.elapsed().as_secs_f64() / num_calls as f64)
+    }
+
+    fn elapsed(&self) -> f64 {
+        self.start.elapsed().as_secs_f64()
+    }
+}
