@@ -1,6 +1,7 @@
 //! `bespoke build`: a program that is made for one model, and brings it.
 
 mod cargo;
+mod files;
 mod sizes;
 
 use std::collections::BTreeMap;
@@ -10,7 +11,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use bespoke_kernel_gen::cuda::Arch;
-use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::target::Target;
 
 use self::cargo::Cargo;
@@ -107,7 +107,7 @@ impl Targets {
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
     let targets = Targets::parse(&args.target)?;
     let dir = fs::canonicalize(console.resolve(&args.model)?)?;
-    let files = model_files(&dir)?;
+    let files = files::read(&dir)?;
     let name = ModelFolder::Disk(dir.clone()).name().into_owned();
     let source = cargo::source(args.source.as_deref())?;
     let staged = StagedFile::create(&args.output, IfExists::Replace)?;
@@ -136,21 +136,6 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
         true => console.print_json(&sizes),
         false => console.print(&sizes.text(&args.output)),
     }
-}
-
-/// The small files of a model folder whose configuration is one that kernels can be made for.
-fn model_files(dir: &Path) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
-    let folder = ModelFolder::Disk(dir.to_owned());
-    let config = ModelConfig::parse(&folder.config_text()?)
-        .with_context(|| folder.path("config.json").display().to_string())?;
-    config.shape(&folder.name())?;
-    let mut files = BTreeMap::new();
-    for name in bundle::FILES {
-        if let Some(bytes) = folder.read(name, crate::tokenizer::TOKENIZER_BYTES_MAX)? {
-            files.insert(name.to_owned(), bytes.into_owned());
-        }
-    }
-    Ok(files)
 }
 
 fn refuse_large(kernels: &BTreeMap<String, u64>, bytes_max: Option<u64>) -> anyhow::Result<()> {
