@@ -3,7 +3,7 @@
 //! ```text
 //! the program
 //! packed weights, from the beginning of a page on      (where they are embedded)
-//! the model's small files, one after the other
+//! the model's small files, each deflated, one after the other
 //! manifest: JSON
 //! trailer: "BSPKEND\n"  version u32  0 u32  offset of the files, of the manifest, length u64
 //!          BLAKE3 of files and manifest [32]
@@ -16,6 +16,9 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use flate2::Compression;
+use flate2::read::DeflateDecoder;
+use flate2::write::DeflateEncoder;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
@@ -28,7 +31,8 @@ const MAGIC: [u8; 8] = *b"BSPKEND\n";
 const TRAILER_LEN: usize = 72;
 /// Where weights begin.
 const PAGE: u64 = 4096;
-/// Most bytes that files and manifest have together: a tokenizer's limit, and the others.
+/// Most bytes that files and manifest have together, and that a file has when it is inflated: a
+/// tokenizer's limit, and the others.
 const SMALL_BYTES_MAX: u64 = 256 << 20;
 
 /// Files of a model folder that a program brings, where the folder has them.
@@ -56,8 +60,16 @@ struct Manifest {
     name: String,
     /// Of the CPU and of GPUs.
     targets: Vec<String>,
-    files: BTreeMap<String, Span>,
+    files: BTreeMap<String, Deflated>,
     weights: Option<Span>,
+}
+
+/// A file as it lies in the program, and its length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Deflated {
+    span: Span,
+    len: u64,
 }
 
 /// Bytes of the program's file.
@@ -113,17 +125,28 @@ impl Bundle {
         &self.manifest.targets
     }
 
-    /// A file of the model's folder.
-    pub fn file(&self, name: &str) -> Option<&[u8]> {
-        // Every span was compared with the bytes when the bundle was opened.
-        let Span { offset, len } = *self.manifest.files.get(name)?;
-        let start = (offset - self.files_offset) as usize;
-        Some(&self.small[start..start + len as usize])
+    /// Whether the program brings the file `name`.
+    pub fn has(&self, name: &str) -> bool {
+        self.manifest.files.contains_key(name)
     }
 
-    /// Names and bytes of the files.
+    /// A file of the model's folder; `None` where there is none.
+    pub fn file(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
+        let Some(Deflated { span, len }) = self.manifest.files.get(name) else { return Ok(None) };
+        // Every span was compared with the bytes when the bundle was opened.
+        let start = (span.offset - self.files_offset) as usize;
+        let deflated = &self.small[start..start + span.len as usize];
+        let mut bytes = Vec::with_capacity(*len as usize);
+        let inflated = DeflateDecoder::new(deflated).take(len + 1).read_to_end(&mut bytes);
+        if inflated.is_err() || bytes.len() as u64 != *len {
+            return Err(damaged(&self.path, &format!("its {name} cannot be inflated")));
+        }
+        Ok(Some(bytes))
+    }
+
+    /// Names of the files, and the bytes that they take.
     pub fn files(&self) -> impl Iterator<Item = (&str, u64)> {
-        self.manifest.files.iter().map(|(name, span)| (name.as_str(), span.len))
+        self.manifest.files.iter().map(|(name, file)| (name.as_str(), file.span.len))
     }
 
     /// Bytes of the weights; `None` where there are none in the program.
@@ -155,9 +178,13 @@ pub fn append(out: &mut dyn Write, program_len: u64, contents: &Contents<'_>) ->
     let mut small = Vec::new();
     let mut files = BTreeMap::new();
     for (name, bytes) in &contents.files {
+        let mut encoder = DeflateEncoder::new(Vec::new(), Compression::best());
+        encoder.write_all(bytes)?;
+        let deflated = encoder.finish()?;
         let offset = files_offset + small.len() as u64;
-        files.insert(name.clone(), Span { offset, len: bytes.len() as u64 });
-        small.extend_from_slice(bytes);
+        let span = Span { offset, len: deflated.len() as u64 };
+        files.insert(name.clone(), Deflated { span, len: bytes.len() as u64 });
+        small.extend(deflated);
     }
     let manifest_offset = files_offset + small.len() as u64;
     let (name, targets) = (contents.name.to_owned(), contents.targets.clone());
@@ -180,12 +207,7 @@ fn read(
     trailer: &[u8; TRAILER_LEN],
     len: u64,
 ) -> Result<Bundle, Error> {
-    let damaged = |what: &str| {
-        Error::model(
-            path,
-            format!("the model in this program is damaged: {what}; get or build the program anew"),
-        )
-    };
+    let damaged = |what: &str| damaged(path, what);
     let number = |at: usize| {
         let bytes = trailer[at..].first_chunk().copied().unwrap_or_default();
         u64::from_le_bytes(bytes)
@@ -214,12 +236,20 @@ fn read(
         serde_json::from_slice(&small[(manifest_offset - files_offset) as usize..])
             .map_err(|error| damaged(&format!("its manifest says {error}")))?;
     let mut spans = manifest.files.values();
-    let is_inside = |span: &Span| {
-        span.offset >= files_offset && span.end().is_some_and(|end| end <= manifest_offset)
+    let is_inside = |Deflated { span, len }: &Deflated| {
+        let is_after = span.offset >= files_offset && *len <= SMALL_BYTES_MAX;
+        is_after && span.end().is_some_and(|end| end <= manifest_offset)
     };
     let weights_end = manifest.weights.map_or(Some(0), |span| span.end());
     if !spans.all(is_inside) || weights_end.is_none_or(|end| end > files_offset) {
         return Err(damaged("its manifest names bytes that are not there"));
     }
     Ok(Bundle { path: path.to_owned(), manifest, small, files_offset })
+}
+
+fn damaged(path: &Path, what: &str) -> Error {
+    Error::model(
+        path,
+        format!("the model in this program is damaged: {what}; get or build the program anew"),
+    )
 }

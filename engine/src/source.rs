@@ -76,15 +76,15 @@ impl ModelFolder {
     pub fn has(&self, name: &str) -> bool {
         match self {
             ModelFolder::Disk(dir) => dir.join(name).exists(),
-            ModelFolder::Bundle(bundle) => bundle.file(name).is_some(),
+            ModelFolder::Bundle(bundle) => bundle.has(name),
         }
     }
 
     /// The bytes of the file `name`, of at most `bytes_max`, or `None` where there is none.
     pub fn read(&self, name: &str, bytes_max: u64) -> Result<Option<Cow<'_, [u8]>>, Error> {
-        let bytes = match self {
+        let bytes: Option<Cow<'_, [u8]>> = match self {
             ModelFolder::Disk(dir) => read_limited(&dir.join(name), bytes_max)?.map(Cow::Owned),
-            ModelFolder::Bundle(bundle) => bundle.file(name).map(Cow::Borrowed),
+            ModelFolder::Bundle(bundle) => bundle.file(name)?.map(Cow::Owned),
         };
         match bytes {
             Some(bytes) if bytes.len() as u64 > bytes_max => {

@@ -18,7 +18,7 @@ use self::sizes::Sizes;
 use super::console::Console;
 use super::elf;
 use crate::backend::cpu::is_available;
-use crate::bundle::{self, Contents};
+use crate::bundle::{self, Bundle, Contents};
 use crate::files::{IfExists, StagedFile, write_error};
 use crate::source::ModelFolder;
 
@@ -129,7 +129,8 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
         weights: weights.as_ref().map(|weights| weights.0.as_path()),
     };
     let len = write(staged.path(), &program, &contents)?;
-    let sizes = Sizes::new(kernels, program.len() as u64, &contents, len)?;
+    let bundle = Bundle::open(staged.path())?.context("the model that was appended is gone")?;
+    let sizes = Sizes::new(kernels, program.len() as u64, &bundle, len);
     drop(weights);
     staged.commit()?;
     match args.json {

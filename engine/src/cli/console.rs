@@ -13,6 +13,7 @@ use crate::bundle::Bundle;
 use crate::error::Error;
 use crate::import::cache::{self, Cache};
 use crate::import::environment;
+#[cfg(feature = "make")]
 use crate::import::pull::PullOptions;
 use crate::kernels::KernelTable;
 use crate::model::safetensors::has_weights;
@@ -68,6 +69,7 @@ impl Console<'_> {
         }
     }
 
+    #[cfg(feature = "make")]
     pub(super) fn pull_options(&self) -> Result<PullOptions, Error> {
         Ok(PullOptions { cache: self.cache()?, ..environment::pull_options()? })
     }

@@ -53,6 +53,7 @@ pub(super) fn functions(file: &mut (impl Read + Seek)) -> io::Result<Vec<(String
 
 /// An executable without what is not loaded: symbols, their names, and the list of sections. Other
 /// files stay as they are.
+#[cfg(feature = "make")]
 pub(super) fn stripped(program: &[u8]) -> Vec<u8> {
     let mut program = program.to_vec();
     if let Ok(end) = end_of_segments(&program) {
@@ -65,6 +66,7 @@ pub(super) fn stripped(program: &[u8]) -> Vec<u8> {
 }
 
 /// Where the last segment ends in the file.
+#[cfg(feature = "make")]
 fn end_of_segments(program: &[u8]) -> io::Result<usize> {
     if program.get(..6) != Some(&MAGIC) {
         return Err(invalid("no ELF64 file"));
@@ -166,6 +168,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg(feature = "make")]
     fn strips_what_is_not_loaded() {
         let bytes = std::fs::read(std::env::current_exe().unwrap()).unwrap();
         let stripped = stripped(&bytes);

@@ -1,18 +1,23 @@
 //! The command line: arguments in, text or one JSON value out.
 
 mod bench;
+#[cfg(feature = "make")]
 mod build;
 #[cfg(feature = "chat")]
 mod chat;
 mod console;
+#[cfg(feature = "make")]
 mod dequantize;
 mod doctor;
 mod elf;
 mod eval;
+#[cfg(feature = "make")]
 mod explain;
+#[cfg(feature = "make")]
 mod export;
 mod generate;
 mod grammar;
+#[cfg(feature = "make")]
 mod import;
 mod kernels;
 mod logits;
@@ -23,13 +28,17 @@ mod perplexity;
 mod probation;
 mod progress;
 mod prompt;
+#[cfg(feature = "make")]
 mod pull;
+#[cfg(feature = "make")]
 mod quantize;
+#[cfg(feature = "make")]
 mod quickstart;
 mod sampling;
 #[cfg(feature = "server")]
 mod serve;
 mod startup;
+#[cfg(feature = "make")]
 mod tune;
 mod verify;
 
@@ -75,13 +84,28 @@ Examples:
 MODEL is a model folder, the name of a cached model, or a preset (smollm2-135m).
 Exit codes: 0 done, 1 failed, 2 wrong usage.";
 
+/// What a program that brings a model says instead.
+const OWN: &str = "\
+Examples:
+  generate --prompt 'The capital of France is'
+  chat
+  serve
+
+Exit codes: 0 done, 1 failed, 2 wrong usage.";
+
 #[derive(Subcommand)]
 enum Command {
+    #[cfg(feature = "make")]
     Quickstart(quickstart::Args),
+    #[cfg(feature = "make")]
     Pull(pull::Args),
+    #[cfg(feature = "make")]
     Import(import::Args),
+    #[cfg(feature = "make")]
     Export(export::Args),
+    #[cfg(feature = "make")]
     Quantize(quantize::Args),
+    #[cfg(feature = "make")]
     Build(build::Args),
     Generate(generate::Args),
     #[cfg(feature = "chat")]
@@ -93,11 +117,14 @@ enum Command {
     #[cfg(feature = "server")]
     Serve(serve::Args),
     Kernels(kernels::Args),
+    #[cfg(feature = "make")]
     Explain(explain::Args),
     Verify(verify::Args),
+    #[cfg(feature = "make")]
     Tune(tune::Args),
     Doctor(doctor::Args),
     #[command(hide = true)]
+    #[cfg(feature = "make")]
     Dequantize(dequantize::Args),
     #[command(hide = true)]
     PackWeights(pack_weights::Args),
@@ -136,11 +163,17 @@ fn pin_kernels(console: &mut Console<'_>) -> anyhow::Result<()> {
 
 fn run_command(command: Command, console: &mut Console<'_>) -> anyhow::Result<()> {
     match command {
+        #[cfg(feature = "make")]
         Command::Quickstart(args) => quickstart::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Pull(args) => pull::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Import(args) => import::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Export(args) => export::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Quantize(args) => quantize::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Build(args) => build::run(&args, console),
         Command::Generate(args) => generate::run(&args, console),
         #[cfg(feature = "chat")]
@@ -152,10 +185,13 @@ fn run_command(command: Command, console: &mut Console<'_>) -> anyhow::Result<()
         #[cfg(feature = "server")]
         Command::Serve(args) => serve::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Explain(args) => explain::run(&args, console),
         Command::Verify(args) => verify::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Dequantize(args) => dequantize::run(&args, console),
         Command::PackWeights(args) => pack_weights::run(&args, console),
         #[cfg(feature = "server")]
@@ -164,8 +200,8 @@ fn run_command(command: Command, console: &mut Console<'_>) -> anyhow::Result<()
 }
 
 /// Commands with a model, which a program that brings one need not be told.
-const WITH_MODEL: [&str; 8] =
-    ["generate", "chat", "logits", "perplexity", "eval", "bench", "serve", "explain"];
+const WITH_MODEL: [&str; 7] =
+    ["generate", "chat", "logits", "perplexity", "eval", "bench", "serve"];
 
 fn parse<I, T>(args: I, console: &Console<'_>) -> Result<Cli, clap::Error>
 where
@@ -177,6 +213,7 @@ where
         // Arguments are parsed once in the life of a program.
         let name: &'static str = bundle.name().to_owned().leak();
         let with_default = |arg: clap::Arg| arg.required(false).default_value(name);
+        command = command.after_help(format!("This program brings the model {name}.\n\n{OWN}"));
         for name in WITH_MODEL {
             if command.find_subcommand(name).is_some() {
                 command =

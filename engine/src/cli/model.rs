@@ -6,8 +6,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use bespoke_kernel_gen::model::ModelConfig;
+#[cfg(feature = "make")]
 use bespoke_kernel_gen::presets;
-use bespoke_kernel_gen::spec::{ActivationType, KvDType, ModelShape};
+#[cfg(feature = "make")]
+use bespoke_kernel_gen::spec::ModelShape;
+use bespoke_kernel_gen::spec::{ActivationType, KvDType};
 use clap::ValueEnum;
 
 use super::console::Console;
@@ -284,6 +287,7 @@ pub(super) fn options(
 
 /// The shape of a model that the binary was built for, that is found, or that kernels can be made
 /// for by name.
+#[cfg(feature = "make")]
 pub(super) fn shape_of(model: &str, console: &Console<'_>) -> anyhow::Result<ModelShape> {
     let built = generated::models().into_iter().find(|shape| shape.name == model);
     if let Some(shape) = built {

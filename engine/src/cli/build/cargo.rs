@@ -22,13 +22,13 @@ impl Cargo<'_> {
         command.current_dir(self.source);
         command.args(["build", "--profile", PROFILE, "--locked", "--package", "bespoke"]);
         command.args(["--bin", "bespoke", "--no-default-features", "--features"]);
-        // NOTE: all that serves a model. What fetches models, with its TLS, is left out.
+        // NOTE: all that serves a model. What fetches and makes models is left out.
         command.arg(if cuda.is_empty() { FEATURES.to_owned() } else { format!("{FEATURES},cuda") });
         command.arg("--target-dir").arg(&target_dir);
         command.env("BESPOKE_MODEL", self.model);
         command.env("BESPOKE_TARGETS", cpu.join(","));
         command.env("BESPOKE_CUDA_TARGETS", cuda.join(","));
-        command.env("BESPOKE_BUNDLE", "1");
+        command.env("BESPOKE_BUNDLE", "1").env_remove("BESPOKE_TUNER");
         command.env_remove("RUSTFLAGS").env("CARGO_ENCODED_RUSTFLAGS", self.flags(&target_dir)?);
         // Standard output is for the command's own result.
         command.stdout(std::io::stderr());

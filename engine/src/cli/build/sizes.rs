@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context as _, ensure};
 use serde::Serialize;
 
-use crate::bundle::Contents;
+use crate::bundle::Bundle;
 use crate::files::human_bytes;
 
 /// Bytes of a program by part.
@@ -18,8 +18,9 @@ pub(super) struct Sizes {
     kernels: BTreeMap<String, u64>,
     /// All else that is not the model's.
     program: u64,
+    /// Deflated.
     tokenizer: u64,
-    /// The model's other small files.
+    /// The model's other small files, deflated.
     files: u64,
     weights: u64,
     /// Up to the next page, and the list of contents.
@@ -47,24 +48,26 @@ pub(super) fn kernels(program: &Path) -> anyhow::Result<BTreeMap<String, u64>> {
 }
 
 impl Sizes {
+    /// Of a program that has `program` bytes without its model, and `bytes` with it.
     pub(super) fn new(
         kernels: BTreeMap<String, u64>,
         program: u64,
-        contents: &Contents<'_>,
+        bundle: &Bundle,
         bytes: u64,
-    ) -> anyhow::Result<Sizes> {
-        let len = |name: &str| contents.files.get(name).map_or(0, |bytes| bytes.len() as u64);
-        let all: u64 = contents.files.values().map(|bytes| bytes.len() as u64).sum();
-        let weights = contents.weights.map(std::fs::metadata).transpose()?.map_or(0, |m| m.len());
-        Ok(Sizes {
+    ) -> Sizes {
+        let all: u64 = bundle.files().map(|(_, bytes)| bytes).sum();
+        let tokenizer = bundle.files().find(|(name, _)| *name == "tokenizer.json");
+        let tokenizer = tokenizer.map_or(0, |(_, bytes)| bytes);
+        let weights = bundle.weights_len().unwrap_or(0);
+        Sizes {
             bytes,
             program: program.saturating_sub(kernels.values().sum()),
             kernels,
-            tokenizer: len("tokenizer.json"),
-            files: all - len("tokenizer.json"),
+            tokenizer,
+            files: all - tokenizer,
             weights,
             frame: bytes - program - all - weights,
-        })
+        }
     }
 
     pub(super) fn text(&self, path: &Path) -> String {
@@ -78,8 +81,8 @@ impl Sizes {
             line(*bytes, &format!("kernels: {op}"));
         }
         line(self.program, "program without kernels");
-        line(self.tokenizer, "tokenizer.json");
-        line(self.files, "other files of the model");
+        line(self.tokenizer, "tokenizer.json, deflated");
+        line(self.files, "other files of the model, deflated");
         line(self.weights, "weights");
         line(self.frame, "alignment and list of contents");
         line(self.bytes, &path.display().to_string());
