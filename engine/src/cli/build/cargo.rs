@@ -66,8 +66,8 @@ impl Cargo<'_> {
     }
 }
 
-/// Of the workspace's Cargo.toml: small, and with symbols, which tell the kernels' sizes and are cut
-/// off afterwards.
+/// Of the workspace's Cargo.toml: small, and with symbols, which tell the kernels' sizes and are
+/// cut off afterwards.
 const PROFILE: &str = "one-model";
 const FEATURES: &str = "chat,grammar,server";
 
