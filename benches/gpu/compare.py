@@ -2,7 +2,8 @@
 
     compare.py measure MODELS   one JSON object: bandwidths, cuBLAS and attention through PyTorch,
                                 for the shapes of the models' config.json
-    compare.py report RESULTS   a table of results/results.json: shares of bandwidth and of cuBLAS
+    compare.py report RESULTS   a table of results/results.json and results/records: the default and
+                                the fastest kernel of each case, shares of bandwidth and of cuBLAS
 """
 
 import json
@@ -124,6 +125,21 @@ def attend(torch, times, random, name, heads, result):
                                  "us": us, "gb_per_s": size / us / 1e3})
 
 
+def measured(folder):
+    """The times of all records below a folder, by kernel's spec and case."""
+    times = {}
+    for path in sorted(pathlib.Path(folder).glob("**/*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record.get("kind") == "time":
+                problem = record["problem"]
+                times.setdefault((problem["spec"], problem["case"]), []).append(record)
+    return times
+
+
 def report(folder):
     """Lines of a table."""
     results = json.loads((pathlib.Path(folder) / "results.json").read_text())
@@ -131,34 +147,39 @@ def report(folder):
     lines = [f"{name}: " + {None: "skipped", 0: "passed"}.get(part["exit_code"], "FAILED")
              for name, part in parts.items()]
     # Everything that was ever measured here: a run with a budget goes on where another ended.
-    path = pathlib.Path(folder) / "records.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    times = measured(pathlib.Path(folder) / "records")
     torch = (parts.get("torch") or {}).get("output") or {}
-    if not records:
+    if not times:
         return lines
-    ours = [r["time"]["gb_per_s"] for r in records if r["problem"]["op"] == "sample"]
-    read = max([torch.get("read_gb_per_s", 0)] + ours)
-    copy = max([torch.get("copy_gb_per_s", 0)]
-               + [r["time"]["gb_per_s"] for r in records if r["problem"]["op"] == "copy"])
-    lines.append(f"read {read:.0f} GB/s, copy {copy:.0f} GB/s")
+    if torch:
+        read, copy = torch["read_gb_per_s"], torch["copy_gb_per_s"]
+        lines.append(f"read {read:.0f} GB/s, copy {copy:.0f} GB/s")
     peers = {(p["n"], p["k"], p["rows"]): p["us"] for p in torch.get("gemm", [])}
-    lines.append(f"{'kernel':64} {'case':34} {'us':>9} {'GB/s':>7} {'% read':>7} {'TFLOP/s':>8} "
-                 f"{'x bf16 cuBLAS':>13}")
-    for record in records:
-        problem, time = record["problem"], record["time"]
-        symbol = record["variant"]["symbol"] or "copy"
-        sizes = re.match(r"(?:awq_)?gemm_n(\d+)_k(\d+)_", symbol)
-        rows = problem["case"].split()[0]
-        peer = peers.get((*map(int, sizes.groups()), int(rows))) if sizes else None
-        versus = f"{peer / time['us'][1]:.2f}" if peer else ""
-        lines.append(f"{symbol:64} {problem['case']:34} {time['us'][1]:9.1f} "
-                     f"{time['gb_per_s']:7.0f} {100 * time['gb_per_s'] / read:7.1f} "
-                     f"{time['tflop_per_s']:8.1f} {versus:>13}")
+    lines.append(f"{'spec':52} {'case':16} {'default':>9} {'best us':>9} {'ratio':>6} "
+                 f"{'% limit':>8} {'TFLOP/s':>8} {'x bf16 cuBLAS':>13}  best")
+    for (spec, case), records in sorted(times.items(), key=order):
+        best = min(records, key=lambda record: record["result"]["vs_default"])
+        time = best["result"]
+        us = time["us"][1]
+        sizes = re.match(r"(?:awq_)?gemm_n(\d+)_k(\d+)_", spec)
+        n, k, rows = (*map(int, sizes.groups()), int(case.split()[1])) if sizes else (0, 0, 0)
+        peer = peers.get((n, k, rows))
+        share = f"{100 * time['limit_us'] / us:.1f}" if time.get("limit_us") else ""
+        rate = f"{2 * n * k * rows / us / 1e6:.1f}" if sizes else ""
+        lines.append(f"{spec:52} {case:16} {us / time['vs_default']:9.1f} {us:9.1f} "
+                     f"{time['vs_default']:6.3f} {share:>8} {rate:>8} "
+                     f"{f'{peer / us:.2f}' if peer else '':>13}  {best['variant']['symbol']}")
     for name, part in parts.items():
         for point in ((part["output"] or {}).get("points", []) if name.startswith("bench") else []):
             lines.append(f"{name}, {point['concurrency']} at once: "
                          f"{point['decode_tokens_per_s']} tokens/s")
     return lines
+
+
+def order(item):
+    """Specs by name, their cases by their numbers."""
+    spec, case = item[0]
+    return spec, case.split()[0], [int(number) for number in re.findall(r"\d+", case)]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@
 #
 # Copy the folder there and run its ./check: it needs neither cargo nor the network. The kernels are
 # those of BESPOKE_MODEL (by default two models of 7 to 8 billion weights, square matrices for the
-# comparison with cuBLAS, and two tiny models) for BESPOKE_CUDA_TARGETS (by default sm_90a).
+# comparison with cuBLAS, and two tiny models) for BESPOKE_CUDA_TARGETS (by default sm_90a; the
+# first of several is tuned). A second binary has the tuner's candidates of Llama-3.1-8B with 4-bit
+# weights: about a thousand kernels, compiled once.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -21,16 +23,21 @@ done
 export BESPOKE_MODEL=${BESPOKE_MODEL:-$default_models}
 export BESPOKE_CUDA_TARGETS=${BESPOKE_CUDA_TARGETS:-sm_90a}
 
+tuned=${presets[0]}
+
 cd "$root"
+target=$(cargo metadata --format-version 1 --no-deps --locked |
+    sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
 cargo build --release --locked --features cuda
-binary=$(cargo metadata --format-version 1 --no-deps --locked |
-    sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/bespoke
+BESPOKE_TUNER=1 BESPOKE_TUNER_TARGET=${BESPOKE_CUDA_TARGETS%%,*} BESPOKE_MODEL=$tuned \
+    cargo build --release --locked --features cuda --target-dir "$target/tuner"
 
 rm -rf "$folder"
 mkdir -p "$folder/models"
-cp "$binary" "$folder/bespoke"
+cp "$target/release/bespoke" "$folder/bespoke"
+cp "$target/tuner/release/bespoke" "$folder/bespoke-tuner"
 if command -v strip >/dev/null; then
-    strip "$folder/bespoke"
+    strip "$folder/bespoke" "$folder/bespoke-tuner"
 fi
 cp "$here/check" "$here/compare.py" "$folder/"
 for name in "${tiny[@]}"; do

@@ -7,11 +7,13 @@ import tempfile
 from compare import report, shapes
 
 
-def record(op, symbol, case, us, size, flops=0):
+def record(spec, case, symbol, us, vs_default, limit_us):
     return {
-        "problem": {"op": op, "case": case, "bytes": size, "flops": flops},
+        "v": 2,
+        "problem": {"spec": spec, "target": "sm_90a", "case": case},
         "variant": {"symbol": symbol},
-        "time": {"us": [us, us, us], "gb_per_s": size / us / 1e3, "tflop_per_s": flops / us / 1e6},
+        "kind": "time",
+        "result": {"us": [us, us, us], "vs_default": vs_default, "limit_us": limit_us},
     }
 
 
@@ -33,19 +35,25 @@ def main():
         }
         (path / "results.json").write_text(json.dumps({"parts": parts}))
         assert len(report(folder)) == len(parts), "nothing was measured"
+        gemm, decode = "gemm_n64_k128_bf16", "paged_attention_h4_v2"
         lines = [
-            record("copy", None, "4 rows", 1.0, 10**6),
-            record("gemm", "gemm_n64_k128_bf16_upto8__sm_90a", "8 rows", 10.0, 10**7, 2 * 10**9),
-            record("paged_attention", "paged_attention_h4_v2__sm_90a",
-                   "3 sequences of 5 tokens", 5.0, 10**6),
+            record(gemm, "rows 16", "many", 30.0, 1.0, 5.0),
+            record(gemm, "rows 8", "default", 20.0, 1.0, 5.0),
+            record(gemm, "rows 8", "fast", 10.0, 0.5, 5.0),
+            record(decode, "decode 3x5", "decode", 5.0, 1.0, None),
+            {"kind": "certificate", "problem": {"spec": gemm, "case": "all"}},
         ]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (path / "records.jsonl").write_text(text)
+        text = "".join(json.dumps(line) + "\n" for line in lines) + "{\"kind\": \"ti"
+        (path / "records" / "gpu").mkdir(parents=True)
+        (path / "records" / "gpu" / "1.jsonl").write_text(text)
         table = report(folder)
         assert "memcheck: FAILED" in table and "sanitizer: skipped" in table, table
-        gemm = next(line for line in table if line.startswith("gemm_n64")).split()
-        # A microsecond for a thousand bytes is a gigabyte a second.
-        assert gemm[-5:] == ["10.0", "1000", "50.0", "200.0", "3.00"], gemm
+        rows = [line.split() for line in table if line.startswith(gemm)]
+        assert [row[2] for row in rows] == ["8", "16"], rows
+        # 2 · 64 · 128 · 8 operations in 10 µs.
+        assert rows[0][3:] == ["20.0", "10.0", "0.500", "50.0", "0.0", "3.00", "fast"], rows
+        assert rows[1][3:] == ["30.0", "30.0", "1.000", "16.7", "0.0", "many"], rows
+        assert any(line.startswith(decode) and line.endswith("decode") for line in table), table
         assert table[-1] == "bench-a, 8 at once: 123.5 tokens/s", table
     print("the report is as expected")
 

@@ -35,6 +35,16 @@ pub(crate) struct Line {
     pub points: Vec<(usize, f64)>,
 }
 
+/// A named stretch of the horizontal axis, behind the lines.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Band {
+    /// From the end of the band before to here; `None`: to the end of the axis.
+    pub last: Option<usize>,
+    /// A letter or two.
+    pub name: String,
+    pub title: String,
+}
+
 /// Lines over layers or row counts.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct LinePlot {
@@ -49,6 +59,8 @@ pub(crate) struct LinePlot {
     pub x_scale: Scale,
     /// At most four.
     pub lines: Vec<Line>,
+    /// Ascending; may be none.
+    pub bands: Vec<Band>,
 }
 
 /// Where the values of an axis lie.
@@ -63,15 +75,17 @@ impl LinePlot {
         let points = || self.lines.iter().flat_map(|line| &line.points);
         let axis = Axis::around(self.scale, points().map(|point| point.1));
         let x_max = points().map(|point| point.0).max().unwrap_or(0).max(1);
-        let x = |value: usize| {
+        let between = |value: f64| {
             let share = match self.x_scale {
-                Scale::Linear => value as f64 / x_max as f64,
-                Scale::Log => (value.max(1) as f64).ln() / (x_max.max(2) as f64).ln(),
+                Scale::Linear => value / x_max as f64,
+                Scale::Log => value.max(1.0).ln() / (x_max.max(2) as f64).ln(),
             };
-            LEFT + share * (WIDTH - LEFT - RIGHT)
+            LEFT + share.min(1.0) * (WIDTH - LEFT - RIGHT)
         };
+        let x = |value: usize| between(value as f64);
         let mut svg = start(&self.id, &self.title, &self.description, HEIGHT);
         self.write_legend(&mut svg);
+        self.write_bands(&mut svg, &between);
         for tick in axis.ticks() {
             let y = axis.y(tick);
             let _ = write!(
@@ -90,6 +104,27 @@ impl LinePlot {
         }
         svg.push_str("</svg>");
         svg
+    }
+
+    fn write_bands(&self, svg: &mut String, x: &dyn Fn(f64) -> f64) {
+        let mut left = LEFT;
+        for (idx, band) in self.bands.iter().enumerate() {
+            let right = band.last.map_or(WIDTH - RIGHT, |last| x(last as f64 + 0.5));
+            let width = (right - left).max(0.0);
+            let _ = write!(
+                svg,
+                "<g><title>{}</title><rect class=\"band b{}\" x=\"{left:.1}\" y=\"{TOP}\" \
+                 width=\"{width:.1}\" height=\"{:.1}\"/><text class=\"tick\" x=\"{:.1}\" \
+                 y=\"{:.1}\" text-anchor=\"middle\">{}</text></g>",
+                escape(&band.title),
+                idx % 2,
+                HEIGHT - TOP - BOTTOM,
+                left + width / 2.0,
+                TOP + 12.0,
+                escape(&band.name),
+            );
+            left = right;
+        }
     }
 
     fn write_x_axis(&self, svg: &mut String, x_max: usize, x: &dyn Fn(usize) -> f64) {
@@ -306,6 +341,10 @@ mod tests {
             x_name: "layer",
             x_scale: scale,
             lines: vec![line],
+            bands: vec![
+                Band { last: Some(1), name: "A".to_owned(), title: "<of A>".to_owned() },
+                Band { last: None, name: "B".to_owned(), title: "of B".to_owned() },
+            ],
         }
         .svg()
     }
@@ -332,8 +371,33 @@ mod tests {
         let svg = plot(Scale::Log, &[0.01, 0.02]);
         assert!(svg.contains("a &lt; b") && svg.contains("q &amp; k"), "{svg}");
         assert!(svg.contains("of &quot;q&quot;") && !svg.contains("a < b"), "{svg}");
+        assert!(svg.contains("&lt;of A&gt;") && !svg.contains("<of A>"), "{svg}");
         let bars = bars("b", "t", "d", &[("<x>", 17.604), ("y", 0.0)]);
         assert!(bars.contains("&lt;x&gt;") && bars.contains(">17.60<"), "{bars}");
+    }
+
+    #[test]
+    fn bands_share_the_axis_out() {
+        let band = |last| Band { last, name: String::new(), title: String::new() };
+        let plot = LinePlot {
+            id: String::new(),
+            title: String::new(),
+            description: String::new(),
+            unit: "",
+            scale: Scale::Linear,
+            x_name: "rows",
+            x_scale: Scale::Log,
+            lines: vec![Line { name: String::new(), points: vec![(1, 1.0), (64, 2.0)] }],
+            bands: vec![band(Some(1)), band(Some(8)), band(Some(500)), band(None)],
+        };
+        let svg = plot.svg();
+        let widths = svg.split("<rect").skip(1).filter_map(|rect| {
+            rect.split("width=\"").nth(1)?.split('"').next()?.parse::<f64>().ok()
+        });
+        let widths: Vec<f64> = widths.collect();
+        assert_eq!(widths.len(), 4);
+        assert!((widths.iter().sum::<f64>() - (WIDTH - LEFT - RIGHT)).abs() < 0.5, "{widths:?}");
+        assert!(widths[..3].iter().all(|width| *width > 10.0) && widths[3] == 0.0, "{widths:?}");
     }
 
     #[test]

@@ -28,7 +28,8 @@ use crate::tuning::lock::Lock;
 ///
 /// `kernels.lock` in the package's folder, else in the one above, says which kernels serve which
 /// rows; `BESPOKE_LOCK` names another file, or `none`. With `BESPOKE_TUNER=1` the build also has
-/// the candidates of a tuner, for this machine's best target or that of `BESPOKE_TUNER_TARGET`.
+/// the candidates of a tuner for `BESPOKE_TUNER_TARGET`, a target or an architecture; without it,
+/// for this machine's best target and, with the feature `cuda`, all architectures of the build.
 ///
 /// Where the package's feature `cuda` is on, the same models' CUDA kernels are compiled for the
 /// architectures of `BESPOKE_CUDA_TARGETS`, or for [`DEFAULT_ARCHS`].
@@ -50,12 +51,12 @@ pub fn build() {
         let folder = out_dir()?;
         let lock = lock(&variable("BESPOKE_LOCK"))?;
         let tuner = tuner(&variable("BESPOKE_TUNER"), &variable("BESPOKE_TUNER_TARGET"))?;
-        let options = PlanOptions { lock: lock.as_ref(), tuner };
+        let options = PlanOptions { lock: lock.as_ref(), tuner: tuner.target() };
         let targets = targets(&variable("BESPOKE_TARGETS"))?;
         generate_into(&folder, &shapes, &targets, &options)?;
         write_if_changed(&folder.join("models.rs"), models_rs(&shapes).as_bytes())?;
         match std::env::var_os("CARGO_FEATURE_CUDA") {
-            Some(_) => generate_cuda_into(&folder, &shapes),
+            Some(_) => generate_cuda_into(&folder, &shapes, lock.as_ref(), tuner),
             None => Ok(()),
         }
     }));
@@ -142,7 +143,12 @@ fn targets(text: &str) -> Result<Vec<Target>, Error> {
     Ok(Target::ALL.into_iter().filter(|target| names.contains(&target.name())).collect())
 }
 
-fn generate_cuda_into(folder: &Path, shapes: &[ModelShape]) -> Result<(), Error> {
+fn generate_cuda_into(
+    folder: &Path,
+    shapes: &[ModelShape],
+    lock: Option<&Lock>,
+    tuner: Tuner,
+) -> Result<(), Error> {
     rerun_if_env_changed("BESPOKE_CUDA_TARGETS");
     for name in CUDA_VARIABLES {
         rerun_if_env_changed(name);
@@ -151,11 +157,14 @@ fn generate_cuda_into(folder: &Path, shapes: &[ModelShape]) -> Result<(), Error>
     let environment = cuda_environment()?;
     let toolkit = Toolkit::find(&environment)?;
     rerun_if_changed(&toolkit.nvcc);
-    let version = toolkit.version.clone();
     let compiler =
         Compiler { toolkit, cache: environment.cache, jobs: jobs(), limit: compile::LIMIT };
-    let artifacts = cuda::generate(shapes, &archs, &compiler)?;
-    let generated = cuda::emit::emit(&artifacts, &version);
+    let tuned = tuner.archs(&archs)?;
+    let options = cuda::plan::Options { lock, toolkit: None, tuner: &tuned };
+    let cuda::Output { generated, warnings } = cuda::generate(shapes, &archs, &options, &compiler)?;
+    for warning in warnings {
+        println!("cargo::warning={}", warning.lines().collect::<Vec<_>>().join(" "));
+    }
     for (name, bytes) in &generated.blobs {
         write_if_changed(&folder.join(name), bytes)?;
     }
@@ -270,11 +279,47 @@ fn lock(name: &str) -> Result<Option<Lock>, Error> {
     Lock::parse(&std::fs::read_to_string(&path).map_err(io)?).map(Some)
 }
 
-/// The target whose candidates a build has, where it is a tuner's.
-fn tuner(text: &str, target: &str) -> Result<Option<Target>, Error> {
+/// What a build has candidates for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tuner {
+    /// Nothing: it is no tuner's.
+    Off,
+    /// This machine's CPU, and all architectures of the build.
+    Default,
+    Cpu(Target),
+    Cuda(Arch),
+}
+
+impl Tuner {
+    fn target(self) -> Option<Target> {
+        match self {
+            Tuner::Off | Tuner::Cuda(_) => None,
+            Tuner::Default => Some(Target::best()),
+            Tuner::Cpu(target) => Some(target),
+        }
+    }
+
+    /// Those of `archs`, the build's.
+    fn archs(self, archs: &[Arch]) -> Result<Vec<Arch>, Error> {
+        match self {
+            Tuner::Off | Tuner::Cpu(_) => Ok(Vec::new()),
+            Tuner::Default => Ok(archs.to_vec()),
+            Tuner::Cuda(arch) if archs.contains(&arch) => Ok(vec![arch]),
+            Tuner::Cuda(arch) => Err(Error::Lock {
+                message: format!(
+                    "BESPOKE_TUNER_TARGET is {}, which BESPOKE_CUDA_TARGETS does not name",
+                    arch.name()
+                ),
+            }),
+        }
+    }
+}
+
+/// What the two variables say.
+fn tuner(text: &str, target: &str) -> Result<Tuner, Error> {
     let wrong = |message: String| Error::Lock { message };
     match text {
-        "" | "0" => return Ok(None),
+        "" | "0" => return Ok(Tuner::Off),
         "1" => {}
         other => {
             return Err(wrong(format!(
@@ -283,13 +328,14 @@ fn tuner(text: &str, target: &str) -> Result<Option<Target>, Error> {
         }
     }
     if target.is_empty() {
-        return Ok(Some(Target::best()));
+        return Ok(Tuner::Default);
     }
-    let found = Target::from_name(target).ok_or_else(|| {
+    let cpu = Target::from_name(target).map(Tuner::Cpu);
+    cpu.or_else(|| Arch::from_name(target).map(Tuner::Cuda)).ok_or_else(|| {
         let names = Target::ALL.map(Target::name).join(", ");
-        wrong(format!("BESPOKE_TUNER_TARGET is {target:?}; choose of {names}"))
-    })?;
-    Ok(Some(found))
+        let archs = Arch::ALL.map(Arch::name).join(", ");
+        wrong(format!("BESPOKE_TUNER_TARGET is {target:?}; choose of {names}, {archs}"))
+    })
 }
 
 fn out_dir() -> Result<PathBuf, Error> {
@@ -347,10 +393,18 @@ mod tests {
 
     #[test]
     fn tuners_are_checked() {
-        assert_eq!(tuner("", "avx512").unwrap(), None);
-        assert_eq!(tuner("0", "").unwrap(), None);
-        assert_eq!(tuner("1", "").unwrap(), Some(Target::best()));
-        assert_eq!(tuner("1", "x86_64_v3").unwrap(), Some(Target::X86_64V3));
+        assert_eq!(tuner("", "avx512").unwrap().target(), None);
+        assert_eq!(tuner("0", "").unwrap(), Tuner::Off);
+        assert_eq!(tuner("1", "").unwrap().target(), Some(Target::best()));
+        assert_eq!(tuner("1", "x86_64_v3").unwrap().target(), Some(Target::X86_64V3));
+        let archs = [Arch::Sm80, Arch::Sm90a];
+        assert_eq!(tuner("1", "").unwrap().archs(&archs).unwrap(), archs);
+        assert_eq!(tuner("1", "x86_64_v3").unwrap().archs(&archs).unwrap(), []);
+        let hopper = tuner("1", "sm_90a").unwrap();
+        assert_eq!(hopper.archs(&archs).unwrap(), [Arch::Sm90a]);
+        assert_eq!(hopper.target(), None);
+        let error = hopper.archs(&archs[..1]).unwrap_err().to_string();
+        assert!(error.contains("sm_90a, which BESPOKE_CUDA_TARGETS does not name"), "{error}");
         assert!(tuner("yes", "").unwrap_err().to_string().contains("BESPOKE_TUNER is \"yes\""));
         let error = tuner("1", "sse2").unwrap_err().to_string();
         assert!(error.contains("\"sse2\"") && error.contains("portable"), "{error}");

@@ -90,6 +90,14 @@ fn check_entry(source: &Source, template: &Template, entries: &Entries) -> Resul
 /// Hash of a kernel's instantiation and of the code of the template files that it comes from:
 /// another body has another hash, other comments or another layout have not.
 pub fn hash(source: &Source) -> String {
+    let used = templates::used(&source.variant.spec, source.variant.target);
+    let codes: Vec<(&str, &str)> =
+        used.into_iter().map(|template| (template.path, template.code())).collect();
+    hash_of(source, &codes)
+}
+
+/// Hash of an instantiation of templates with these paths and codes.
+fn hash_of(source: &Source, codes: &[(&str, &str)]) -> String {
     let mut hasher = blake3::Hasher::new();
     let mut add = |text: &str| {
         hasher.update(&(text.len() as u64).to_le_bytes());
@@ -97,9 +105,45 @@ pub fn hash(source: &Source) -> String {
     };
     add(&source.instantiation());
     add(source.variant.target.features());
-    for template in templates::used(&source.variant.spec, source.variant.target) {
-        add(template.path);
-        add(template.code());
+    for (path, code) in codes {
+        add(path);
+        add(code);
     }
     hasher.finalize().to_hex()[..32].to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::KernelVariant;
+    use crate::render::render;
+    use crate::templates::code_of;
+
+    #[test]
+    fn another_body_has_another_hash_and_another_comment_has_not() {
+        let symbol = "awq_gemm_n960_k576_g64_int8_few__avx512";
+        let source = render(&KernelVariant::parse(symbol).unwrap());
+        let used = templates::used(&source.variant.spec, source.variant.target);
+        // The hash if the text of one template were edited.
+        let after = |edited: &str, edit: &dyn Fn(&str) -> String| {
+            let code = |template: &Template| match template.path.ends_with(edited) {
+                true => (template.path, code_of(&edit(template.text))),
+                false => (template.path, code_of(template.text)),
+            };
+            let codes: Vec<(&str, String)> = used.iter().map(code).collect();
+            let codes: Vec<(&str, &str)> =
+                codes.iter().map(|(path, code)| (*path, &**code)).collect();
+            hash_of(&source, &codes)
+        };
+        let today = hash(&source);
+        for file in ["awq_gemm.rs", "gemm.rs", "simd.rs", "simd_x86.rs"] {
+            assert!(used.iter().any(|template| template.path.ends_with(file)), "{file}");
+            assert_eq!(after(file, &str::to_string), today, "{file}");
+            assert_eq!(after(file, &|text| format!("// Why.\n{text}")), today, "{file}");
+            let other_code = |text: &str| format!("{text}\nconst OTHER: usize = 1;\n");
+            assert_ne!(after(file, &other_code), today, "{file}");
+        }
+        let other_sum = |text: &str| text.replacen(" += ", " -= ", 1);
+        assert_ne!(after("awq_gemm.rs", &other_sum), today);
+    }
 }

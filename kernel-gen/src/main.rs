@@ -35,6 +35,8 @@ kernel-gen select [MODEL…] [-o kernels.lock]     chooses kernels from the reco
                   [--profile invariant|free]
 kernel-gen explain SPEC [--rows N]               all measured times, what was chosen, and why
                   [--records DIR]
+kernel-gen model [--records DIR] [--json]        how well the cost model predicts problems that
+                                                 it has not seen: regret and rank correlation
 kernel-gen toolkit [--python PYTHON]             installs the CUDA compiler with pip
 kernel-gen sass   [MODEL…] [--target T]          instructions of CUDA kernels and of their loops
 kernel-gen sass   --check FILE | --write FILE    those of some kernels, compared or written

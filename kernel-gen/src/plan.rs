@@ -1,6 +1,6 @@
 //! Specs × targets → the kernels to build.
 
-mod locked;
+pub(crate) mod locked;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -108,6 +108,14 @@ impl Provenance {
             Provenance::Model => "model",
             Provenance::Default => "default",
             Provenance::Pinned => "pinned",
+        }
+    }
+
+    /// What it is on a device that the choice was not made on.
+    pub fn transferred(self) -> Provenance {
+        match self {
+            Provenance::Measured | Provenance::Model => Provenance::Transferred,
+            own => own,
         }
     }
 

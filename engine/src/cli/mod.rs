@@ -19,6 +19,8 @@ mod generate;
 mod grammar;
 #[cfg(feature = "make")]
 mod import;
+#[cfg(feature = "make")]
+mod interrupt;
 mod kernels;
 mod logits;
 mod model;

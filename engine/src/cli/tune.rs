@@ -7,17 +7,20 @@ mod gpu;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bespoke_kernel_gen::tuning::record::{Appender, Record};
 use clap::ValueEnum;
 
 use super::console::Console;
+use super::interrupt::Stop;
 use super::model::Activations;
+use crate::error::Error;
 
 /// Verify and measure the kernels of this binary on this machine
 ///
 /// On a CPU, all candidates of a model's matmuls: each is verified in a process of its own, and
-/// raced against the kernel that serves where nothing was measured. On a GPU, each kernel alone,
-/// replayed from a recording. Each measurement is appended to the records at once; a later run goes
-/// on where this one ended. `kernel-gen select` chooses from the records.
+/// raced against the kernel that serves where nothing was measured. On a GPU, the same, replayed
+/// from recordings. Each measurement is appended to the records at once; a later run goes on where
+/// this one ended, at its budget or at Ctrl-C. `kernel-gen select` chooses from the records.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Args {
@@ -44,6 +47,9 @@ pub(super) struct Args {
     /// Hidden: verify these kernels, in the process that does nothing else
     #[arg(long, value_name = "SYMBOL,…", value_delimiter = ',', hide = true)]
     verify_candidates: Vec<String>,
+    /// Hidden: end as soon as standard input does, whatever a kernel is doing
+    #[arg(long, hide = true, requires = "verify_candidates")]
+    end_with_input: bool,
 }
 
 impl Args {
@@ -52,6 +58,40 @@ impl Args {
         match self.records.extension().is_some_and(|extension| extension == "jsonl") {
             true => self.records.clone(),
             false => self.records.join(name),
+        }
+    }
+}
+
+/// The answer to the first Ctrl-C.
+const ENDING: &str =
+    "ending after the measurement in flight; press Ctrl-C once more to end at once";
+
+/// The file that a run appends records to, until Ctrl-C.
+struct Keeper {
+    path: PathBuf,
+    appender: Appender,
+    stop: Stop,
+    num_kept: usize,
+}
+
+impl Keeper {
+    fn open(path: PathBuf) -> anyhow::Result<Keeper> {
+        let appender = Appender::open(&path)?;
+        Ok(Keeper { path, appender, stop: Stop::listen(ENDING)?, num_kept: 0 })
+    }
+
+    /// # Errors
+    /// The record cannot be written, or Ctrl-C was pressed.
+    fn keep(&mut self, record: &Record) -> Result<(), Error> {
+        self.appender.append(record)?;
+        self.num_kept += 1;
+        match self.stop.is_asked() {
+            true => Err(Error::Request(format!(
+                "interrupted; {} records are kept in {}, the same command goes on from there",
+                self.num_kept,
+                self.path.display()
+            ))),
+            false => Ok(()),
         }
     }
 }
@@ -71,7 +111,11 @@ enum Which {
 
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
     if !args.verify_candidates.is_empty() {
-        return cpu::verify_candidates(args, console);
+        return match args.backend {
+            #[cfg(feature = "cuda")]
+            Which::Cuda => gpu::verify_candidates(args, console),
+            _ => cpu::verify_candidates(args, console),
+        };
     }
     match args.backend {
         Which::Cpu => cpu::run(args, console),

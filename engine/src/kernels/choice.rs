@@ -4,7 +4,7 @@ use bespoke_kernel_gen::name::spec_name;
 use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::{KernelSpec, RowRegime};
 use bespoke_kernel_gen::target::Target;
-use bespoke_kernel_gen::tuning::device::CpuDevice;
+use bespoke_kernel_gen::tuning::distance::{Distance, distance};
 
 use super::{Interval, Kernel, KernelTable, Serving};
 use crate::error::Error;
@@ -74,40 +74,11 @@ impl Choice<'_> {
 impl Chosen {
     /// Where the choice of one of its intervals comes from, on this device.
     pub fn provenance(&self, interval: &Interval) -> Provenance {
-        match interval.provenance {
-            Provenance::Measured | Provenance::Model if self.is_transferred => {
-                Provenance::Transferred
-            }
-            own => own,
+        match self.is_transferred {
+            true => interval.provenance.transferred(),
+            false => interval.provenance,
         }
     }
-}
-
-/// From near to far.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Distance {
-    Exact,
-    Family {
-        is_other_model: bool,
-        /// Difference of the thread counts.
-        threads: usize,
-    },
-    Any,
-}
-
-/// How far a device class is from `device`, by their keys; `None`: its measurements say nothing
-/// here.
-fn distance(device: &str, other: &str) -> Option<Distance> {
-    if device == other {
-        return Some(Distance::Exact);
-    }
-    let device = CpuDevice::parse_key(device)?;
-    device.matches(other)?;
-    let other = CpuDevice::parse_key(other)?;
-    Some(Distance::Family {
-        is_other_model: device.model != other.model,
-        threads: device.num_threads.abs_diff(other.num_threads),
-    })
 }
 
 /// A kernel that shall serve a spec, by name.

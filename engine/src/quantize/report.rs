@@ -239,6 +239,7 @@ impl QuantizationReport {
             scale: Scale::Linear,
             x_name: "layer",
             x_scale: Scale::Linear,
+            bands: Vec::new(),
             lines: lines.into(),
         };
         figure(&plot.svg())
@@ -306,6 +307,7 @@ fn error_plot(role: &str, name: &str, groups: &[(usize, &GroupReport)]) -> LineP
         scale: Scale::Log,
         x_name: "layer",
         x_scale: Scale::Linear,
+        bands: Vec::new(),
         lines: vec![
             line("nearest", |module| module.error_rtn),
             line("scaled, clipped", |module| module.error_awq),
@@ -329,6 +331,7 @@ fn factor_plot(role: &str, name: &str, groups: &[(usize, &GroupReport)]) -> Line
         scale: Scale::Log,
         x_name: "layer",
         x_scale: Scale::Linear,
+        bands: Vec::new(),
         lines: vec![line("largest", 2), line("median", 1), line("smallest", 0)],
     }
 }

@@ -1,11 +1,10 @@
 //! What is measured: ops at sizes that serving has, with the memory and arithmetic of each.
 
-use std::fmt;
-
 use bespoke_kernel_gen::cuda::matmul::{AwqLayout, DenseLayout};
 use bespoke_kernel_gen::cuda::pages::Layout;
-use bespoke_kernel_gen::cuda::{KvType, Regime, Spec};
+use bespoke_kernel_gen::cuda::{KvType, Spec};
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
+use bespoke_kernel_gen::tuning::record;
 
 use crate::batch::Batch;
 use crate::error::Error;
@@ -61,7 +60,10 @@ pub struct Cost {
 /// Sizes to be measured.
 #[derive(Clone, Debug)]
 pub struct Cases {
+    /// Of matmuls, at which candidates drop out, in the order of their weight.
     pub linear_rows: Vec<usize>,
+    /// At which those that are left are measured as well.
+    pub other_rows: Vec<usize>,
     /// Sequences and tokens of each.
     pub decode: Vec<(usize, usize)>,
     pub prefill: Vec<usize>,
@@ -74,7 +76,8 @@ pub struct Cases {
 impl Default for Cases {
     fn default() -> Cases {
         Cases {
-            linear_rows: vec![1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192],
+            linear_rows: vec![1, 8, 16, 32, 64, 512, 128, 2048],
+            other_rows: vec![2, 4, 12, 24, 48, 96, 256, 1024],
             decode: vec![(1, 1024), (1, 16384), (8, 2048), (32, 1024), (32, 4096), (128, 1024)],
             prefill: vec![512, 2048, 8192],
             small_rows: vec![1, 32, 512, 8192],
@@ -98,12 +101,13 @@ impl Cases {
         let rows_max = self.logit_rows;
         all.push(Case::Copy { rows: rows_max.div_ceil(2) });
         all.push(Case::Sample { rows: rows_max });
-        for role in [LinearRole::Qkv, LinearRole::O, LinearRole::GateUp, LinearRole::Down] {
-            all.extend(self.linear_rows.iter().map(|rows| Case::Linear { role, rows: *rows }));
+        for role in LinearRole::ALL {
+            // The head never has more rows than a step may want logits of.
+            let limit = if role == LinearRole::Head { rows_max } else { usize::MAX };
+            let rows = self.linear_rows.iter().chain(&self.other_rows);
+            let rows = rows.filter(|rows| **rows <= limit);
+            all.extend(rows.map(|rows| Case::Linear { role, rows: *rows }));
         }
-        // The head never has more rows than a step may want logits of.
-        let head = self.linear_rows.iter().filter(|rows| **rows <= rows_max);
-        all.extend(head.map(|rows| Case::Linear { role: LinearRole::Head, rows: *rows }));
         for &rows in &self.small_rows {
             all.extend([Case::Embed { rows }, Case::RmsNorm { rows }, Case::SiluAndMul { rows }]);
         }
@@ -135,7 +139,7 @@ impl Case {
     /// Rows of logits that it needs.
     pub(super) fn num_logit_rows(&self) -> usize {
         match *self {
-            Case::Sample { rows } => rows,
+            Case::Sample { rows } | Case::Linear { role: LinearRole::Head, rows } => rows,
             Case::Copy { rows } => 2 * rows,
             _ => 0,
         }
@@ -186,21 +190,20 @@ impl Case {
     }
 }
 
-/// What identifies a case beside its kernel: `8 rows`, `32 sequences of 4096 tokens`.
-impl fmt::Display for Case {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
+impl From<Case> for record::Case {
+    fn from(case: Case) -> record::Case {
+        match case {
             Case::Decode { sequences, context } => {
-                write!(f, "{sequences} sequences of {context} tokens")
+                record::Case::Decode { num_sequences: sequences, context_len: context }
             }
-            Case::Prefill { len } => write!(f, "a prompt of {len} tokens"),
+            Case::Prefill { len } => record::Case::Prefill(len),
             Case::Linear { rows, .. }
             | Case::Embed { rows }
             | Case::RmsNorm { rows }
             | Case::Rope { rows }
             | Case::SiluAndMul { rows }
             | Case::Sample { rows }
-            | Case::Copy { rows } => write!(f, "{rows} rows"),
+            | Case::Copy { rows } => record::Case::Rows(rows),
         }
     }
 }
@@ -230,23 +233,27 @@ fn linear_cost(shape: &ModelShape, role: LinearRole, rows: usize) -> Cost {
     }
 }
 
-/// The kernel of a case.
-pub(super) fn kernel(
-    case: &Case,
-    shape: &ModelShape,
-    kv: KvType,
-) -> Result<Option<(Spec, Regime)>, Error> {
+/// What computes a case; nothing of ours does a copy.
+pub(super) fn spec_of(case: &Case, shape: &ModelShape, kv: KvType) -> Result<Option<Spec>, Error> {
     Ok(Some(match *case {
-        Case::Linear { role, rows } => (shape.cuda_linear(role)?, Regime::of_rows(rows)),
-        Case::Decode { .. } => (shape.cuda_paged_attention(kv), Regime::Decode),
-        Case::Prefill { .. } => (shape.cuda_paged_attention(kv), Regime::Prefill),
-        Case::Embed { .. } => (shape.cuda_embed(), Regime::Any),
-        Case::RmsNorm { .. } => (shape.cuda_rms_norm(), Regime::Any),
-        Case::Rope { .. } => (shape.cuda_rope(kv), Regime::Any),
-        Case::SiluAndMul { .. } => (shape.cuda_silu_and_mul(), Regime::Any),
-        Case::Sample { .. } => (shape.cuda_sample(), Regime::Any),
+        Case::Linear { role, .. } => shape.cuda_linear(role)?,
+        Case::Decode { .. } | Case::Prefill { .. } => shape.cuda_paged_attention(kv),
+        Case::Embed { .. } => shape.cuda_embed(),
+        Case::RmsNorm { .. } => shape.cuda_rms_norm(),
+        Case::Rope { .. } => shape.cuda_rope(kv),
+        Case::SiluAndMul { .. } => shape.cuda_silu_and_mul(),
+        Case::Sample { .. } => shape.cuda_sample(),
         Case::Copy { .. } => return Ok(None),
     }))
+}
+
+/// The rows that decide about a case's kernel; of attention one row means decoding.
+pub(super) fn rows_served(case: &Case) -> usize {
+    match case {
+        Case::Decode { .. } => 1,
+        Case::Prefill { .. } => usize::MAX,
+        _ => case.num_rows(),
+    }
 }
 
 /// Tokens of the longest sequence of a case.

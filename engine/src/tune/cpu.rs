@@ -1,18 +1,20 @@
 //! Tuning of a model's CPU matmuls: verify, race, record.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bespoke_kernel_gen::name::spec_name;
+use bespoke_kernel_gen::plan::KernelVariant;
 use bespoke_kernel_gen::spec::{ActivationType, KernelSpec, LinearRole, ModelShape, RowRegime};
 use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::tuning::certificate::Certificate;
+use bespoke_kernel_gen::tuning::cost_model::CostModel;
 use bespoke_kernel_gen::tuning::device::Device;
 use bespoke_kernel_gen::tuning::record::{Case, Outcome, Problem, Record, Time, VERSION, Variant};
 
 use super::isolation::Isolation;
 use super::operands::Operands;
-use super::race::{Field, Finish, RaceOptions, SAMPLES_MIN, Track, race};
+use super::race::{Field, Finish, RaceOptions, Track, race};
 use crate::backend::cpu::limits::Limits;
 use crate::backend::cpu::trial::{Trial, TrialOptions};
 use crate::backend::cpu::work::Work;
@@ -32,6 +34,12 @@ const STREAM_ROWS_MAX: usize = 64;
 /// A sample takes at least this long, in calls of one kernel after the other.
 const SAMPLE_SECONDS: f64 = 100e-6;
 const SAMPLE_CALLS_MAX: f64 = 64.0;
+/// A call that takes this long is a sample; a first one does not matter.
+const LONG_SECONDS: f64 = 500e-6;
+/// Kernels that a process verifies, the time that is left looked at before each.
+const BATCH: usize = 16;
+/// Share of a problem's time for verification.
+const VERIFY_SHARE: f64 = 0.5;
 /// Share of the time that all problems have alike; the rest goes by their work.
 const EQUAL_SHARE: f64 = 0.4;
 
@@ -85,9 +93,24 @@ pub struct CpuSetting<'a> {
 /// How far a run is.
 #[derive(Clone, Debug, PartialEq)]
 pub enum CpuProgress<'a> {
-    Verifying { spec: &'a str, num_kernels: usize },
-    Refused { symbol: &'a str, reason: &'a str },
-    Racing { spec: &'a str, num_kernels: usize, seconds: f64 },
+    Verifying {
+        spec: &'a str,
+        num_kernels: usize,
+    },
+    Refused {
+        symbol: &'a str,
+        reason: &'a str,
+    },
+    /// There is no time to verify these; another run will.
+    Postponed {
+        spec: &'a str,
+        num_kernels: usize,
+    },
+    Racing {
+        spec: &'a str,
+        num_kernels: usize,
+        seconds: f64,
+    },
 }
 
 /// How a run ended.
@@ -175,14 +198,26 @@ impl<'a> CpuTuning<'a> {
         let kernels: Vec<&'static Kernel> =
             self.setting.table.kernels.iter().filter(of_problem).collect();
         let verdicts = self.verdicts();
-        let new: Vec<String> = kernels
-            .iter()
-            .filter(|kernel| !verdicts.contains_key(kernel.symbol))
-            .map(|kernel| kernel.symbol.to_owned())
-            .collect();
-        if !new.is_empty() {
-            progress(CpuProgress::Verifying { spec: &name, num_kernels: new.len() });
-            self.verify(&name, &new, progress)?;
+        let is_new = |kernel: &&'static Kernel| !verdicts.contains_key(kernel.symbol);
+        let new: Vec<&Kernel> = kernels.iter().copied().filter(is_new).collect();
+        let is_default = |kernel: &Kernel| {
+            let mut defaults = options
+                .first_rows
+                .iter()
+                .filter_map(|rows| self.setting.table.serving_kernel(&spec, *rows, target));
+            defaults.any(|default| default.symbol == kernel.symbol)
+        };
+        let new = promising(&new, &options.first_rows, &is_default);
+        let start = Instant::now();
+        let verify_time = deadline.saturating_duration_since(start).mul_f64(VERIFY_SHARE);
+        for (idx, batch) in new.chunks(BATCH).enumerate() {
+            let num_kernels = new.len() - idx * BATCH;
+            if idx > 0 && start.elapsed() >= verify_time {
+                progress(CpuProgress::Postponed { spec: &name, num_kernels });
+                break;
+            }
+            progress(CpuProgress::Verifying { spec: &name, num_kernels });
+            self.verify(&name, batch, progress)?;
         }
         let verdicts = self.verdicts();
         let is_certified = |kernel: &&Kernel| verdicts.get(kernel.symbol) == Some(&true);
@@ -270,6 +305,8 @@ impl<'a> CpuTuning<'a> {
         };
         let name = spec_name(&spec);
         let known = known(records, &name, kernels);
+        let model = CostModel::fit(records.iter(), &setting.device.key());
+        let cost = |kernel: usize, rows: usize| expected(&model, kernels[kernel], rows);
         let operands = Operands::new(&spec, problem.rows_max)?;
         let mut trial = setting.trial(problem, &operands)?;
         for kernel in kernels {
@@ -285,9 +322,9 @@ impl<'a> CpuTuning<'a> {
             // Rows without a default are not raced.
             default_of: &|rows| default_of(rows).unwrap_or(0),
             can_serve: &|kernel, rows| can_serve(kernels[kernel], rows),
-            prior: &|kernel, rows| prior(kernels[kernel], rows),
+            prior: &cost,
             limit: &limit,
-            is_known: &|kernel, rows| known.contains(&(kernel, rows)),
+            known: &|kernel, rows| known.get(&(kernel, rows)).copied(),
         };
         let mut track = CpuTrack::new(trial, kernels);
         let mut result = Ok(());
@@ -339,16 +376,38 @@ impl CpuSetting<'_> {
     }
 }
 
-/// What earlier runs have measured well enough, as indices of kernels and row counts.
-fn known(records: &[Record], spec: &str, kernels: &[&Kernel]) -> BTreeSet<(usize, usize)> {
-    let pair = |record: &Record| {
+/// Ratios to the default that earlier runs have measured, by index of the kernel and row count.
+fn known(records: &[Record], spec: &str, kernels: &[&Kernel]) -> BTreeMap<(usize, usize), f64> {
+    let ratio = |record: &Record| {
         let time = record.time()?;
         let Case::Rows(rows) = record.problem.case else { return None };
-        let is_enough = time.num_samples >= SAMPLES_MIN && record.problem.spec == spec;
         let kernel = kernels.iter().position(|kernel| kernel.symbol == record.variant.symbol)?;
-        is_enough.then_some((kernel, rows))
+        (record.problem.spec == spec).then_some(((kernel, rows), time.vs_default))
     };
-    records.iter().filter_map(pair).collect()
+    records.iter().filter_map(ratio).collect()
+}
+
+/// Symbols, the defaults first, beside which nothing else is raced, then those that may win at some
+/// row count.
+fn promising(
+    kernels: &[&Kernel],
+    row_counts: &[usize],
+    is_default: &dyn Fn(&Kernel) -> bool,
+) -> Vec<String> {
+    let place = |kernel: &&Kernel| {
+        if is_default(kernel) {
+            return 0;
+        }
+        let places = row_counts.iter().filter(|rows| can_serve(kernel, **rows)).map(|rows| {
+            let own = prior(kernel, *rows);
+            let is_ahead = |other: &&&Kernel| can_serve(other, *rows) && prior(other, *rows) < own;
+            kernels.iter().filter(is_ahead).count()
+        });
+        places.min().map_or(usize::MAX, |place| place + 1)
+    };
+    let mut order = kernels.to_vec();
+    order.sort_by_cached_key(place);
+    order.into_iter().map(|kernel| kernel.symbol.to_owned()).collect()
 }
 
 fn can_serve(kernel: &Kernel, rows: usize) -> bool {
@@ -357,6 +416,14 @@ fn can_serve(kernel: &Kernel, rows: usize) -> bool {
         RowRegime::Few => rows <= STREAM_ROWS_MAX,
         RowRegime::Many | RowRegime::Any => rows > 1,
     }
+}
+
+/// What a kernel is expected to cost beside others of its matmul: as the cost model predicts from
+/// earlier problems and runs, which knows all of a matmul's kernels or none.
+fn expected(model: &CostModel, kernel: &Kernel, rows: usize) -> f64 {
+    let variant = KernelVariant::parse(kernel.symbol);
+    let predicted = variant.and_then(|variant| model.predict(&variant, rows));
+    predicted.unwrap_or_else(|| prior(kernel, rows))
 }
 
 /// Register blocks that are not full cost as much as full ones; weights that are unpacked first
@@ -403,6 +470,9 @@ impl Track for CpuTrack<'_> {
         let trial = &mut self.trial;
         // NOTE: the first call also brings the code into the caches.
         let first = trial.time(kernel, num_rows).as_secs_f64().max(1e-9);
+        if first >= LONG_SECONDS {
+            return Some(first);
+        }
         let num_calls = *self.num_calls.entry(key).or_insert_with(|| {
             (SAMPLE_SECONDS / first).ceil().clamp(1.0, SAMPLE_CALLS_MAX) as usize
         });

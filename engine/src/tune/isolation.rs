@@ -5,7 +5,7 @@
 //! goes on behind it.
 
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::Duration;
 
@@ -41,7 +41,8 @@ impl Isolation<'_> {
     /// Verifies all of `symbols`; `take` gets each verdict at once.
     ///
     /// # Errors
-    /// No process can be started, one ends before it has called any kernel, or `take` fails.
+    /// No process can be started, one ends before it has called any kernel or is ended by somebody
+    /// else, or `take` fails.
     pub fn verify(
         &self,
         symbols: &[String],
@@ -70,19 +71,27 @@ impl Isolation<'_> {
                 }
             };
             let end = process.end();
+            if reason == "crash" && end.is_foreign && !left.is_empty() {
+                return Err(Error::Resources(format!(
+                    "the process that verifies kernels was ended by somebody else ({}); what it \
+                     has verified is kept, call this again to go on",
+                    end.words
+                )));
+            }
             match current.or_else(|| left.first().filter(|_| reason == "hang").cloned()) {
                 Some(symbol) if left.contains(&symbol) => {
                     left.retain(|other| *other != symbol);
                     let message = match reason {
                         "hang" => format!("no end after {} s", self.silence_max.as_secs()),
-                        _ => end,
+                        _ => end.words,
                     };
                     take(&symbol, Err(Failure { reason: reason.to_owned(), message }))?;
                 }
                 _ if left.is_empty() => {}
                 _ => {
                     return Err(Error::Resources(format!(
-                        "the process that verifies kernels ended before it was done: {end}"
+                        "the process that verifies kernels ended before it was done: {}",
+                        end.words
                     )));
                 }
             }
@@ -98,8 +107,14 @@ struct Process {
 }
 
 impl Process {
+    /// NOTE: its standard input stays open as long as this program lives, which tells the process
+    /// when nobody waits for it any more.
     fn start(mut command: Command) -> Result<Process, Error> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        // NOTE: a Ctrl-C at the terminal is for this program; a kernel must not look as if it had
+        // crashed.
+        #[cfg(unix)]
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
         let resources = |error: Box<dyn std::error::Error>| {
             Error::Resources(format!("cannot start the process that verifies kernels: {error}"))
         };
@@ -125,12 +140,34 @@ impl Process {
         Ok(Process { child, lines })
     }
 
-    /// Ends the process; how it ended, in words.
-    fn end(&mut self) -> String {
+    /// Ends the process, unless it has ended by itself.
+    fn end(&mut self) -> End {
         // NOTE: it may have ended by itself.
         let _ = self.child.kill();
-        self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string())
+        match self.child.wait() {
+            Ok(status) => End { words: status.to_string(), is_foreign: is_foreign(status) },
+            Err(error) => End { words: error.to_string(), is_foreign: false },
+        }
     }
+}
+
+/// How a process ended.
+struct End {
+    words: String,
+    /// Whether by a signal that people and systems send, and no kernel that breaks down.
+    is_foreign: bool,
+}
+
+#[cfg(unix)]
+fn is_foreign(status: ExitStatus) -> bool {
+    let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+    let foreign = [libc::SIGHUP, libc::SIGINT, libc::SIGTERM, libc::SIGKILL];
+    signal.is_some_and(|signal| foreign.contains(&signal))
+}
+
+#[cfg(not(unix))]
+fn is_foreign(_status: ExitStatus) -> bool {
+    false
 }
 
 impl Drop for Process {
@@ -194,6 +231,30 @@ mod tests {
         let script = script("a) exec sleep 600;;");
         let (verdicts, _) = verify(&script, &["a", "b"], Duration::from_secs(1));
         assert_eq!(verdicts, words(&[("a", "hang"), ("b", "passed")]));
+    }
+
+    #[test]
+    fn whoever_is_killed_by_others_is_not_blamed() {
+        for signal in ["INT", "TERM", "KILL"] {
+            let script = script(&format!("b) kill -{signal} $$;;"));
+            let command = |symbols: &[String]| {
+                let mut command = Command::new("sh");
+                command.arg("-c").arg(&script).arg("sh").args(symbols);
+                command
+            };
+            let isolation = Isolation { command: &command, silence_max: Duration::from_secs(20) };
+            let mut passed = Vec::new();
+            let symbols = ["a", "b", "c"].map(str::to_owned);
+            let error = isolation
+                .verify(&symbols, &mut |symbol, verdict| {
+                    assert!(verdict.is_ok(), "{symbol}");
+                    passed.push(symbol.to_owned());
+                    Ok(())
+                })
+                .unwrap_err();
+            assert!(error.to_string().contains("by somebody else"), "{error}");
+            assert_eq!(passed, ["a"], "{signal}");
+        }
     }
 
     #[test]

@@ -75,6 +75,10 @@ impl Operands {
         LinearSource { parts: vec![part], row_map: None, bias: None }
     }
 
+    pub(super) fn num_weights(&self) -> usize {
+        self.n * self.k
+    }
+
     /// What output `column` of all `row_idxs` has to be.
     ///
     /// A sum of `k` rounded products is off by about √k units in the last place of the sum of their

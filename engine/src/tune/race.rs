@@ -1,7 +1,7 @@
 //! Which kernel is how fast: rounds in which every candidate runs beside the default, so that a
 //! machine that drifts slows both.
 //!
-//! The default races itself first, which gives the noise. Candidates then drop out by halves
+//! The default also races itself, which gives the noise. Candidates then drop out by halves
 //! (successive halving, Jamieson and Talwalkar 2016) on the row counts that matter most; the last
 //! few race once more, with more rounds. What came out ahead anywhere runs at all row counts, so
 //! that one kernel is known at both ends of any interval that it could serve.
@@ -28,8 +28,21 @@ pub struct Field<'a> {
     pub prior: &'a dyn Fn(usize, usize) -> f64,
     /// Seconds that the machine's limits allow.
     pub limit: &'a dyn Fn(usize) -> f64,
-    /// What earlier runs have measured, which is not measured again.
-    pub is_known: &'a dyn Fn(usize, usize) -> bool,
+    /// Ratio to the default of what earlier runs have measured, which is not measured again.
+    pub known: &'a dyn Fn(usize, usize) -> Option<f64>,
+}
+
+impl Field<'_> {
+    /// What competes with the default at a row count.
+    fn challengers(&self, num_rows: usize) -> impl Iterator<Item = usize> {
+        let default = (self.default_of)(num_rows);
+        (0..self.num_kernels)
+            .filter(move |kernel| *kernel != default && (self.can_serve)(*kernel, num_rows))
+    }
+
+    fn is_known(&self, kernel: usize, num_rows: usize) -> bool {
+        (self.known)(kernel, num_rows).is_some()
+    }
 }
 
 /// How much is raced.
@@ -39,12 +52,15 @@ pub struct RaceOptions {
     pub first_rows: Vec<usize>,
     /// Row counts at which the survivors are measured as well.
     pub other_rows: Vec<usize>,
-    pub noise_rounds: usize,
+    /// Runs of the default alone before anything is measured.
+    pub warmup_rounds: usize,
     /// Rounds before the first half drops out; each later heat has twice as many.
     pub heat_rounds: usize,
     /// How many are left to the final race.
     pub num_finalists: usize,
-    pub final_rounds: usize,
+    /// Rounds of a final, at least and at most; those between run while there is time and no median
+    /// is certain.
+    pub final_rounds: (usize, usize),
     /// How many of each row count run at all others.
     pub num_survivors: usize,
 }
@@ -54,10 +70,10 @@ impl Default for RaceOptions {
         RaceOptions {
             first_rows: vec![1, 8, 64, 512, 4, 16, 2, 128],
             other_rows: vec![3, 6, 12, 24, 32, 48, 96, 192, 256],
-            noise_rounds: 9,
+            warmup_rounds: 9,
             heat_rounds: 2,
             num_finalists: 8,
-            final_rounds: 9,
+            final_rounds: (9, 41),
             num_survivors: 3,
         }
     }
@@ -94,14 +110,19 @@ struct Race<'a, T: Track> {
     /// Seconds on the track's clock at which it ends.
     deadline: f64,
     runners: Vec<Runner>,
+    num_rounds: usize,
     default_seconds: Vec<f64>,
+    /// Of two runs of the default that stand around others, the second to the first.
+    default_ratios: Vec<f64>,
     limit: f64,
 }
 
-/// A kernel with this many samples is measured; with fewer it is tried again.
-pub const SAMPLES_MIN: usize = 5;
+/// Samples of a measurement that a choice may rest on.
+const SAMPLES_MIN: usize = bespoke_kernel_gen::tuning::record::SAMPLES_MIN;
 /// Candidates that run between two runs of the default.
 const NUM_BETWEEN: usize = 3;
+/// Standard error at which a median ratio is certain enough.
+const ERROR_MAX: f64 = 0.003;
 /// A kernel this near the physical limit, twice, cannot be beaten by more than noise.
 const LIMIT_SHARE: f64 = 0.97;
 
@@ -127,11 +148,10 @@ pub fn race<T: Track>(
         let deadline = deadline.min(first_end);
         let candidates = candidates(field, num_rows);
         let mut one = Race::new(track, field, num_rows, deadline, &candidates);
-        let noise = one.noise(options.noise_rounds);
+        one.warm_up(options.warmup_rounds);
         one.heats(options);
-        let finishes = one.finishes(noise);
-        let ranked = ranked(&finishes);
-        survivors.extend(ranked.iter().take(options.num_survivors).copied());
+        let finishes = one.finishes();
+        survivors.extend(fastest(field, &finishes, num_rows, options.num_survivors));
         for finish in finishes {
             done.insert((finish.kernel, num_rows));
             if !take(finish) {
@@ -142,25 +162,23 @@ pub fn race<T: Track>(
     let all_rows = options.first_rows.iter().chain(&options.other_rows);
     let all_rows: Vec<usize> = all_rows.copied().collect();
     for (idx, &num_rows) in all_rows.iter().enumerate() {
-        let is_wanted = |kernel: &usize| {
-            let (kernel, default) = (*kernel, (field.default_of)(num_rows));
-            kernel != default
-                && (field.can_serve)(kernel, num_rows)
-                && !(field.is_known)(kernel, num_rows)
-                && !done.contains(&(kernel, num_rows))
-        };
-        let candidates: Vec<usize> = survivors.iter().copied().filter(is_wanted).collect();
+        let is_new =
+            |kernel| !done.contains(&(kernel, num_rows)) && !field.is_known(kernel, num_rows);
+        let candidates: Vec<usize> = field
+            .challengers(num_rows)
+            .filter(|kernel| survivors.contains(kernel) && is_new(*kernel))
+            .collect();
         let default = (field.default_of)(num_rows);
-        let is_new = !done.contains(&(default, num_rows)) && !(field.is_known)(default, num_rows);
+        let is_new = is_new(default);
         if candidates.is_empty() && !is_new {
             continue;
         }
         let now = track.elapsed();
         let deadline = now + (end - now).max(0.0) / (all_rows.len() - idx) as f64 * 2.0;
         let mut one = Race::new(track, field, num_rows, deadline.min(end), &candidates);
-        let noise = one.noise(options.noise_rounds);
-        one.rounds(options.final_rounds);
-        for finish in one.finishes(noise) {
+        one.warm_up(options.warmup_rounds);
+        one.last_rounds(options);
+        for finish in one.finishes() {
             let is_repeated = finish.kernel == default && !is_new;
             if !is_repeated && !take(finish) {
                 return;
@@ -171,22 +189,21 @@ pub fn race<T: Track>(
 
 /// What can be raced at a row count beside the default, the most promising first.
 fn candidates(field: &Field<'_>, num_rows: usize) -> Vec<usize> {
-    let default = (field.default_of)(num_rows);
-    let is_open = |kernel: &usize| {
-        *kernel != default
-            && (field.can_serve)(*kernel, num_rows)
-            && !(field.is_known)(*kernel, num_rows)
-    };
-    let mut open: Vec<usize> = (0..field.num_kernels).filter(is_open).collect();
+    let is_open = |kernel: &usize| !field.is_known(*kernel, num_rows);
+    let mut open: Vec<usize> = field.challengers(num_rows).filter(is_open).collect();
     open.sort_by(|a, b| (field.prior)(*a, num_rows).total_cmp(&(field.prior)(*b, num_rows)));
     open
 }
 
-/// Kernels from fast to slow.
-fn ranked(finishes: &[Finish]) -> Vec<usize> {
-    let mut order: Vec<&Finish> = finishes.iter().collect();
-    order.sort_by(|a, b| a.vs_default.total_cmp(&b.vs_default));
-    order.into_iter().map(|finish| finish.kernel).collect()
+/// The fastest of those that have just finished and those that were known before.
+fn fastest(field: &Field<'_>, finishes: &[Finish], num_rows: usize, num: usize) -> Vec<usize> {
+    let known = field
+        .challengers(num_rows)
+        .filter_map(|kernel| Some((kernel, (field.known)(kernel, num_rows)?)));
+    let finished = finishes.iter().map(|finish| (finish.kernel, finish.vs_default));
+    let mut all: Vec<(usize, f64)> = finished.chain(known).collect();
+    all.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
+    all.into_iter().take(num).map(|(kernel, _)| kernel).collect()
 }
 
 impl<'a, T: Track> Race<'a, T> {
@@ -204,7 +221,9 @@ impl<'a, T: Track> Race<'a, T> {
             num_rows,
             deadline,
             runners: candidates.iter().map(runner).collect(),
+            num_rounds: 0,
             default_seconds: Vec::new(),
+            default_ratios: Vec::new(),
             limit: (field.limit)(num_rows),
         }
     }
@@ -213,23 +232,25 @@ impl<'a, T: Track> Race<'a, T> {
         self.track.elapsed() >= self.deadline
     }
 
-    /// The default against itself: by how much the median of as many ratios as a final race has
-    /// may be off.
-    fn noise(&mut self, num_rounds: usize) -> f64 {
-        let mut ratios = Vec::new();
-        // The first call finds nothing in the caches that it needs.
+    /// Brings the machine to the speed that it keeps: the first calls find nothing in the caches.
+    fn warm_up(&mut self, num_rounds: usize) {
         let mut before = self.track.run(self.default, self.num_rows);
         for _ in 0..num_rounds {
             let after = self.track.run(self.default, self.num_rows);
             if let (Some(before), Some(after)) = (before, after) {
-                ratios.push(after / before);
+                self.default_ratios.push(after / before);
                 self.default_seconds.push(after);
             }
             before = after;
         }
-        let spread = deviation(&ratios);
-        let middle = (median(&ratios).unwrap_or(1.0) - 1.0).abs();
-        (middle + spread / (ratios.len().max(1) as f64).sqrt()).min(1.0)
+    }
+
+    /// The default against itself: by how much the median of as many ratios as a kernel has may be
+    /// off.
+    fn noise(&self) -> f64 {
+        let num_ratios = self.runners.iter().map(|runner| runner.ratios.len()).max().unwrap_or(1);
+        let middle = (median(&self.default_ratios).unwrap_or(1.0) - 1.0).abs();
+        (middle + error_of(&self.default_ratios, num_ratios.max(SAMPLES_MIN))).min(1.0)
     }
 
     /// Drops the slower half after ever more rounds; then the finalists race.
@@ -242,7 +263,21 @@ impl<'a, T: Track> Race<'a, T> {
             num_rounds *= 2;
         }
         self.drop_behind(options.num_finalists);
-        self.rounds(options.final_rounds);
+        self.last_rounds(options);
+    }
+
+    fn last_rounds(&mut self, options: &RaceOptions) {
+        let (at_least, at_most) = options.final_rounds;
+        self.rounds(at_least);
+        for _ in at_least..at_most {
+            let mut left = self.runners.iter().filter(|runner| !runner.is_out);
+            let is_open =
+                |runner: &Runner| error_of(&runner.ratios, runner.ratios.len()) > ERROR_MAX;
+            if !left.any(is_open) {
+                return;
+            }
+            self.rounds(1);
+        }
     }
 
     fn num_left(&self) -> usize {
@@ -261,7 +296,8 @@ impl<'a, T: Track> Race<'a, T> {
 
     /// Runs all that are left so often, the default before and after every few of them.
     fn rounds(&mut self, num_rounds: usize) {
-        for round in 0..num_rounds {
+        for _ in 0..num_rounds {
+            self.num_rounds += 1;
             if self.is_over() || self.is_decided() {
                 return;
             }
@@ -269,7 +305,7 @@ impl<'a, T: Track> Race<'a, T> {
                 (0..self.runners.len()).filter(|idx| !self.runners[*idx].is_out).collect();
             // Nobody always runs behind the same one.
             let len = left.len().max(1);
-            left.rotate_left(round * 5 % len);
+            left.rotate_left((self.num_rounds * 5) % len);
             for few in left.chunks(NUM_BETWEEN) {
                 if self.is_over() {
                     return;
@@ -288,6 +324,7 @@ impl<'a, T: Track> Race<'a, T> {
         let after = self.track.run(self.default, self.num_rows);
         let (Some(before), Some(after)) = (before, after) else { return };
         self.default_seconds.extend([before, after]);
+        self.default_ratios.push(after / before);
         let default = (before + after) / 2.0;
         for (idx, seconds) in few.iter().zip(times) {
             let runner = &mut self.runners[*idx];
@@ -313,9 +350,10 @@ impl<'a, T: Track> Race<'a, T> {
         self.runners.iter().any(is_at_limit)
     }
 
-    /// What is known well enough, the default first.
-    fn finishes(self, noise: f64) -> Vec<Finish> {
-        let num_rows = self.num_rows;
+    /// What is known well enough, the default first. Of those that dropped out early few samples
+    /// are enough: to know that they are not to be tried again.
+    fn finishes(self) -> Vec<Finish> {
+        let (num_rows, noise) = (self.num_rows, self.noise());
         let of = |kernel, seconds: &[f64], vs_default| Finish {
             kernel,
             num_rows,
@@ -328,7 +366,10 @@ impl<'a, T: Track> Race<'a, T> {
         if self.default_seconds.len() >= SAMPLES_MIN {
             all.push(of(self.default, &self.default_seconds, 1.0));
         }
-        let known = self.runners.iter().filter(|runner| runner.ratios.len() >= SAMPLES_MIN);
+        let known = self.runners.iter().filter(|runner| {
+            let num_samples = runner.ratios.len();
+            num_samples >= SAMPLES_MIN || (runner.is_out && num_samples > 0)
+        });
         all.extend(known.filter_map(|runner| {
             Some(of(runner.kernel, &runner.seconds, median(&runner.ratios)?))
         }));
@@ -343,6 +384,12 @@ fn median(values: &[f64]) -> Option<f64> {
     let middle = sorted.len().checked_sub(1)? / 2;
     let upper = sorted.len() / 2;
     Some((sorted[middle] + sorted[upper]) / 2.0)
+}
+
+/// Standard error of the median of so many values that vary as these do.
+fn error_of(values: &[f64], num_values: usize) -> f64 {
+    // √(π/2): by how much more a median varies than a mean.
+    1.2533 * deviation(values) / (num_values.max(1) as f64).sqrt()
 }
 
 /// Standard deviation, from the median of the distances to the median.
@@ -362,6 +409,8 @@ fn percentiles(seconds: &[f64]) -> [f64; 3] {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     /// A machine of planted times that gets slower and slower, and is noisy.
@@ -427,22 +476,26 @@ mod tests {
         }
     }
 
-    fn field<'a>(is_known: &'a dyn Fn(usize, usize) -> bool) -> Field<'a> {
+    fn field<'a>(known: &'a dyn Fn(usize, usize) -> Option<f64>) -> Field<'a> {
         Field {
             num_kernels: 24,
             default_of: &|num_rows| usize::from(num_rows > 8),
             can_serve: &|_, _| true,
             prior: &|kernel, _| 24.0 - kernel as f64,
             limit: &|_| 0.0,
-            is_known,
+            known,
         }
     }
 
-    fn run(track: &mut Simulated, budget: f64, known: &BTreeSet<(usize, usize)>) -> Vec<Finish> {
-        let is_known = |kernel, rows| known.contains(&(kernel, rows));
+    fn run(
+        track: &mut Simulated,
+        budget: f64,
+        known: &BTreeMap<(usize, usize), f64>,
+    ) -> Vec<Finish> {
+        let known = |kernel, rows| known.get(&(kernel, rows)).copied();
         let mut all = Vec::new();
         let options = RaceOptions::default();
-        race(track, &field(&is_known), &options, budget, &mut |finish| {
+        race(track, &field(&known), &options, budget, &mut |finish| {
             all.push(finish);
             true
         });
@@ -456,7 +509,7 @@ mod tests {
 
     #[test]
     fn the_fastest_win_on_a_machine_that_drifts() {
-        let all = run(&mut Simulated::new(), 2.0, &BTreeSet::new());
+        let all = run(&mut Simulated::new(), 2.0, &BTreeMap::new());
         for rows in [1, 2, 4, 8] {
             assert_eq!(best(&all, rows).kernel, 7, "{rows} rows");
         }
@@ -472,7 +525,7 @@ mod tests {
 
     #[test]
     fn survivors_are_known_at_all_row_counts() {
-        let all = run(&mut Simulated::new(), 4.0, &BTreeSet::new());
+        let all = run(&mut Simulated::new(), 4.0, &BTreeMap::new());
         let options = RaceOptions::default();
         for rows in options.first_rows.iter().chain(&options.other_rows) {
             for kernel in [7, 11] {
@@ -486,7 +539,7 @@ mod tests {
     fn the_budget_is_kept() {
         for budget in [0.02, 0.1, 0.5] {
             let mut track = Simulated { broken: None, ..Simulated::new() };
-            run(&mut track, budget, &BTreeSet::new());
+            run(&mut track, budget, &BTreeMap::new());
             // A race that has begun measures its noise.
             let noise: f64 = [1, 8, 64, 512, 4, 16, 2, 128, 3, 6, 12, 24, 32, 48, 96, 192, 256]
                 .iter()
@@ -498,24 +551,42 @@ mod tests {
 
     #[test]
     fn nothing_is_measured_twice() {
-        let first = run(&mut Simulated::new(), 4.0, &BTreeSet::new());
-        let pairs: Vec<(usize, usize)> = first.iter().map(|f| (f.kernel, f.num_rows)).collect();
-        let known: BTreeSet<(usize, usize)> = pairs.iter().copied().collect();
-        assert_eq!(known.len(), pairs.len(), "each once");
+        let first = run(&mut Simulated::new(), 4.0, &BTreeMap::new());
+        let known = ratios(&first);
+        assert_eq!(known.len(), first.len(), "each once");
         let second = run(&mut Simulated::new(), 4.0, &known);
         let repeated = second.iter().filter(|f| {
-            // The default is raced against by whoever is new.
-            known.contains(&(f.kernel, f.num_rows)) && f.kernel > 1
+            // The default is raced against by whoever is new, and what breaks down is tried again.
+            known.contains_key(&(f.kernel, f.num_rows)) && f.kernel > 1
         });
         assert_eq!(repeated.count(), 0);
+        let is_first = |rows: &usize| RaceOptions::default().first_rows.contains(rows);
+        let again = second.iter().filter(|f| f.kernel > 1 && is_first(&f.num_rows)).count();
+        assert_eq!(again, 0, "those that dropped out do not race again");
+    }
+
+    #[test]
+    fn survivors_of_an_earlier_run_go_on() {
+        let options = RaceOptions::default();
+        let mut known = ratios(&run(&mut Simulated::new(), 4.0, &BTreeMap::new()));
+        known.retain(|(_, rows), _| options.first_rows.contains(rows));
+        let second = run(&mut Simulated::new(), 4.0, &known);
+        for rows in &options.other_rows {
+            let is_there = second.iter().any(|f| f.kernel == 7 && f.num_rows == *rows);
+            assert!(is_there, "kernel 7 at {rows} rows");
+        }
+    }
+
+    fn ratios(all: &[Finish]) -> BTreeMap<(usize, usize), f64> {
+        all.iter().map(|f| ((f.kernel, f.num_rows), f.vs_default)).collect()
     }
 
     #[test]
     fn a_race_ends_when_it_is_told_to() {
         let mut num_taken = 0;
-        let is_known = |_, _| false;
+        let known = |_, _| None;
         let mut track = Simulated::new();
-        race(&mut track, &field(&is_known), &RaceOptions::default(), 5.0, &mut |_| {
+        race(&mut track, &field(&known), &RaceOptions::default(), 5.0, &mut |_| {
             num_taken += 1;
             num_taken < 3
         });
@@ -524,7 +595,7 @@ mod tests {
 
     #[test]
     fn the_limit_ends_a_race_early() {
-        let never = |_, _| false;
+        let never = |_, _| None;
         let runs_with = |limit: f64| {
             let mut track = Simulated::new();
             let limit = move |_: usize| limit;

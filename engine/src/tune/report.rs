@@ -1,17 +1,21 @@
-//! What tuning found, as numbers for programs and a page for people.
+//! What tuning found, as numbers for programs and a page for people: what `kernel-gen select` would
+//! choose from the records, beside the defaults and the machine's limits.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use bespoke_kernel_gen::tuning::device::Device;
-use bespoke_kernel_gen::tuning::record::{Case, Record, Time};
+use bespoke_kernel_gen::tuning::explain::Explanation;
+use bespoke_kernel_gen::tuning::lock::LockedProblem;
+use bespoke_kernel_gen::tuning::record::{Case, Record};
+use bespoke_kernel_gen::tuning::select::{CaseTimes, Options, Selection, select};
 use serde::Serialize;
 
-use crate::plot::{self, Line, LinePlot, Scale, escape, number};
+use crate::plot::{self, Band, Line, LinePlot, Scale, escape, number};
 
 const PAGE: &str = include_str!("report.html");
 
-/// The fastest kernels of one device.
+/// The fastest kernels of one device, and those that are chosen.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TuningReport {
     pub program: String,
@@ -19,8 +23,19 @@ pub struct TuningReport {
     /// Key of the device.
     pub device: String,
     pub device_name: String,
+    pub problems: Vec<TuningProblem>,
     /// By problem, then by row count.
     pub rows: Vec<TuningRow>,
+}
+
+/// What is chosen for one problem.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TuningProblem {
+    pub spec: String,
+    /// Time of what is chosen as a share of the defaults', mean over the measured row counts.
+    pub ratio: f64,
+    /// Ascending.
+    pub intervals: Vec<Explanation>,
 }
 
 /// One problem at one row count.
@@ -37,27 +52,31 @@ pub struct TuningRow {
     pub ratio: f64,
     /// Of the default against itself, relative.
     pub noise: f64,
+    /// Symbol of the kernel that is chosen for the interval of this row count.
+    pub chosen: String,
+    /// Null where it was measured at other row counts of the interval only.
+    pub chosen_ratio: Option<f64>,
     pub limit_us: Option<f64>,
     /// The physical limit as a share of the fastest kernel's time.
     pub limit_share: Option<f64>,
     pub default_limit_share: Option<f64>,
+    pub chosen_limit_share: Option<f64>,
     /// Kernels that were measured.
     pub num_measured: usize,
 }
 
 impl TuningReport {
-    /// Of all `records` of `device`; certificates and failures are passed over.
+    /// Of all `records` of `device`, which are of kernels as they are today.
     pub fn new(model: &str, device: &Device, records: &[Record]) -> TuningReport {
         let key = device.key();
-        let mut groups: BTreeMap<(&str, usize), Vec<(&Record, &Time)>> = BTreeMap::new();
-        for record in records.iter().filter(|record| record.device.key() == key) {
-            if let (Case::Rows(rows), Some(time)) = (record.problem.case, record.time()) {
-                groups.entry((&record.problem.spec, rows)).or_default().push((record, time));
-            }
-        }
-        let rows = groups
-            .into_iter()
-            .filter_map(|((spec, num_rows), group)| TuningRow::new(spec, num_rows, &group));
+        let is_own = |record: &&Record| record.device.key() == key;
+        let records: Vec<Record> = records.iter().filter(is_own).cloned().collect();
+        let hash =
+            |record: &Record| (record.variant.symbol.clone(), record.variant.source_hash.clone());
+        let hashes: BTreeMap<String, String> = records.iter().map(hash).collect();
+        // NOTE: only a budget of bytes can be impossible to keep, and there is none.
+        let selection = select(&records, &hashes, &Options::default()).ok();
+        let (problems, rows) = selection.as_ref().map(chosen).unwrap_or_default();
         let device_name = match device {
             Device::Cpu(cpu) => cpu.name.clone(),
             Device::Cuda(gpu) => gpu.name.clone(),
@@ -67,7 +86,8 @@ impl TuningReport {
             model: model.to_owned(),
             device: key,
             device_name,
-            rows: rows.collect(),
+            problems,
+            rows,
         }
     }
 
@@ -99,20 +119,38 @@ impl TuningReport {
         page
     }
 
-    /// Geometric mean of the ratios; 1 without any.
+    /// Geometric mean of the fastest kernels' ratios; 1 without any.
     pub fn mean_ratio(&self) -> f64 {
-        let sum: f64 = self.rows.iter().map(|row| row.ratio.ln()).sum();
-        (sum / self.rows.len().max(1) as f64).exp()
+        geometric_mean(self.rows.iter().map(|row| row.ratio)).unwrap_or(1.0)
     }
 
     fn facts(&self) -> String {
+        let percent = |share: Option<f64>| match share {
+            Some(share) => format!("{:.1} %", 100.0 * share),
+            None => "unknown".to_owned(),
+        };
+        let mean = |share: &dyn Fn(&TuningRow) -> Option<f64>| {
+            percent(geometric_mean(self.rows.iter().filter_map(share)))
+        };
         let facts = [
             ("Device", format!("{}, {}", self.device_name, self.device)),
-            ("Problems", self.specs().len().to_string()),
+            ("Problems", self.problems.len().to_string()),
             ("Measured row counts", self.rows.len().to_string()),
             (
-                "Time of the fastest kernels",
-                format!("{:.1} % of the defaults', geometric mean", 100.0 * self.mean_ratio()),
+                "Time beside the defaults",
+                format!(
+                    "{} of the chosen kernels, {} of the fastest at each row count",
+                    mean(&|row| row.chosen_ratio),
+                    percent(Some(self.mean_ratio()))
+                ),
+            ),
+            (
+                "Share of the limit",
+                format!(
+                    "{} with the defaults, {} with the chosen kernels",
+                    mean(&|row| row.default_limit_share),
+                    mean(&|row| row.chosen_limit_share)
+                ),
             ),
         ];
         let mut html = String::new();
@@ -122,33 +160,21 @@ impl TuningReport {
         html
     }
 
-    fn specs(&self) -> BTreeSet<&str> {
-        self.rows.iter().map(|row| row.spec.as_str()).collect()
-    }
-
     fn plots(&self) -> String {
         let mut html = String::new();
-        for (idx, spec) in self.specs().into_iter().enumerate() {
-            let rows: Vec<&TuningRow> = self.rows.iter().filter(|row| row.spec == spec).collect();
-            let line = |name: &str, us: &dyn Fn(&TuningRow) -> Option<f64>| Line {
-                name: name.to_owned(),
-                points: rows.iter().filter_map(|row| Some((row.num_rows, us(row)?))).collect(),
-            };
-            let plot = LinePlot {
-                id: format!("problem-{idx}"),
-                title: spec.to_owned(),
-                description: format!("Microseconds of {spec} by row count. Lower is better."),
-                unit: " µs",
-                scale: Scale::Log,
-                x_name: "rows",
-                x_scale: Scale::Log,
-                lines: vec![
-                    line("default", &|row| Some(row.default_us)),
-                    line("limit", &|row| row.limit_us),
-                    line("fastest", &|row| Some(row.default_us * row.ratio)),
-                ],
-            };
-            let _ = writeln!(html, "<figure>{}</figure>", plot.svg());
+        for (idx, problem) in self.problems.iter().enumerate() {
+            let rows: Vec<&TuningRow> =
+                self.rows.iter().filter(|row| row.spec == problem.spec).collect();
+            if rows.is_empty() {
+                continue;
+            }
+            let _ = writeln!(
+                html,
+                "<figure>{}<figcaption>{}</figcaption></figure><figure>{}</figure>",
+                problem.times(idx, &rows).svg(),
+                problem.caption(),
+                problem.limits(idx, &rows).svg()
+            );
         }
         html
     }
@@ -162,44 +188,167 @@ impl TuningReport {
         for row in &self.rows {
             let _ = writeln!(
                 html,
-                "<tr><th scope=\"row\">{}</th><td>{}</td><td>{}</td><td>{:.3}</td><td>{:.3}</td>\
-                 <td>{}</td><td>{}</td></tr>",
+                "<tr><th scope=\"row\">{}</th><td>{}</td><td>{}</td><td>{:.3}</td><td>{}</td>\
+                 <td>{:.3}</td><td>{}</td><td>{}</td></tr>",
                 row.num_rows,
                 escape(&row.best),
                 number(row.default_us),
                 row.ratio,
+                row.chosen_ratio.map_or(String::new(), |ratio| format!("{ratio:.3}")),
                 row.noise,
                 percent(row.default_limit_share),
-                percent(row.limit_share),
+                percent(row.chosen_limit_share),
             );
         }
         html
     }
 }
 
+impl TuningProblem {
+    fn new(problem: &LockedProblem, ratio: f64) -> TuningProblem {
+        let mut rows_min = 1;
+        let explain = |fact| {
+            let found = Explanation::locked(rows_min, fact, &problem.device);
+            rows_min = fact.rows_max.map_or(usize::MAX, |rows| rows.saturating_add(1));
+            found
+        };
+        let intervals = problem.intervals.iter().map(explain).collect();
+        TuningProblem { spec: problem.spec.clone(), ratio, intervals }
+    }
+
+    /// Time against row count, over the intervals.
+    fn times(&self, idx: usize, rows: &[&TuningRow]) -> LinePlot {
+        LinePlot {
+            id: format!("times-{idx}"),
+            title: self.spec.clone(),
+            description: format!("Microseconds of {} by row count. Lower is better.", self.spec),
+            unit: " µs",
+            scale: Scale::Log,
+            x_name: "rows",
+            x_scale: Scale::Log,
+            lines: vec![
+                line("default", rows, &|row| Some(row.default_us)),
+                line("chosen", rows, &|row| Some(row.default_us * row.chosen_ratio?)),
+                line("limit", rows, &|row| row.limit_us),
+                line("fastest", rows, &|row| Some(row.default_us * row.ratio)),
+            ],
+            bands: self.bands(),
+        }
+    }
+
+    /// The limit's share of the time, before and after.
+    fn limits(&self, idx: usize, rows: &[&TuningRow]) -> LinePlot {
+        LinePlot {
+            id: format!("limits-{idx}"),
+            title: "Share of the limit".to_owned(),
+            description: format!(
+                "How near {} comes to what memory and arithmetic allow, by row count. Higher is \
+                 better.",
+                self.spec
+            ),
+            unit: " %",
+            scale: Scale::Linear,
+            x_name: "rows",
+            x_scale: Scale::Log,
+            lines: vec![
+                line("default", rows, &|row| Some(100.0 * row.default_limit_share?)),
+                line("chosen", rows, &|row| Some(100.0 * row.chosen_limit_share?)),
+            ],
+            bands: self.bands(),
+        }
+    }
+
+    fn bands(&self) -> Vec<Band> {
+        let band = |(interval, name): (&Explanation, String)| Band {
+            last: interval.rows_max,
+            name,
+            title: interval.symbol.clone().unwrap_or_default(),
+        };
+        self.intervals.iter().zip(self.letters()).map(band).collect()
+    }
+
+    /// A letter for each interval; the same for the same kernel.
+    fn letters(&self) -> Vec<String> {
+        let mut symbols: Vec<&Option<String>> = Vec::new();
+        let mut letters = Vec::new();
+        for interval in &self.intervals {
+            let known = symbols.iter().position(|symbol| **symbol == interval.symbol);
+            let idx = known.unwrap_or(symbols.len());
+            if known.is_none() {
+                symbols.push(&interval.symbol);
+            }
+            letters.push(char::from(b'A' + (idx % 26) as u8).to_string());
+        }
+        letters
+    }
+
+    /// What the letters mean.
+    fn caption(&self) -> String {
+        let mut html = format!("Chosen: {:.1} % of the defaults' time.<ul>", 100.0 * self.ratio);
+        for (interval, letter) in self.intervals.iter().zip(self.letters()) {
+            let _ = write!(
+                html,
+                "<li>{letter}, rows {}: {}, {}</li>",
+                interval.rows(),
+                escape(interval.symbol.as_deref().unwrap_or("no kernel")),
+                interval.provenance
+            );
+        }
+        html + "</ul>"
+    }
+}
+
 impl TuningRow {
-    /// `None` where the default was not measured.
-    fn new(spec: &str, num_rows: usize, group: &[(&Record, &Time)]) -> Option<TuningRow> {
-        let is_default = |(record, time): &&(&Record, &Time)| record.variant.symbol == time.default;
-        let (_, default) = group.iter().find(is_default)?;
-        let ratio = |pair: &&(&Record, &Time)| pair.1.vs_default;
-        let (best, time) = group.iter().min_by(|a, b| ratio(a).total_cmp(&ratio(b)))?;
-        let [_, default_us, _] = default.us;
-        let share = |us: f64| time.limit_us.map(|limit| limit / us);
-        let symbols: BTreeSet<&str> =
-            group.iter().map(|(record, _)| record.variant.symbol.as_str()).collect();
+    /// `None` of cases that are no row count, or without times.
+    fn new(spec: &str, case: &CaseTimes) -> Option<TuningRow> {
+        let Ok(Case::Rows(num_rows)) = case.case.parse() else { return None };
+        let CaseTimes { default, default_us, noise, limit_us, chosen, times, .. } = case;
+        let (best, best_us) = times.first()?;
+        let of_chosen = times.iter().find(|(symbol, _)| symbol == chosen);
+        let chosen_us = of_chosen.map(|(_, us)| *us);
+        let share = |us: f64| limit_us.map(|limit| limit / us);
         Some(TuningRow {
             spec: spec.to_owned(),
             num_rows,
-            default: default.default.clone(),
-            default_us,
-            best: best.variant.symbol.clone(),
-            ratio: time.vs_default,
-            noise: default.noise,
-            limit_us: time.limit_us,
-            limit_share: share(default_us * time.vs_default),
-            default_limit_share: share(default_us),
-            num_measured: symbols.len(),
+            default: default.clone(),
+            default_us: *default_us,
+            best: best.clone(),
+            ratio: best_us / default_us,
+            noise: *noise,
+            chosen: chosen.clone(),
+            chosen_ratio: chosen_us.map(|us| us / default_us),
+            limit_us: *limit_us,
+            limit_share: share(*best_us),
+            default_limit_share: share(*default_us),
+            chosen_limit_share: chosen_us.and_then(share),
+            num_measured: times.len(),
         })
     }
 }
+
+/// What a selection chose, and between what; predictions are no measurements, and left out.
+fn chosen(selection: &Selection) -> (Vec<TuningProblem>, Vec<TuningRow>) {
+    let (mut problems, mut rows) = (Vec::new(), Vec::new());
+    for decision in selection.decisions.iter().filter(|decision| !decision.is_predicted) {
+        let (spec, target, device) = (&decision.spec, &decision.target, &decision.device);
+        if let Some(problem) = selection.lock.problem(spec, target, device) {
+            problems.push(TuningProblem::new(problem, decision.cost));
+            rows.extend(decision.cases.iter().filter_map(|case| TuningRow::new(spec, case)));
+        }
+    }
+    (problems, rows)
+}
+
+fn line(name: &str, rows: &[&TuningRow], value: &dyn Fn(&TuningRow) -> Option<f64>) -> Line {
+    let points = rows.iter().filter_map(|row| Some((row.num_rows, value(row)?)));
+    Line { name: name.to_owned(), points: points.collect() }
+}
+
+/// `None` of no values.
+fn geometric_mean(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let (sum, count) = values.fold((0.0, 0), |(sum, count), value| (sum + value.ln(), count + 1));
+    (count > 0).then(|| (sum / f64::from(count)).exp())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,9 @@
 //! Which kernels serve an op for a batch.
 
+use std::collections::BTreeSet;
+
 use bespoke_kernel_gen::cuda::attention_plan::DECODE_ROWS_MAX;
-use bespoke_kernel_gen::cuda::{KvType, Regime, Spec};
+use bespoke_kernel_gen::cuda::{KvType, Spec};
 use bespoke_kernel_gen::spec::{KernelSpec, LinearRole, ModelShape, RowFormat};
 
 use super::Part;
@@ -56,33 +58,29 @@ pub(super) fn cuda_kernels<D: Device>(
     part: Part,
     batch: &Batch,
 ) -> Vec<String> {
-    let any = |spec| vec![(spec, Regime::Any)];
-    let wanted: Vec<(Spec, Regime)> = match part {
+    // A spec and the row count that decides about its kernel; of attention one row means decoding.
+    let any = |spec| vec![(spec, 1)];
+    let wanted: Vec<(Spec, usize)> = match part {
         Part::Embed => any(shape.cuda_embed()),
         Part::Norm(_) => any(shape.cuda_rms_norm()),
         Part::Linear(role) => {
-            let regime = Regime::of_rows(batch.num_rows());
-            shape.cuda_linear(role).map_or(vec![], |spec| vec![(spec, regime)])
+            let rows = batch.num_rows();
+            shape.cuda_linear(role).map_or(vec![], |spec| vec![(spec, rows)])
         }
         Part::Rope => any(shape.cuda_rope(kv)),
         Part::Attention => {
             let is_decoded = |num_rows: u32| num_rows as usize <= DECODE_ROWS_MAX;
-            let mut regimes: Vec<Regime> = batch
-                .spans
-                .iter()
-                .map(|span| match is_decoded(span.num_rows) {
-                    true => Regime::Decode,
-                    false => Regime::Prefill,
-                })
-                .collect();
-            regimes.sort_unstable();
-            regimes.dedup();
+            let rows = batch.spans.iter().map(|span| match is_decoded(span.num_rows) {
+                true => 1,
+                false => usize::MAX,
+            });
             let spec = shape.cuda_paged_attention(kv);
-            regimes.into_iter().map(|regime| (spec, regime)).collect()
+            rows.collect::<BTreeSet<usize>>().into_iter().map(|rows| (spec, rows)).collect()
         }
         Part::SiluAndMul => any(shape.cuda_silu_and_mul()),
         Part::Sample => any(shape.cuda_sample()),
     };
-    let found = wanted.iter().filter_map(|(spec, regime)| device.find(spec, *regime));
-    found.map(|variant| variant.symbol()).collect()
+    let symbol =
+        |(spec, rows): &(Spec, usize)| Some(device.serving(spec)?.interval(*rows).variant.symbol());
+    wanted.iter().filter_map(symbol).collect()
 }

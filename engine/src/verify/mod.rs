@@ -3,9 +3,11 @@
 //! One layer of a model with random weights is run for several row counts. After each op its output
 //! is compared with the reference's for the same input, and then becomes the reference's as well,
 //! so that errors do not add up. Sequences around the sizes of pages and of attention's chunks
-//! follow, as prompts and as decoded rows. Rows must have the same bits for every row count.
+//! follow, as prompts and as decoded rows. Rows must have the same bits for every row count, and by
+//! the kernels of a lock the bits that the default ones give (`end_to_end`).
 
 mod compare;
+mod end_to_end;
 mod kernels;
 mod plan;
 mod side;
@@ -110,11 +112,15 @@ pub fn cpu(
 ) -> Result<(), Error> {
     let held = |target: &Target| table.kernels.iter().any(|kernel| kernel.target == *target);
     let targets = Target::ALL.into_iter().filter(held).filter(|target| is_available(*target));
-    let shapes: Vec<ModelShape> = shapes.iter().flat_map(ModelShape::single_layers).collect();
+    let layers: Vec<ModelShape> = shapes.iter().flat_map(ModelShape::single_layers).collect();
     for target in targets {
         for device in table.devices(target) {
-            for shape in &shapes {
+            for shape in &layers {
                 cpu_shape(table, (target, device), shape, report, progress)?;
+            }
+            let Some(device) = device else { continue };
+            for shape in shapes {
+                end_to_end::check(table, (target, device), shape, report, progress)?;
             }
         }
     }
@@ -130,12 +136,8 @@ fn cpu_shape(
     progress: &mut dyn FnMut(&str),
 ) -> Result<(), Error> {
     let choice = Choice { table, target, device };
-    let activations = match shape.is_quantized() {
-        true => &[ActivationType::Float, ActivationType::Int8][..],
-        false => &[ActivationType::Float],
-    };
     let rows = cpu_rows(table);
-    for &activation in activations {
+    for &activation in activations(shape) {
         for kv_dtype in KvDType::ALL {
             let options = CpuOptions {
                 kv_dtype,
@@ -164,6 +166,14 @@ fn cpu_shape(
         }
     }
     Ok(())
+}
+
+/// The forms of rows that the linears of `shape` read.
+fn activations(shape: &ModelShape) -> &'static [ActivationType] {
+    match shape.is_quantized() {
+        true => &[ActivationType::Float, ActivationType::Int8],
+        false => &[ActivationType::Float],
+    }
 }
 
 /// Row counts around the limits of the table's intervals, as far as a sequence has rows.

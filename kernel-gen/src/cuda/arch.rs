@@ -23,6 +23,9 @@ impl Arch {
     pub const ALL: [Arch; 6] =
         [Arch::Sm80, Arch::Sm86, Arch::Sm89, Arch::Sm90a, Arch::Sm100a, Arch::Sm120];
 
+    /// 32-bit registers of a multiprocessor, of all of these.
+    pub const REGISTERS: usize = 64 << 10;
+
     /// Name in symbols, plans, JSON and for the compiler.
     pub fn name(self) -> &'static str {
         match self {
@@ -80,11 +83,6 @@ impl Arch {
     /// Shared memory of a multiprocessor, of which every block takes 1 KiB for the system.
     pub fn shared_bytes_per_sm(self) -> usize {
         self.shared_bytes_max() + 1024
-    }
-
-    /// 32-bit registers of a multiprocessor.
-    pub fn registers(self) -> usize {
-        64 << 10
     }
 
     /// Threads that a multiprocessor holds.

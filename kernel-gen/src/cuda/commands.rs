@@ -73,7 +73,13 @@ pub fn build(variants: &[Variant], compiler: &Compiler, folder: &Path) -> Result
     for artifact in &artifacts {
         write(&folder.join(format!("{}.cubin", artifact.source.symbol)), &artifact.cubin)?;
     }
-    let generated = emit::emit(&artifacts, &compiler.toolkit.version);
+    let contents = emit::Contents {
+        artifacts: &artifacts,
+        servings: &[],
+        toolkit: &compiler.toolkit.version,
+        is_tuner: false,
+    };
+    let generated = emit::emit(&contents);
     write(&folder.join("kernels.json"), crate::emit::json_text(generated.rows).as_bytes())?;
     let cached = artifacts.iter().filter(|artifact| artifact.is_cached).count();
     let bytes: usize = artifacts.iter().map(|artifact| artifact.cubin.len()).sum();

@@ -57,7 +57,7 @@ impl Compiler {
     }
 
     fn compile_one(&self, source: &Source) -> Result<Artifact, Error> {
-        let key = self.key(source);
+        let key = key(source, &self.toolkit.version);
         let found = self.cache.get(&key);
         let is_cached = found.is_some();
         let entry = match found {
@@ -69,18 +69,29 @@ impl Compiler {
         if !is_cached {
             self.cache.put(&key, &entry)?;
         }
-        let hash = key[..32].to_string();
+        let hash = key[..HASH_LEN].to_string();
         Ok(Artifact { source: source.clone(), hash, usage, cubin: entry.cubin, is_cached })
     }
 
-    fn key(&self, source: &Source) -> String {
-        let mut hasher = blake3::Hasher::new();
-        let arch = source.variant.arch.name();
-        for part in [arch, &self.toolkit.version, &FLAGS.join(" "), &source.text] {
-            hasher.update(&(part.len() as u64).to_le_bytes());
-            hasher.update(part.as_bytes());
+    /// As [`Compiler::compile`], but leaves out what the compiler refuses: those errors come
+    /// second. What else goes wrong is an error.
+    pub fn compile_candidates(
+        &self,
+        sources: Vec<Source>,
+    ) -> Result<(Vec<Artifact>, Vec<Error>), Error> {
+        let one = |idx: usize| match self.compile_one(&sources[idx]) {
+            Err(refused @ Error::Compile { .. }) => Ok(Err(refused)),
+            Err(other) => Err(other),
+            Ok(artifact) => Ok(Ok(artifact)),
+        };
+        let (mut artifacts, mut refused) = (Vec::new(), Vec::new());
+        for result in self.jobs.run(sources.len(), one)? {
+            match result {
+                Ok(artifact) => artifacts.push(artifact),
+                Err(error) => refused.push(error),
+            }
         }
-        hasher.finalize().to_hex().to_string()
+        Ok((artifacts, refused))
     }
 
     fn call(&self, source: &Source) -> Result<Entry, Error> {
@@ -110,6 +121,25 @@ impl Compiler {
         let cubin = std::fs::read(cubin.path()).map_err(io(cubin.path()))?;
         Ok(Entry { cubin, report })
     }
+}
+
+/// Hex digits of a source hash.
+const HASH_LEN: usize = 32;
+
+/// The hash of a source as the toolkit of this version compiles it: [`Artifact::hash`].
+pub fn source_hash(source: &Source, version: &str) -> String {
+    key(source, version)[..HASH_LEN].to_string()
+}
+
+/// Of all that the machine code depends on.
+fn key(source: &Source, version: &str) -> String {
+    let mut hasher = blake3::Hasher::new();
+    let arch = source.variant.arch.name();
+    for part in [arch, version, &FLAGS.join(" "), &source.text] {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 fn compile_error(source: &Source, message: String) -> Error {
@@ -208,6 +238,19 @@ mod tests {
             assert!(error.contains("16 bytes stored"), "{error}");
             assert_eq!(stub.calls(), calls);
         }
+    }
+
+    #[test]
+    fn candidates_that_are_refused_are_left_out() {
+        let refuse = "for last; do :; done\ngrep -q _i64_f16__ \"$last\" && exit 1";
+        let stub = Stub::new("candidates", &format!("{refuse}\n{}", script(0)));
+        let (kept, refused) = stub.compiler.compile_candidates(sources()).unwrap();
+        let [kept] = &kept[..] else { panic!("{kept:?}") };
+        assert_eq!(kept.source.symbol, "silu_and_mul_i64_bf16__sm_80");
+        assert_eq!(kept.hash, source_hash(&kept.source, "13.0.88"));
+        assert_ne!(kept.hash, source_hash(&kept.source, "13.0.89"));
+        let [refused] = &refused[..] else { panic!("{refused:?}") };
+        assert!(refused.to_string().contains("silu_and_mul_i64_f16__sm_90a"), "{refused}");
     }
 
     #[test]

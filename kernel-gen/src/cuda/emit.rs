@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::compile::Artifact;
 use super::op::Constant;
+use super::serving::{Interval, Serving};
 use super::{Arch, Variant};
 
 /// What a build generates.
@@ -27,10 +28,22 @@ const HEADER: &str = "\
 ";
 
 const TABLE: &str = "::bespoke_kernel_gen::cuda::table";
+const PROVENANCE: &str = "::bespoke_kernel_gen::plan::Provenance";
 
-/// Writes the table of kernels that `toolkit` (its version) compiled, sorted by architecture. The
-/// same arguments give the same bytes.
-pub fn emit(artifacts: &[Artifact], toolkit: &str) -> Generated {
+/// What is written.
+#[derive(Clone, Copy, Debug)]
+pub struct Contents<'a> {
+    pub artifacts: &'a [Artifact],
+    pub servings: &'a [Serving],
+    /// Version of the compiler.
+    pub toolkit: &'a str,
+    /// Whether kernels are among them that serve nothing, for the tuner.
+    pub is_tuner: bool,
+}
+
+/// Writes the table of kernels, sorted by architecture. The same contents give the same bytes.
+pub fn emit(contents: &Contents<'_>) -> Generated {
+    let Contents { artifacts, servings, toolkit, is_tuner } = *contents;
     let mut targets = String::new();
     let mut blobs = Vec::new();
     for arch in Arch::ALL {
@@ -41,11 +54,14 @@ pub fn emit(artifacts: &[Artifact], toolkit: &str) -> Generated {
         }
         let name = format!("cuda_{}.bin", arch.name());
         let kernels: String = of_arch.iter().map(|artifact| declaration(artifact)).collect();
+        let servings = servings.iter().filter(|serving| serving.arch == arch);
+        let servings: String = servings.map(serving_declaration).collect();
         targets.push_str(&format!(
             "        {TABLE}::EmbeddedTarget {{\n            \
                  arch: ::bespoke_kernel_gen::cuda::Arch::{arch:?},\n            \
                  kernels: &[\n{kernels}            ],\n            \
-                 cubins: include_bytes!(\"{name}\"),\n        \
+                 cubins: include_bytes!(\"{name}\"),\n            \
+                 servings: &[\n{servings}            ],\n        \
              }},\n"
         ));
         blobs.push((name, deflate(of_arch.iter().map(|artifact| artifact.cubin.as_slice()))));
@@ -56,7 +72,8 @@ pub fn emit(artifacts: &[Artifact], toolkit: &str) -> Generated {
          pub(super) static CUDA_KERNELS: {TABLE}::CudaKernelTable = \
          {TABLE}::CudaKernelTable {{\n    \
              toolkit: \"{toolkit}\",\n    \
-             targets: &[\n{targets}    ],\n\
+             targets: &[\n{targets}    ],\n    \
+             is_tuner: {is_tuner},\n\
          }};\n"
     );
     let rows = artifacts.iter().map(row).collect();
@@ -77,6 +94,27 @@ fn declaration(artifact: &Artifact) -> String {
         artifact.hash,
         artifact.cubin.len(),
     )
+}
+
+fn serving_declaration(serving: &Serving) -> String {
+    let indent = " ".repeat(16);
+    let device = serving.device.as_deref().unwrap_or_default();
+    let mut text = format!(
+        "{indent}{TABLE}::EmbeddedServing {{\n\
+         {indent}    device: {device:?},\n\
+         {indent}    intervals: &[\n"
+    );
+    for Interval { rows_max, variant, provenance } in &serving.intervals {
+        let rows = match *rows_max {
+            usize::MAX => "usize::MAX".to_string(),
+            rows_max => rows_max.to_string(),
+        };
+        text.push_str(&format!(
+            "{indent}        ({rows}, {:?}, {PROVENANCE}::{provenance:?}),\n",
+            variant.symbol()
+        ));
+    }
+    text + &format!("{indent}    ],\n{indent}}},\n")
 }
 
 fn deflate<'a>(parts: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
@@ -135,8 +173,12 @@ mod tests {
     use super::*;
     use crate::cuda::ptxas::Usage;
     use crate::cuda::render::render;
-    use crate::cuda::table::{CudaKernelTable, EmbeddedKernel, EmbeddedTarget};
-    use crate::cuda::{Regime, SiluAndMul, Spec};
+    use crate::cuda::table::{
+        CudaKernelTable, EmbeddedKernel, EmbeddedServing, EmbeddedTarget, KernelSet,
+    };
+    use crate::cuda::{Regime, RowType, SiluAndMul, Spec};
+    use crate::plan::Provenance;
+    use crate::tuning::device::CudaDevice;
 
     fn artifact(symbol: &str, cubin: &[u8]) -> Artifact {
         let source = render(&Variant::parse(symbol).unwrap()).unwrap();
@@ -147,47 +189,107 @@ mod tests {
 
     const SYMBOLS: [&str; 2] = ["silu_and_mul_i64_f16__sm_90a", "silu_and_mul_i96_f16__sm_90a"];
 
+    fn kernel(idx: usize, len: usize) -> EmbeddedKernel {
+        EmbeddedKernel { symbol: SYMBOLS[idx], registers: 32, source_hash: "", cubin_len: len }
+    }
+
+    fn load(
+        blob: &[u8],
+        kernels: Vec<EmbeddedKernel>,
+        servings: Vec<EmbeddedServing>,
+    ) -> Result<KernelSet, crate::Error> {
+        let target = EmbeddedTarget {
+            arch: Arch::Sm90a,
+            kernels: kernels.leak(),
+            cubins: blob.to_vec().leak(),
+            servings: servings.leak(),
+        };
+        let targets = vec![target].leak();
+        let table = CudaKernelTable { toolkit: "13.0.88", targets, is_tuner: false };
+        assert_eq!(table.arch_for((9, 0)), Some(Arch::Sm90a));
+        assert!(table.load(Arch::Sm80).is_err());
+        table.load(Arch::Sm90a)
+    }
+
+    fn spec(intermediate: usize) -> Spec {
+        Spec::from(SiluAndMul { intermediate, rows: RowType::F16 })
+    }
+
     #[test]
     fn what_is_emitted_can_be_loaded() {
         let cubins: [&[u8]; 2] = [&[1, 2, 3, 4, 5], &[9; 4000]];
         let artifacts = [artifact(SYMBOLS[0], cubins[0]), artifact(SYMBOLS[1], cubins[1])];
-        let generated = emit(&artifacts, "13.0.88");
-        assert_eq!(emit(&artifacts, "13.0.88"), generated);
+        let serving = Serving {
+            device: Some("sm_90a-sms-132-mem-80".to_string()),
+            ..Serving::default_for(&spec(96), Arch::Sm90a)
+        };
+        let contents = Contents {
+            artifacts: &artifacts,
+            servings: &[serving],
+            toolkit: "13.0.88",
+            is_tuner: false,
+        };
+        let generated = emit(&contents);
+        assert_eq!(emit(&contents), generated);
         let [(name, blob)] = &generated.blobs[..] else { panic!("one architecture") };
         assert_eq!(name, "cuda_sm_90a.bin");
         assert!(blob.len() < 200);
-        assert!(
-            generated.cuda_kernels_rs.contains("arch: ::bespoke_kernel_gen::cuda::Arch::Sm90a")
-        );
-        assert!(generated.cuda_kernels_rs.contains("cubin_len: 4000"));
+        for part in [
+            "arch: ::bespoke_kernel_gen::cuda::Arch::Sm90a",
+            "cubin_len: 4000",
+            "device: \"sm_90a-sms-132-mem-80\"",
+            "(usize::MAX, \"silu_and_mul_i96_f16__sm_90a\", \
+             ::bespoke_kernel_gen::plan::Provenance::Default)",
+            "is_tuner: false",
+        ] {
+            assert!(generated.cuda_kernels_rs.contains(part), "{part}");
+        }
         assert_eq!(generated.rows[1]["constants"]["INTERMEDIATE"], 96);
 
-        let kernel = |idx: usize| EmbeddedKernel {
-            symbol: SYMBOLS[idx],
-            registers: 32,
-            source_hash: "",
-            cubin_len: cubins[idx].len(),
-        };
-        let load = |blob: &[u8], kernels: Vec<EmbeddedKernel>| {
-            let target = EmbeddedTarget {
-                arch: Arch::Sm90a,
-                kernels: kernels.leak(),
-                cubins: blob.to_vec().leak(),
-            };
-            let table = CudaKernelTable { toolkit: "13.0.88", targets: vec![target].leak() };
-            assert_eq!(table.arch_for((9, 0)), Some(Arch::Sm90a));
-            assert!(table.load(Arch::Sm80).is_err());
-            table.load(Arch::Sm90a)
-        };
-        let set = load(blob, vec![kernel(0), kernel(1)]).unwrap();
-        let rows = crate::cuda::RowType::F16;
-        let spec = |intermediate| Spec::from(SiluAndMul { intermediate, rows });
-        assert_eq!(set.find(&spec(96), Regime::Any).unwrap().cubin, cubins[1]);
+        let kernels = || vec![kernel(0, cubins[0].len()), kernel(1, cubins[1].len())];
+        let set = load(blob, kernels(), Vec::new()).unwrap();
+        let variant = |size| spec(size).variant(Regime::Any, Arch::Sm90a);
+        assert_eq!(set.kernel(&variant(96)).unwrap().cubin, cubins[1]);
         assert_eq!(set.iter().count(), 2);
-        let missing = set.find(&spec(128), Regime::Any).unwrap_err().to_string();
+        assert_eq!(set.of_spec(&spec(64)), [variant(64)]);
+        let missing = set.kernel(&variant(128)).unwrap_err().to_string();
         assert!(missing.contains("silu_and_mul_i128_f16__sm_90a"), "{missing}");
-        assert!(load(&blob[..blob.len() / 2], vec![kernel(0), kernel(1)]).is_err());
-        let renamed = EmbeddedKernel { symbol: "silu_and_mul", ..kernel(0) };
-        assert!(load(blob, vec![renamed]).is_err());
+        assert!(load(&blob[..blob.len() / 2], kernels(), Vec::new()).is_err());
+        let renamed = EmbeddedKernel { symbol: "silu_and_mul", ..kernel(0, 5) };
+        assert!(load(blob, vec![renamed], Vec::new()).is_err());
+    }
+
+    #[test]
+    fn the_nearest_device_counts() {
+        const MEASURED: Provenance = Provenance::Measured;
+        let serving = |device, intervals| EmbeddedServing { device, intervals };
+        let here = &[(7, SYMBOLS[0], MEASURED), (usize::MAX, SYMBOLS[0], MEASURED)];
+        let there = &[(9, SYMBOLS[0], MEASURED), (usize::MAX, SYMBOLS[0], MEASURED)];
+        let servings =
+            vec![serving("sm_90a-sms-114-mem-80", there), serving("sm_90a-sms-132-mem-80", here)];
+        let cubins: [&[u8]; 1] = [&[1, 2, 3]];
+        let blob = deflate(cubins.into_iter());
+        let set = load(&blob, vec![kernel(0, 3)], servings).unwrap();
+        let found = |arch: &str, num_sms| {
+            let name = "as sold".to_string();
+            let device = CudaDevice { arch: arch.to_string(), num_sms, memory_gib: 80, name };
+            let serving = set.serving(&spec(64), &device).unwrap();
+            (serving.intervals[0].rows_max, serving.intervals[0].provenance)
+        };
+        assert_eq!(found("sm_90a", 132), (7, MEASURED));
+        assert_eq!(found("sm_90a", 130), (7, Provenance::Transferred));
+        assert_eq!(found("sm_90a", 78), (9, Provenance::Transferred));
+        assert_eq!(found("sm_80", 132), (usize::MAX, Provenance::Default));
+        let device = CudaDevice {
+            arch: "sm_90a".to_string(),
+            num_sms: 132,
+            memory_gib: 80,
+            name: String::new(),
+        };
+        assert_eq!(set.serving(&spec(96), &device), None, "not in the binary");
+        let missing = &[(usize::MAX, SYMBOLS[1], MEASURED)];
+        let servings = vec![serving("sm_90a-sms-132-mem-80", missing)];
+        let error = load(&blob, vec![kernel(0, 3)], servings).unwrap_err().to_string();
+        assert!(error.contains("sm_90a-sms-132-mem-80"), "{error}");
     }
 }

@@ -254,21 +254,30 @@ impl Shape {
         }
     }
 
-    /// Configurations around the default, feasible or not.
+    /// Configurations near the default, feasible or not: those that differ in at most two of the
+    /// outputs of a warp, of a team, and how K is shared out; those of other rows of a warp or a
+    /// team; each with as many stages as fit; and those of other stages.
     pub(super) fn candidates(&self, regime: Regime, arch: Arch) -> Vec<Config> {
         let default = self.default_config(regime, arch);
         let slices = self.slices();
         let mut parts: Vec<(usize, usize)> = vec![(1, 1)];
         parts.extend((0..=slices.ilog2()).map(|i| (1 << i, slices >> i)));
-        let mut all = vec![default];
+        let mut near = Vec::new();
         for out_tiles in 1..=4 {
             for out_warps in [1, 2, 4] {
-                for &(k_warps, splits) in &parts {
-                    for stages in [2, 3, 4, 6] {
-                        let team = Config { out_tiles, out_warps, ..default };
-                        all.push(Config { k_warps, splits, stages, ..team });
-                    }
+                for (row_tiles, row_warps) in default.row_shapes(regime) {
+                    near.extend(parts.iter().map(|&(k_warps, splits)| {
+                        let team = Config { out_tiles, row_tiles, out_warps, row_warps, ..default };
+                        Config { k_warps, splits, ..team }
+                    }));
                 }
+            }
+        }
+        let mut all = [2, 3, 4, 6].map(|stages| Config { stages, ..default }).to_vec();
+        all.push(default);
+        for config in near {
+            if config.distance(&default) <= 2 {
+                all.push(self.with_stages(config, arch));
             }
         }
         all.sort();
@@ -301,6 +310,14 @@ impl Shape {
         if config.out_tiles * config.row_tiles > 16 {
             return Err(format!(
                 "{} × {} tiles a warp; their sums take more registers than a thread has",
+                config.out_tiles, config.row_tiles
+            ));
+        }
+        // NOTE: as `ptxas` needs them for so many sums.
+        let registers = Arch::REGISTERS / config.threads();
+        if config.out_tiles * config.row_tiles > 12 && registers < 160 {
+            return Err(format!(
+                "{} × {} tiles a warp and {registers} registers a thread; their sums spill",
                 config.out_tiles, config.row_tiles
             ));
         }
@@ -349,6 +366,34 @@ impl Config {
         32 * self.team_warps() * self.k_warps
     }
 
+    /// Row tiles of a warp and warps along the rows: of as many rows as here; where there are many
+    /// rows, also of half and twice as many.
+    fn row_shapes(&self, regime: Regime) -> Vec<(usize, usize)> {
+        let sizes = [1, 2, 4, 8];
+        let all = sizes.into_iter().flat_map(|tiles| sizes.map(|warps| (tiles, warps)));
+        let fits = |&(row_tiles, row_warps): &(usize, usize)| {
+            let is_next = row_tiles == self.row_tiles
+                && (self.row_warps == 2 * row_warps || row_warps == 2 * self.row_warps);
+            let is_same = row_tiles * row_warps == self.row_tiles * self.row_warps;
+            is_same || (regime == Regime::Many && is_next)
+        };
+        all.filter(fits).collect()
+    }
+
+    /// How far two configurations are apart, but for stages.
+    fn distance(&self, other: &Config) -> usize {
+        let is_other_rows = (self.row_tiles, self.row_warps) != (other.row_tiles, other.row_warps);
+        let differences = [
+            self.out_tiles != other.out_tiles,
+            self.out_warps != other.out_warps,
+            (self.k_warps, self.splits) != (other.k_warps, other.splits),
+            // NOTE: twice, so that other rows come with nothing else.
+            is_other_rows,
+            is_other_rows,
+        ];
+        differences.into_iter().filter(|differs| *differs).count()
+    }
+
     fn block_outs(&self) -> usize {
         TILE * self.out_tiles * self.out_warps
     }
@@ -372,7 +417,7 @@ impl Config {
             8..16 => 168,
             _ => 255,
         };
-        (NUM_WARPS * 32 / self.threads()).min(arch.registers() / registers / self.threads()).max(1)
+        (NUM_WARPS * 32 / self.threads()).min(Arch::REGISTERS / registers / self.threads()).max(1)
     }
 
     /// The rings, or the sums that take their place.

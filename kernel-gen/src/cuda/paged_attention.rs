@@ -167,16 +167,14 @@ impl Op for PagedAttention {
         }
     }
 
+    /// Of the default's warps, which say how many rows of a prompt an item has.
     fn candidates(&self, regime: Regime, arch: Arch) -> Vec<Config> {
         let default = self.default_config(regime, arch);
-        let mut all = vec![default];
-        for stages in [2, 3, 4, 6, 8, 12, 16] {
-            for blocks in 1..=4 {
-                for warps in if regime == Regime::Decode { [4, 4] } else { [4, 8] } {
-                    all.push(Config { warps, stages, blocks });
-                }
-            }
-        }
+        let stages = [2, 3, 4, 6, 8, 12, 16].into_iter();
+        let mut all: Vec<Config> = stages
+            .flat_map(|stages| (1..=4).map(move |blocks| Config { stages, blocks, ..default }))
+            .chain([default])
+            .collect();
         all.sort();
         all.dedup();
         all

@@ -122,6 +122,11 @@ impl Spec {
         for_spec!(self, op => regimes(op))
     }
 
+    /// With what the symbols of its kernels begin: `awq_gemm_n960_k576_g64_bf16`.
+    pub fn name(&self) -> String {
+        format!("{}_{}", self.op(), self.words())
+    }
+
     fn words(&self) -> String {
         for_spec!(self, op => op.words())
     }
@@ -156,8 +161,7 @@ impl Variant {
     }
 
     pub fn symbol(&self) -> String {
-        let spec = self.spec();
-        let mut name = format!("{}_{}", spec.op(), spec.words());
+        let mut name = self.spec().name();
         if self.regime != Regime::Any {
             name.push('_');
             name.push_str(&self.regime.name());

@@ -30,21 +30,23 @@ pub(super) fn servings(
 ) -> Result<Locked, Error> {
     let by_name: BTreeMap<String, KernelSpec> =
         specs.iter().map(|spec| (spec_name(spec), *spec)).collect();
-    let certificates: BTreeMap<&str, &LockedVariant> =
-        lock.certificates.iter().map(|variant| (variant.symbol.as_str(), variant)).collect();
+    let certificates = Certificates::of(lock);
     let mut seen = BTreeSet::new();
     let mut locked = Locked::default();
     for problem in &lock.problems {
         let target = Target::from_name(&problem.target).filter(|target| targets.contains(target));
         let (Some(spec), Some(target)) = (by_name.get(&problem.spec), target) else { continue };
         if !seen.insert((*spec, target, problem.device.as_str())) {
-            return Err(error(problem, "is decided twice; keep one of the two".to_string()));
+            return Err(refused(problem, "is decided twice; keep one of the two".to_string()));
         }
         let intervals = intervals(problem, spec, target)?;
         let mut stale = None;
-        for interval in &intervals {
-            if is_stale(problem, interval, &certificates)? {
-                stale.get_or_insert(interval.variant);
+        for Interval { variant, provenance, .. } in &intervals {
+            let (symbol, is_default) = (variant.symbol(), variant.is_default());
+            let found = certificates.of_kernel(problem, &symbol, *provenance, is_default)?;
+            // Another hash: other code than the one that was verified.
+            if found.is_some_and(|one| one.source_hash != compile::hash(&render::render(variant))) {
+                stale.get_or_insert(*variant);
             }
         }
         match stale {
@@ -72,28 +74,37 @@ fn intervals(
     spec: &KernelSpec,
     target: Target,
 ) -> Result<Vec<Interval>, Error> {
+    let rows = locked_rows(problem)?.into_iter().zip(&problem.intervals);
+    let all = rows.map(|(rows, locked)| interval(problem, locked, (spec, target), rows));
+    let all = all.collect::<Result<Vec<Interval>, Error>>()?;
+    let cols: BTreeSet<usize> = all.iter().map(|interval| interval.variant.config.cols).collect();
+    if cols.len() > 1 {
+        let what = format!("mixes panels of {cols:?} tiles; one weight has one layout");
+        return Err(refused(problem, what));
+    }
+    Ok(all)
+}
+
+/// The rows of each interval of a problem: above the first number, up to the second.
+pub(crate) fn locked_rows(problem: &LockedProblem) -> Result<Vec<(usize, usize)>, Error> {
     let num = problem.intervals.len();
     if !(1..=INTERVALS_MAX).contains(&num) {
         let what = format!("has {num} intervals; 1 to {INTERVALS_MAX} are possible");
-        return Err(error(problem, what));
+        return Err(refused(problem, what));
     }
-    let mut all: Vec<Interval> = Vec::with_capacity(num);
+    let mut all = Vec::with_capacity(num);
+    let mut below = 0;
     for (idx, locked) in problem.intervals.iter().enumerate() {
-        let below = all.last().map_or(0, |interval| interval.rows_max);
         let rows_max = match locked.rows_max {
             None if idx + 1 == num => usize::MAX,
             Some(rows) if idx + 1 < num && rows > below => rows,
             _ => {
                 let what = "wants ascending `rows_max`, and none for the last interval alone";
-                return Err(error(problem, what.to_string()));
+                return Err(refused(problem, what.to_string()));
             }
         };
-        all.push(interval(problem, locked, (spec, target), (below, rows_max))?);
-    }
-    let cols: BTreeSet<usize> = all.iter().map(|interval| interval.variant.config.cols).collect();
-    if cols.len() > 1 {
-        let what = format!("mixes panels of {cols:?} tiles; one weight has one layout");
-        return Err(error(problem, what));
+        all.push((below, rows_max));
+        below = rows_max;
     }
     Ok(all)
 }
@@ -105,9 +116,9 @@ fn interval(
     (spec, target): (&KernelSpec, Target),
     (below, rows_max): (usize, usize),
 ) -> Result<Interval, Error> {
-    let LockedInterval { symbol, provenance, .. } = locked;
+    let symbol = &locked.symbol;
     let refuse = |reason: String| {
-        error(problem, format!("names {symbol}, {reason}; run `kernel-gen select` again"))
+        refused(problem, format!("names {symbol}, {reason}; run `kernel-gen select` again"))
     };
     let variant = KernelVariant::parse(symbol)
         .ok_or_else(|| refuse("which is no kernel of this generator".to_string()))?;
@@ -129,42 +140,62 @@ fn interval(
         let reason = format!("which does not serve the rows from {} on", below + 1);
         return Err(refuse(reason));
     }
-    let found = Provenance::from_name(provenance).filter(|found| *found != Provenance::Pinned);
-    let provenance =
-        found.ok_or_else(|| refuse(format!("with the provenance {provenance:?}, unknown here")))?;
-    Ok(Interval { rows_max, variant, provenance })
+    Ok(Interval { rows_max, variant, provenance: locked_provenance(problem, locked)? })
 }
 
-/// Whether an interval's kernel has other code than the one that was verified.
-///
-/// What serves without a lock as well needs no certificate.
-fn is_stale(
+/// Where a locked choice comes from.
+pub(crate) fn locked_provenance(
     problem: &LockedProblem,
-    interval: &Interval,
-    certificates: &BTreeMap<&str, &LockedVariant>,
-) -> Result<bool, Error> {
-    let Interval { variant, provenance, .. } = interval;
-    let symbol = variant.symbol();
-    let Some(certificate) = certificates.get(symbol.as_str()) else {
-        if *provenance == Provenance::Default && variant.is_default() {
-            return Ok(false);
-        }
-        return Err(error(
-            problem,
-            format!(
+    locked: &LockedInterval,
+) -> Result<Provenance, Error> {
+    let LockedInterval { symbol, provenance, .. } = locked;
+    let found = Provenance::from_name(provenance).filter(|found| *found != Provenance::Pinned);
+    found.ok_or_else(|| {
+        let what = format!(
+            "names {symbol}, with the provenance {provenance:?}, unknown here; run `kernel-gen \
+             select` again"
+        );
+        refused(problem, what)
+    })
+}
+
+/// The certificates of a lock, by symbol.
+pub(crate) struct Certificates<'a>(BTreeMap<&'a str, &'a LockedVariant>);
+
+impl<'a> Certificates<'a> {
+    pub(crate) fn of(lock: &'a Lock) -> Certificates<'a> {
+        let all = lock.certificates.iter();
+        Certificates(all.map(|variant| (variant.symbol.as_str(), variant)).collect())
+    }
+
+    /// What a kernel is certified by. What serves without a lock as well needs no certificate.
+    pub(crate) fn of_kernel(
+        &self,
+        problem: &LockedProblem,
+        symbol: &str,
+        provenance: Provenance,
+        is_default: bool,
+    ) -> Result<Option<&'a LockedVariant>, Error> {
+        let Some(certificate) = self.0.get(symbol) else {
+            if provenance == Provenance::Default && is_default {
+                return Ok(None);
+            }
+            let what = format!(
                 "names {symbol}, for which the lock has no certificate; verify it with `bespoke \
                  tune` and run `kernel-gen select` again"
-            ),
-        ));
-    };
-    if certificate.certificate.is_empty() {
-        let what = format!("names {symbol}, whose certificate is empty; run `kernel-gen select`");
-        return Err(error(problem, what));
+            );
+            return Err(refused(problem, what));
+        };
+        if certificate.certificate.is_empty() {
+            let what =
+                format!("names {symbol}, whose certificate is empty; run `kernel-gen select`");
+            return Err(refused(problem, what));
+        }
+        Ok(Some(certificate))
     }
-    Ok(certificate.source_hash != compile::hash(&render::render(variant)))
 }
 
-fn error(problem: &LockedProblem, what: String) -> Error {
+pub(crate) fn refused(problem: &LockedProblem, what: String) -> Error {
     let LockedProblem { spec, device, .. } = problem;
     Error::Lock { message: format!("{spec} on {device} {what}") }
 }

@@ -1,15 +1,19 @@
-//! The commands `select`, `explain` and `check --measured`: their words, and what they print.
+//! The commands `select`, `explain`, `model` and `check --measured`: their words, and what they
+//! print.
 
 use std::path::{Path, PathBuf};
 
-use super::coverage::{self, Run};
+use super::cost_model::{self, HeldOut};
+use super::coverage::{self, Place, Run};
 use super::device::this_cpu;
-use super::explain;
-use super::lock::Lock;
+use super::explain::{self, Explanation};
+use super::lock::{self, Lock};
 use super::record::{Records, Warning};
 use super::select::{self, Options, Profile, Selection};
 use super::trace::{self, Trace};
+use crate::cuda::{self, Arch, KvType};
 use crate::error::Error;
+use crate::plan::Provenance;
 use crate::presets;
 use crate::spec::{ActivationType, KvDType, ModelShape};
 use crate::target::Target;
@@ -28,16 +32,20 @@ pub struct Arguments {
     activation: ActivationType,
     kv: KvDType,
     target: Target,
+    /// In place of `target`.
+    arch: Option<Arch>,
     device: Option<String>,
+    is_json: bool,
 }
 
-/// Options of each command, all with a value but `--measured`.
-const OPTIONS: [(&str, &[&str]); 3] = [
+/// Options of each command, all with a value but `--measured` and `--json`.
+const OPTIONS: [(&str, &[&str]); 4] = [
     (
         "select",
         &["--records", "-o", "--from-trace", "--max-kernel-bytes", "--profile", "--variants"],
     ),
     ("explain", &["--records", "--rows", "--profile", "--variants"]),
+    ("model", &["--records", "--json"]),
     (
         "check",
         &["--measured", "--lock", "--allow", "--target", "--device", "--activations", "--kv"],
@@ -67,7 +75,9 @@ pub fn parse(command: &str, words: &[String]) -> Result<Arguments, String> {
         activation: ActivationType::Int8,
         kv: KvDType::F16,
         target: Target::best(),
+        arch: None,
         device: None,
+        is_json: false,
     };
     let mut words = words.iter();
     while let Some(word) = words.next() {
@@ -75,6 +85,8 @@ pub fn parse(command: &str, words: &[String]) -> Result<Arguments, String> {
             arguments.words.push(word.clone());
         } else if !options.contains(&word.as_str()) {
             return Err(format!("{command} takes no option {word}"));
+        } else if word == "--json" {
+            arguments.is_json = true;
         } else if word != "--measured" {
             let value = words.next().ok_or_else(|| format!("{word} wants a value"))?;
             arguments.set(word, value)?;
@@ -109,9 +121,10 @@ impl Arguments {
             }
             "--rows" => self.rows = Some(number("number of rows")?),
             "--allow" => self.allowed.push(value.to_string()),
-            "--target" => {
-                self.target = Target::from_name(value).ok_or_else(|| wrong("CPU target"))?;
-            }
+            "--target" => match Arch::from_name(value) {
+                Some(arch) => self.arch = Some(arch),
+                None => self.target = Target::from_name(value).ok_or_else(|| wrong("target"))?,
+            },
             "--device" => self.device = Some(value.to_string()),
             "--activations" => {
                 self.activation = match value {
@@ -143,13 +156,17 @@ pub fn run(command: &str, arguments: &Arguments) -> Result<String, Error> {
     match command {
         "select" => run_select(arguments),
         "explain" => run_explain(arguments),
+        "model" => run_model(arguments),
         _ => run_check(arguments),
     }
 }
 
 fn run_select(arguments: &Arguments) -> Result<String, Error> {
     let mut options = arguments.options.clone();
-    options.uses = coverage::uses(&arguments.shapes()?)?;
+    let shapes = arguments.shapes()?;
+    options.uses = coverage::uses(&shapes)?;
+    // NOTE: a spec that a CPU and a GPU have under one name is used by both as often.
+    options.uses.extend(cuda::coverage::uses(&shapes)?);
     for path in &arguments.traces {
         let trace = Trace::parse(&read(path, trace::TEXT_BYTES_MAX)?)?;
         options.trace.get_or_insert_default().merge(&trace);
@@ -172,8 +189,7 @@ fn selection(arguments: &Arguments, options: &Options) -> Result<(Selection, Str
     let (records, warnings) = Records::open(&arguments.records);
     let line = |warning: &Warning| format!("warning: {warning}\n");
     let warnings: String = warnings.iter().map(line).collect();
-    let symbols = records.all.iter().map(|record| &*record.variant.symbol);
-    let hashes = select::source_hashes(symbols)?;
+    let hashes = select::hashes_of(&records.all)?;
     Ok((select::select(&records.all, &hashes, options)?, warnings))
 }
 
@@ -188,6 +204,9 @@ fn report(selection: &Selection, path: &Path) -> String {
     for decision in &selection.decisions {
         let share = decision.cost * 100.0;
         text.push_str(&format!("{} on {}: {share:.1} %", decision.spec, decision.device));
+        if decision.is_predicted {
+            text.push_str(", predicted");
+        }
         if !decision.rejected.is_empty() {
             text.push_str(&format!(", {} kernels rejected", decision.rejected.len()));
         }
@@ -222,35 +241,45 @@ fn run_explain(arguments: &Arguments) -> Result<String, Error> {
     Ok(warnings + &texts.collect::<String>())
 }
 
+/// How good the cost model is on each family of devices.
+fn run_model(arguments: &Arguments) -> Result<String, Error> {
+    let (records, warnings) = Records::open(&arguments.records);
+    let families = cost_model::families(&records.all);
+    let scored: Vec<(String, Vec<HeldOut>)> = families
+        .into_iter()
+        .map(|device| {
+            let scores = cost_model::held_out(&records.all, &device);
+            (device, scores)
+        })
+        .collect();
+    if arguments.is_json {
+        let family = |(device, classes): &(String, Vec<HeldOut>)| serde_json::json!({ "device": device, "classes": classes });
+        let all: Vec<serde_json::Value> = scored.iter().map(family).collect();
+        return Ok(format!("{:#}\n", serde_json::json!({ "families": all })));
+    }
+    let mut text: String = warnings.iter().map(|warning| format!("warning: {warning}\n")).collect();
+    if scored.is_empty() {
+        text.push_str(&format!("no times of matmuls in {}\n", arguments.records.display()));
+    }
+    for (device, classes) in &scored {
+        text.push_str(&format!("devices like {device}\n"));
+        classes.iter().for_each(|class| text.push_str(&class.text()));
+    }
+    Ok(text)
+}
+
 fn run_check(arguments: &Arguments) -> Result<String, Error> {
-    let lock = Lock::parse(&read(&arguments.lock, 16 << 20)?)?;
-    let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let target = arguments.target;
-    let here = super::CpuDevice { target, ..this_cpu(num_threads) }.key();
-    let device = arguments.device.clone().unwrap_or(here);
+    let lock = Lock::parse(&read(&arguments.lock, lock::TEXT_BYTES_MAX)?)?;
     let shapes = match arguments.words.is_empty() {
         true => presets::default_shapes()?,
         false => arguments.shapes()?,
     };
-    let (mut text, mut missing) = (String::new(), Vec::new());
-    for shape in &shapes {
-        let activation = match arguments.is_int8(shape) {
-            true => ActivationType::Int8,
-            false => ActivationType::Float,
-        };
-        let run = Run { activation, kv: arguments.kv, target, device: device.clone() };
-        for covered in coverage::coverage(shape, &lock, &run)? {
-            let spec = crate::name::spec_name(&covered.spec);
-            text.push_str(&format!("{} {}: {spec}\n", shape.name, covered.places));
-            for interval in &covered.explanations {
-                text.push_str(&interval.line());
-            }
-            let is_allowed = arguments.allowed.iter().any(|word| covered.is_named_by(word));
-            if !covered.is_measured() && !is_allowed && !missing.contains(&spec) {
-                missing.push(spec);
-            }
-        }
-    }
+    let mut check = Check::default();
+    let device = match arguments.arch {
+        Some(arch) => check_cuda(arguments, arch, &shapes, &lock, &mut check)?,
+        None => check_cpu(arguments, &shapes, &lock, &mut check)?,
+    };
+    let Check { text, missing } = check;
     match missing.is_empty() {
         true => Ok(text),
         false => Err(Error::Lock {
@@ -261,6 +290,81 @@ fn run_check(arguments: &Arguments) -> Result<String, Error> {
             ),
         }),
     }
+}
+
+/// What a check has found.
+#[derive(Default)]
+struct Check {
+    text: String,
+    /// Specs that are neither measured nor allowed.
+    missing: Vec<String>,
+}
+
+impl Check {
+    fn add(&mut self, places: &str, spec: String, explanations: &[Explanation], is_allowed: bool) {
+        self.text.push_str(&format!("{places}: {spec}\n"));
+        for interval in explanations {
+            self.text.push_str(&interval.line());
+        }
+        let measured = Provenance::Measured.name();
+        let is_measured = explanations.iter().all(|interval| interval.provenance == measured);
+        if !is_measured && !is_allowed && !self.missing.contains(&spec) {
+            self.missing.push(spec);
+        }
+    }
+}
+
+/// Gives the device's key.
+fn check_cpu(
+    arguments: &Arguments,
+    shapes: &[ModelShape],
+    lock: &Lock,
+    check: &mut Check,
+) -> Result<String, Error> {
+    let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let target = arguments.target;
+    let here = super::CpuDevice { target, ..this_cpu(num_threads) }.key();
+    let device = arguments.device.clone().unwrap_or(here);
+    for shape in shapes {
+        let activation = match arguments.is_int8(shape) {
+            true => ActivationType::Int8,
+            false => ActivationType::Float,
+        };
+        let run = Run { activation, kv: arguments.kv, target, device: device.clone() };
+        for covered in coverage::coverage(shape, lock, &run)? {
+            let is_allowed = arguments.allowed.iter().any(|word| covered.is_named_by(word));
+            let Place { layers, op, spec } = &covered.place;
+            let places = format!("{} {layers} {op}", shape.name);
+            let spec = crate::name::spec_name(spec);
+            check.add(&places, spec, &covered.explanations, is_allowed);
+        }
+    }
+    Ok(device)
+}
+
+/// Gives the device's key, which has to be named: there may be no GPU here.
+fn check_cuda(
+    arguments: &Arguments,
+    arch: Arch,
+    shapes: &[ModelShape],
+    lock: &Lock,
+    check: &mut Check,
+) -> Result<String, Error> {
+    let wrong = |message: &str| Error::Lock { message: message.to_string() };
+    let device = arguments.device.clone();
+    let device = device.ok_or_else(|| wrong("name the GPU with --device sm_90a-sms-132-mem-80"))?;
+    let kv = KvType::of(arguments.kv)
+        .ok_or_else(|| wrong("a KV cache of float32 elements exists on the CPU only"))?;
+    for shape in shapes {
+        let run = cuda::coverage::Run { kv, arch, device: device.clone() };
+        for covered in cuda::coverage::coverage(shape, lock, &run)? {
+            let (spec, op) = (covered.spec.name(), covered.spec.op());
+            let is_allowed = arguments.allowed.iter().any(|word| *word == spec || word == op);
+            let places = format!("{} {}", shape.name, covered.places);
+            check.add(&places, spec, &covered.explanations, is_allowed);
+        }
+    }
+    Ok(device)
 }
 
 fn read(path: &Path, bytes_max: usize) -> Result<String, Error> {

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use super::explain::{self, Explanation};
+use super::distance::{Distance, nearest};
+use super::explain::Explanation;
 use super::lock::Lock;
 use crate::error::Error;
 use crate::name::spec_name;
-use crate::plan::{PlanOptions, Serving, plan};
-use crate::spec::{ActivationType, KernelSpec, KvDType, LinearRole, ModelShape};
+use crate::plan::{Plan, PlanOptions, Provenance, Serving, plan};
+use crate::spec::{ActivationType, KernelSpec, KvDType, LinearRole, ModelShape, RowFormat};
 use crate::target::Target;
 
 /// How a model is run, and on which device.
@@ -20,109 +21,147 @@ pub struct Run {
     pub device: String,
 }
 
-/// What serves some places of a model.
+/// An op of some layers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place {
+    /// `layers 0-29`, `layer 3`, `model`
+    pub layers: String,
+    /// The role of a linear, or the op: `qkv`, `rms_norm`.
+    pub op: &'static str,
+    pub spec: KernelSpec,
+}
+
+/// What serves a place of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Covered {
-    /// `layers 0-29 qkv`, `every layer`, `head`
-    pub places: String,
-    pub spec: KernelSpec,
+    pub place: Place,
     pub explanations: Vec<Explanation>,
 }
 
 impl Covered {
     /// Whether all row counts are served by what was measured on the device.
     pub fn is_measured(&self) -> bool {
-        self.explanations.iter().all(|interval| interval.provenance == "measured")
+        let measured = Provenance::Measured.name();
+        self.explanations.iter().all(|interval| interval.provenance == measured)
     }
 
     /// Whether a word names the spec, its op, or what its name begins with.
     pub fn is_named_by(&self, word: &str) -> bool {
-        let name = spec_name(&self.spec);
-        self.spec.op() == word || name == word
+        let spec = &self.place.spec;
+        spec.op() == word || spec_name(spec) == word
     }
 }
 
-/// All specs that a run of a model uses, by place, as a build with this lock serves them: what is
-/// stale in the lock is served by the defaults.
+/// All places of a run of a model, as a build with this lock serves them: by what was chosen on the
+/// device, else on the nearest of its family. What is stale in the lock is served by the defaults.
 ///
 /// # Errors
 /// A lock that no build can follow, or a model that cannot be run.
 pub fn coverage(shape: &ModelShape, lock: &Lock, run: &Run) -> Result<Vec<Covered>, Error> {
     let options = PlanOptions { lock: Some(lock), ..PlanOptions::default() };
     let plan = plan(std::slice::from_ref(shape), &[run.target], &options)?;
-    let is_followed = |spec: &KernelSpec| {
-        let serving = |one: &Serving| one.spec == *spec && one.device.as_ref() == Some(&run.device);
-        plan.servings.iter().any(serving)
+    let covered = |place: Place| {
+        let explanations = explanations(&place.spec, &plan, lock, run);
+        Covered { place, explanations }
     };
-    let covered = |(spec, places): (KernelSpec, String)| {
-        let name = spec_name(&spec);
-        let explanations = match is_followed(&spec) {
-            true => explain::from_lock(lock, &name, run.target.name(), &run.device),
-            false => defaults(&spec, run.target),
-        };
-        Covered { places, spec, explanations }
-    };
-    Ok(places(shape, run)?.into_iter().map(covered).collect())
+    Ok(places(shape, run.activation, run.kv)?.into_iter().map(covered).collect())
 }
 
-fn defaults(spec: &KernelSpec, target: Target) -> Vec<Explanation> {
+fn explanations(spec: &KernelSpec, plan: &Plan, lock: &Lock, run: &Run) -> Vec<Explanation> {
+    let own: Vec<&Serving> = plan.servings.iter().filter(|one| one.spec == *spec).collect();
+    let keys = own.iter().filter_map(|serving| serving.device.as_deref());
+    let (key, distance) = nearest(&run.device, keys).unzip();
+    let Some(serving) = own.iter().find(|serving| serving.device.as_deref() == key) else {
+        return vec![Explanation::missing()];
+    };
+    let problem = key.and_then(|key| lock.problem(&spec_name(spec), run.target.name(), key));
     let mut rows_min = 1;
-    let serving = Serving::default_for(spec, target);
-    let explained = serving.intervals.iter().map(|interval| {
+    let mut all = Vec::new();
+    for (idx, interval) in serving.intervals.iter().enumerate() {
+        let provenance = match distance {
+            Some(Distance::Exact) | None => interval.provenance,
+            Some(_) => interval.provenance.transferred(),
+        };
         let rows_max = (interval.rows_max < usize::MAX).then_some(interval.rows_max);
-        let found = Explanation::of_default(rows_min, rows_max, interval.variant.symbol());
+        let symbol = interval.variant.symbol();
+        let plain = Explanation::unmeasured(rows_min, rows_max, symbol, provenance);
+        let fact = problem.and_then(|problem| problem.intervals.get(idx));
+        all.push(match (fact, key) {
+            (Some(fact), Some(key)) => plain.with_times(fact, key),
+            _ => plain,
+        });
         rows_min = interval.rows_max.saturating_add(1);
-        found
-    });
-    explained.collect()
+    }
+    all
 }
 
-/// Specs in the order of the model's data path, and where they are used.
-fn places(shape: &ModelShape, run: &Run) -> Result<Vec<(KernelSpec, String)>, Error> {
+/// All places of a model in the order of its data path; those of layers once for all layers that
+/// have the same.
+///
+/// # Errors
+/// A linear has no kernel.
+pub fn places(
+    shape: &ModelShape,
+    activation: ActivationType,
+    kv: KvDType,
+) -> Result<Vec<Place>, Error> {
+    let all = layers_text(0, shape.num_layers);
+    let mut places = Vec::new();
+    let mut add = |layers: &str, op, spec| {
+        places.push(Place { layers: layers.to_string(), op, spec });
+    };
     let embed = KernelSpec::Embed { hidden: shape.hidden_size, dtype: shape.dtype };
-    let mut all = vec![(embed, "embedding".to_string())];
-    all.push((shape.rope_kernel(run.kv), "every layer".to_string()));
-    all.push((shape.paged_attention_kernel(run.kv), "every layer".to_string()));
-    for role in LinearRole::ALL {
-        let name = role.name();
-        for linear in shape.served_forms(role, run.activation) {
-            let rows = linear.row_format(run.activation);
-            if let Some(input) = shape.input_kernel(role, rows) {
-                all.push((input, format!("input of {name}")));
+    add("model", embed.op(), embed);
+    for role in LinearRole::ALL.into_iter().filter(|role| *role != LinearRole::Head) {
+        let groups = groups(shape, role, activation)?;
+        for (layers, rows, _) in &groups {
+            if let Some(input) = shape.input_kernel(role, *rows) {
+                add(layers, input.op(), input);
             }
         }
-        if role == LinearRole::Head {
-            all.push((shape.linear_kernel(role, run.activation)?, name.to_string()));
-            continue;
+        groups.into_iter().for_each(|(layers, _, spec)| add(&layers, role.name(), spec));
+        if role == LinearRole::Qkv {
+            add(&all, "rope", shape.rope_kernel(kv));
+            add(&all, "attention", shape.paged_attention_kernel(kv));
         }
-        let mut layers: BTreeMap<KernelSpec, Vec<usize>> = BTreeMap::new();
-        for layer_idx in 0..shape.num_layers {
-            let spec = shape.linear_in(role, layer_idx).kernel(run.activation)?;
-            layers.entry(spec).or_default().push(layer_idx);
-        }
-        let place = |(spec, layers): (KernelSpec, Vec<usize>)| {
-            (spec, format!("layers {} {name}", ranges(&layers)))
-        };
-        all.extend(layers.into_iter().map(place));
     }
-    all.push((KernelSpec::Sample { vocab: shape.vocab_size }, "sampling".to_string()));
-    Ok(all)
+    let head = LinearRole::Head;
+    if let Some(norm) = shape.input_kernel(head, shape.linear_rows(head, activation)) {
+        add("model", norm.op(), norm);
+    }
+    add("model", head.name(), shape.linear_kernel(head, activation)?);
+    let sample = KernelSpec::Sample { vocab: shape.vocab_size };
+    add("model", sample.op(), sample);
+    Ok(places)
 }
 
-/// `0-3,5` of ascending numbers.
-fn ranges(numbers: &[usize]) -> String {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
-    for number in numbers {
-        match runs.last_mut() {
-            Some((_, last)) if *last + 1 == *number => *last = *number,
-            _ => runs.push((*number, *number)),
+/// Runs of layers with the same linear, the form of its rows, and its spec.
+fn groups(
+    shape: &ModelShape,
+    role: LinearRole,
+    activation: ActivationType,
+) -> Result<Vec<(String, RowFormat, KernelSpec)>, Error> {
+    let mut groups = Vec::new();
+    let mut first = 0;
+    for layer_idx in 0..shape.num_layers {
+        let linear = shape.linear_in(role, layer_idx);
+        let end = layer_idx + 1;
+        if end < shape.num_layers && shape.linear_in(role, end) == linear {
+            continue;
         }
+        let rows = linear.row_format(activation);
+        groups.push((layers_text(first, end), rows, linear.kernel(activation)?));
+        first = end;
     }
-    let word = |(first, last): &(usize, usize)| match first == last {
-        true => format!("{first}"),
-        false => format!("{first}-{last}"),
-    };
-    runs.iter().map(word).collect::<Vec<_>>().join(",")
+    Ok(groups)
+}
+
+/// Layers `first..end` in words.
+fn layers_text(first: usize, end: usize) -> String {
+    match end - first {
+        1 => format!("layer {first}"),
+        _ => format!("layers {first}-{}", end.saturating_sub(1)),
+    }
 }
 
 /// How often each spec is used by models, for float and for int8 activations.
@@ -154,7 +193,7 @@ pub fn uses(shapes: &[ModelShape]) -> Result<BTreeMap<String, usize>, Error> {
 mod tests {
     use super::*;
     use crate::presets;
-    use crate::tuning::lock::{LockedInterval, LockedProblem, VERSION};
+    use crate::tuning::lock::{LockedInterval, LockedProblem, LockedVariant, VERSION};
 
     const DEVICE: &str = "avx512-amd-25-17-l2-1024-l3-32768-t2";
 
@@ -172,9 +211,10 @@ mod tests {
         let shape = presets::shape("smollm2-135m-awq", &[]).unwrap();
         let covered = coverage(&shape, &Lock::default(), &run()).unwrap();
         let specs = shape.kernel_specs();
-        assert!(covered.iter().all(|one| specs.contains(&one.spec) && !one.is_measured()));
-        let of = |places: &str| covered.iter().find(|one| one.places == places).unwrap();
-        assert_eq!(spec_name(&of("layers 0-29 qkv").spec), "awq_gemm_n960_k576_g64_int8");
+        assert!(covered.iter().all(|one| specs.contains(&one.place.spec) && !one.is_measured()));
+        let of = |op: &str| covered.iter().find(|one| one.place.op == op).unwrap();
+        assert_eq!(of("qkv").place.layers, "layers 0-29");
+        assert_eq!(spec_name(&of("qkv").place.spec), "awq_gemm_n960_k576_g64_int8");
         let rows: Vec<Option<usize>> =
             of("head").explanations.iter().map(|one| one.rows_max).collect();
         assert_eq!(rows, [Some(1), Some(8), None]);
@@ -185,40 +225,67 @@ mod tests {
         assert!(uses.values().all(|count| *count > 0), "{uses:?}");
     }
 
-    #[test]
-    fn what_the_lock_has_measured_on_the_device_is_covered() {
+    /// A lock that has chosen the default of sampling on a device.
+    fn locked(device: &str, provenance: &str) -> Lock {
+        let variant = Serving::default_for(&KernelSpec::Sample { vocab: 49152 }, Target::Avx512)
+            .intervals[0]
+            .variant;
+        let interval = LockedInterval {
+            rows_max: None,
+            symbol: variant.symbol(),
+            provenance: provenance.to_string(),
+            us: 1.0,
+            default_us: 1.0,
+            runner_up: None,
+            runner_up_us: None,
+            margin: 0.0,
+        };
+        let problem = LockedProblem {
+            spec: "sample_v49152".to_string(),
+            target: "avx512".to_string(),
+            device: device.to_string(),
+            intervals: vec![interval],
+        };
+        let source_hash = crate::compile::hash(&crate::render::render(&variant));
+        let certificate = LockedVariant {
+            symbol: variant.symbol(),
+            source_hash,
+            certificate: "12".to_string(),
+            compiler: "rustc".to_string(),
+            code_bytes: 1,
+        };
+        let certificates = vec![certificate];
+        Lock { version: VERSION, problems: vec![problem], certificates, ..Lock::default() }
+    }
+
+    fn sampling(lock: &Lock) -> Covered {
         let shape = presets::shape("smollm2-135m-awq", &[]).unwrap();
-        let locked = |device: &str| {
-            let interval = LockedInterval {
-                rows_max: None,
-                symbol: "sample_v49152__avx512".to_string(),
-                provenance: "default".to_string(),
-                us: 1.0,
-                default_us: 1.0,
-                runner_up: None,
-                runner_up_us: None,
-                margin: 0.0,
-            };
-            let problem = LockedProblem {
-                spec: "sample_v49152".to_string(),
-                target: "avx512".to_string(),
-                device: device.to_string(),
-                intervals: vec![interval],
-            };
-            Lock { version: VERSION, problems: vec![problem], ..Lock::default() }
-        };
-        let us = |lock: &Lock| {
-            let covered = coverage(&shape, lock, &run()).unwrap();
-            covered.iter().find(|one| one.places == "sampling").unwrap().explanations[0].us
-        };
-        assert_eq!(us(&locked(DEVICE)), 1.0);
-        assert_eq!(us(&locked("avx512-amd-25-17-l2-512-l3-32768-t2")), 0.0);
+        let covered = coverage(&shape, lock, &run()).unwrap();
+        covered.into_iter().find(|one| one.place.op == "sample").unwrap()
     }
 
     #[test]
-    fn numbers_are_put_together() {
-        for (numbers, text) in [(&[][..], ""), (&[3], "3"), (&[0, 1, 2, 5, 7, 8], "0-2,5,7-8")] {
-            assert_eq!(ranges(numbers), text);
-        }
+    fn what_was_chosen_on_a_device_of_the_family_is_transferred() {
+        let near = "avx512-amd-25-17-l2-512-l3-32768-t4";
+        let check = |lock: &Lock, provenance: &str, chosen_on: Option<&str>| {
+            let found = sampling(lock);
+            let [one] = &found.explanations[..] else { panic!("{found:?}") };
+            let found_on = one.chosen_on.as_deref();
+            assert_eq!((one.provenance, found_on), (provenance, chosen_on));
+            assert_eq!(one.us.is_some(), chosen_on.is_some());
+            assert_eq!(found.is_measured(), provenance == "measured");
+        };
+        check(&locked(DEVICE, "measured"), "measured", Some(DEVICE));
+        check(&locked(DEVICE, "model"), "model", Some(DEVICE));
+        check(&locked(near, "measured"), "transferred", Some(near));
+        check(&locked(near, "model"), "transferred", Some(near));
+        check(&locked(near, "default"), "default", Some(near));
+        check(&locked("avx512-intel-6-143-l2-2048-l3-1-t2", "measured"), "default", None);
+        let mut both = locked(near, "measured");
+        both.problems.extend(locked(DEVICE, "measured").problems);
+        check(&both, "measured", Some(DEVICE));
+        let mut stale = locked(near, "measured");
+        stale.certificates[0].source_hash = "0".to_string();
+        check(&stale, "default", None);
     }
 }

@@ -54,9 +54,7 @@ impl Device {
     pub fn key(&self) -> String {
         match self {
             Device::Cpu(device) => device.key(),
-            Device::Cuda(CudaDevice { arch, num_sms, memory_gib, .. }) => {
-                format!("{arch}-sms-{num_sms}-mem-{memory_gib}")
-            }
+            Device::Cuda(device) => device.key(),
         }
     }
 
@@ -104,6 +102,36 @@ impl CpuDevice {
         let is_family =
             (self.target, &self.vendor, self.family) == (other.target, &other.vendor, other.family);
         is_family.then_some(Match::Family)
+    }
+}
+
+/// Sizes of memory are told apart by so many GiB: what of it a driver keeps for itself differs.
+const MEMORY_STEP_GIB: usize = 4;
+
+impl CudaDevice {
+    /// A device of so many bytes of memory, as the driver tells them.
+    pub fn new(arch: &str, num_sms: usize, memory_bytes: usize, name: &str) -> CudaDevice {
+        let step = MEMORY_STEP_GIB << 30;
+        let memory_gib = ((memory_bytes + step / 2) / step).max(1) * MEMORY_STEP_GIB;
+        CudaDevice { arch: arch.to_string(), num_sms, memory_gib, name: name.to_string() }
+    }
+
+    pub fn key(&self) -> String {
+        let CudaDevice { arch, num_sms, memory_gib, .. } = self;
+        format!("{arch}-sms-{num_sms}-mem-{memory_gib}")
+    }
+
+    /// The device of a key, without its name.
+    pub fn parse_key(key: &str) -> Option<CudaDevice> {
+        let words: Vec<&str> = key.split('-').collect();
+        let [arch, "sms", num_sms, "mem", memory_gib] = words[..] else { return None };
+        let device = CudaDevice {
+            arch: arch.to_string(),
+            num_sms: num_sms.parse().ok()?,
+            memory_gib: memory_gib.parse().ok()?,
+            name: String::new(),
+        };
+        (device.key() == key).then_some(device)
     }
 }
 
@@ -204,6 +232,20 @@ mod tests {
         assert_eq!(unnamed.key(), "portable-unknown-0-0-l2-0-l3-0-t1");
         let here = this_cpu(3);
         assert!(CpuDevice::parse_key(&here.key()).is_some_and(|read| read.num_threads == 3));
+    }
+
+    #[test]
+    fn keys_of_gpus_are_read_back() {
+        let mib = 1 << 20;
+        for (mebibytes, gib) in [(81_079, 80), (143_771, 140), (40_442, 40), (9_856, 8), (500, 4)] {
+            let device = CudaDevice::new("sm_90a", 132, mebibytes * mib, "a GPU");
+            assert_eq!(device.key(), format!("sm_90a-sms-132-mem-{gib}"));
+            let read = CudaDevice::parse_key(&device.key()).unwrap();
+            assert_eq!(CudaDevice { name: device.name.clone(), ..read }, device);
+        }
+        for wrong in ["", "sm_90a", "sm_90a-sms-0132-mem-80", "sm_90a-sms-1-mem-2-3"] {
+            assert_eq!(CudaDevice::parse_key(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

@@ -2,19 +2,25 @@
 
 use serde::Serialize;
 
-use super::lock::{Lock, LockedInterval};
+use super::lock::LockedInterval;
 use super::select::{CaseTimes, Decision};
+use crate::plan::Provenance;
 
-/// What a lock says of some rows of a spec.
+/// What serves some rows of a spec, and why.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Explanation {
     pub rows_min: usize,
     /// `None`: no limit.
     pub rows_max: Option<usize>,
-    pub symbol: String,
-    pub provenance: String,
-    pub us: f64,
-    pub default_us: f64,
+    /// `None`: there is no kernel.
+    pub symbol: Option<String>,
+    /// Name of a [`Provenance`], or `missing`.
+    pub provenance: &'static str,
+    /// Key of the device class that the choice was made on; `None`: any.
+    pub chosen_on: Option<String>,
+    /// Microseconds; `None` where nothing was measured.
+    pub us: Option<f64>,
+    pub default_us: Option<f64>,
     pub runner_up: Option<String>,
     pub runner_up_us: Option<f64>,
     /// By how much the runner-up is slower; negative where it is faster, but not by enough.
@@ -22,31 +28,70 @@ pub struct Explanation {
 }
 
 impl Explanation {
-    /// What serves where a lock says nothing.
-    pub fn of_default(rows_min: usize, rows_max: Option<usize>, symbol: String) -> Explanation {
+    /// A kernel of which nothing was measured.
+    pub fn unmeasured(
+        rows_min: usize,
+        rows_max: Option<usize>,
+        symbol: String,
+        provenance: Provenance,
+    ) -> Explanation {
+        let provenance = provenance.name();
+        let symbol = Some(symbol);
+        Explanation { rows_min, rows_max, symbol, provenance, ..Explanation::missing() }
+    }
+
+    /// No kernel for any rows.
+    pub fn missing() -> Explanation {
         Explanation {
-            rows_min,
-            rows_max,
-            symbol,
-            provenance: "default".to_string(),
-            us: 0.0,
-            default_us: 0.0,
+            rows_min: 1,
+            rows_max: None,
+            symbol: None,
+            provenance: "missing",
+            chosen_on: None,
+            us: None,
+            default_us: None,
             runner_up: None,
             runner_up_us: None,
             margin: None,
         }
     }
 
-    /// As text.
-    pub fn line(&self) -> String {
-        let rows = match self.rows_max {
+    /// An interval of a lock's problem that was chosen on the device of a key.
+    pub fn locked(rows_min: usize, fact: &LockedInterval, device: &str) -> Explanation {
+        let provenance = Provenance::from_name(&fact.provenance).unwrap_or(Provenance::Default);
+        let (rows_max, symbol) = (fact.rows_max, fact.symbol.clone());
+        Explanation::unmeasured(rows_min, rows_max, symbol, provenance).with_times(fact, device)
+    }
+
+    /// With what a lock says that was chosen on the device of a key.
+    pub fn with_times(self, fact: &LockedInterval, device: &str) -> Explanation {
+        let measured = |us: f64| (us > 0.0).then_some(us);
+        Explanation {
+            chosen_on: Some(device.to_string()),
+            us: measured(fact.us),
+            default_us: measured(fact.default_us),
+            runner_up: fact.runner_up.clone(),
+            runner_up_us: fact.runner_up_us,
+            margin: fact.runner_up.as_ref().map(|_| fact.margin),
+            ..self
+        }
+    }
+
+    /// `1`, `2-8` or `9-`
+    pub fn rows(&self) -> String {
+        match self.rows_max {
             Some(max) if max == self.rows_min => format!("{max}"),
             Some(max) => format!("{}-{max}", self.rows_min),
             None => format!("{}-", self.rows_min),
-        };
-        let mut text = format!("  rows {rows:8} {:10} {}", self.provenance, self.symbol);
-        if self.us > 0.0 {
-            text.push_str(&format!(" {:.1} µs, default {:.1} µs", self.us, self.default_us));
+        }
+    }
+
+    /// As text.
+    pub fn line(&self) -> String {
+        let symbol = self.symbol.as_deref().unwrap_or("no kernel");
+        let mut text = format!("  rows {:8} {:11} {symbol}", self.rows(), self.provenance);
+        if let (Some(us), Some(default_us)) = (self.us, self.default_us) {
+            text.push_str(&format!(" {us:.1} µs, default {default_us:.1} µs"));
         }
         if let (Some(symbol), Some(margin)) = (&self.runner_up, self.margin) {
             text.push_str(&format!(", {symbol} {:+.1} %", margin * 100.0));
@@ -55,43 +100,19 @@ impl Explanation {
     }
 }
 
-/// What a lock says of a spec on a target and the device of a key; nothing where it knows none.
-pub fn from_lock(lock: &Lock, spec: &str, target: &str, device: &str) -> Vec<Explanation> {
-    let found = lock.problems.iter().find(|problem| {
-        (&*problem.spec, &*problem.target, &*problem.device) == (spec, target, device)
-    });
-    let mut rows_min = 1;
-    let intervals = found.map(|problem| &*problem.intervals).unwrap_or_default();
-    let explained = intervals.iter().map(|interval| {
-        let found = explanation(interval, rows_min);
-        rows_min = interval.rows_max.map_or(usize::MAX, |rows| rows.saturating_add(1));
-        found
-    });
-    explained.collect()
-}
-
-fn explanation(interval: &LockedInterval, rows_min: usize) -> Explanation {
-    let margin = |us: f64| (interval.us > 0.0).then_some(us / interval.us - 1.0);
-    Explanation {
-        rows_min,
-        rows_max: interval.rows_max,
-        symbol: interval.symbol.clone(),
-        provenance: interval.provenance.clone(),
-        us: interval.us,
-        default_us: interval.default_us,
-        runner_up: interval.runner_up.clone(),
-        runner_up_us: interval.runner_up_us,
-        margin: interval.runner_up_us.and_then(margin),
-    }
-}
-
 /// The times behind a decision as text; of `case` alone where it is given.
 pub fn print(decision: &Decision, case: Option<&str>) -> String {
-    let Decision { spec, target, device, cases, rejected, cost } = decision;
-    let mut text =
-        format!("{spec} for {target} on {device}: {:.1} % of the default's time\n", cost * 100.0);
+    let Decision { spec, target, device, cases, rejected, cost, is_predicted } = decision;
+    let (unit, source) = match is_predicted {
+        true => ("times the default's", ", predicted from other problems"),
+        false => ("µs", ""),
+    };
+    let mut text = format!(
+        "{spec} for {target} on {device}: {:.1} % of the default's time{source}\n",
+        cost * 100.0
+    );
     for times in cases.iter().filter(|times| case.is_none_or(|case| times.case == case)) {
-        print_case(times, &mut text);
+        print_case(times, unit, &mut text);
     }
     for (symbol, reason) in rejected {
         text.push_str(&format!("  rejected {symbol}: {reason}\n"));
@@ -99,7 +120,7 @@ pub fn print(decision: &Decision, case: Option<&str>) -> String {
     text
 }
 
-fn print_case(times: &CaseTimes, text: &mut String) {
+fn print_case(times: &CaseTimes, unit: &str, text: &mut String) {
     let CaseTimes { case, default, default_us, noise, limit_us, chosen, times } = times;
     let limit = limit_us.map(|us| format!(", limit {us:.1} µs")).unwrap_or_default();
     text.push_str(&format!("  {case} (noise {:.1} %{limit})\n", noise * 100.0));
@@ -113,6 +134,6 @@ fn print_case(times: &CaseTimes, text: &mut String) {
             (false, false) if gain < 3.0_f64.max(200.0 * noise) => "within the margin",
             (false, false) => "dearer over its interval, or one kernel too many",
         };
-        text.push_str(&format!("    {us:10.2} µs {gain:+6.1} %  {symbol}  {why}\n"));
+        text.push_str(&format!("    {us:10.2} {unit} {gain:+6.1} %  {symbol}  {why}\n"));
     }
 }

@@ -84,10 +84,17 @@ impl Instance {
     }
 
     /// The first table in canonical order, of as few bought kernels as possible, that costs no more
-    /// than `cost_max` and has no more than `bytes_max`.
-    pub(super) fn choose(&self, cost_max: f64, bytes_max: usize) -> Option<Table> {
+    /// than `cost_max` and has no more than `bytes_max`. Kernels that are used elsewhere already
+    /// come first.
+    pub(super) fn choose(
+        &self,
+        cost_max: f64,
+        bytes_max: usize,
+        is_used: &dyn Fn(usize) -> bool,
+    ) -> Option<Table> {
         let costs = self.costs();
-        let order = self.bought();
+        let mut order = self.bought();
+        order.sort_by_key(|idx| !is_used(*idx));
         (0..=self.variants_max.min(order.len())).find_map(|num| {
             self.first_of(&costs, &mut self.free(), &order, num, (cost_max, bytes_max))
         })
@@ -425,7 +432,8 @@ mod tests {
             prop_assert_eq!(single.len(), usize::from(!all.is_empty()));
             if let Some(table) = single.first() {
                 prop_assert!((table.cost - cheapest(usize::MAX)).abs() < 1e-6);
-                let chosen = instance.choose(table.cost * (1.0 + 1e-9), usize::MAX).unwrap();
+                let cost_max = table.cost * (1.0 + 1e-9);
+                let chosen = instance.choose(cost_max, usize::MAX, &|_| false).unwrap();
                 prop_assert!((table.cost - chosen.cost).abs() < 1e-6);
             }
         }

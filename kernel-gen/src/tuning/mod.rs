@@ -5,12 +5,15 @@
 //! - [`certificate::Certificate`] says which tests a kernel has passed.
 //! - [`lock::Lock`] is the choice, `kernels.lock`: the only one of these that a build reads.
 //! - [`device::Device`] is what timings depend on.
+//! - [`cost_model::CostModel`] predicts what was not measured.
 
 mod budget;
 pub mod certificate;
 pub mod commands;
+pub mod cost_model;
 pub mod coverage;
 pub mod device;
+pub mod distance;
 pub mod explain;
 mod intervals;
 pub mod lock;

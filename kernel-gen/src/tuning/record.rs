@@ -14,6 +14,8 @@ use crate::error::Error;
 
 /// Version of the form.
 pub const VERSION: u32 = 2;
+/// Samples of a time that a choice may rest on; fewer show that a kernel dropped out.
+pub const SAMPLES_MIN: usize = 5;
 
 /// Limits of what is read: longer lines, larger files, and files and folders beyond these are
 /// skipped with a warning.

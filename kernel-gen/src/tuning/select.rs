@@ -11,11 +11,15 @@
 //! - no kernel serves a row count at which it is slower than the default by more than the noise,
 //!   and an interval without the default beats it by 3 % and by twice the noise;
 //! - all kernels of a table read one layout of packed weights, and have one reduction class.
+//! Where a problem has certificates but no times, the cost model's predictions take their place if
+//! it knows enough other problems; the margin is then the model's own error.
 //!
-//! Of the tables that cost the same but for the noise, one of fewest kernels, first in canonical
-//! order, is taken.
+//! Of the tables that cost the same but for the noise, one of fewest kernels is taken: of those that
+//! another device's table has already, so that the binary grows least, else the first in canonical
+//! order.
 
 mod evidence;
+mod kernel;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -27,9 +31,8 @@ use super::lock::{self, Lock, LockedInterval, LockedOptions, LockedProblem, Lock
 use super::record::Record;
 use super::trace::Trace;
 use crate::error::Error;
-use crate::plan::{KernelVariant, Serving};
-use crate::spec::RowRegime;
-use crate::{compile, render};
+use crate::plan::KernelVariant;
+use crate::{compile, cuda, render};
 use evidence::{Evidence, Grid, Part};
 
 /// Which kernels may serve one spec.
@@ -121,6 +124,8 @@ pub struct Decision {
     pub rejected: BTreeMap<String, String>,
     /// Cost of the chosen kernels as a share of the defaults'.
     pub cost: f64,
+    /// Whether the times are a model's, as shares of the default's, and not measured.
+    pub is_predicted: bool,
 }
 
 /// All times of one case.
@@ -153,7 +158,31 @@ pub fn source_hashes<'a>(
     Ok(artifacts.into_iter().map(hash).collect())
 }
 
-/// Chooses kernels. `hashes` has today's source hash of every symbol, see [`source_hashes`].
+/// As [`source_hashes`], of all kernels that records name. The hash of a CUDA kernel is that of the
+/// newest compiler that it was measured with: none is needed to select.
+pub fn hashes_of(records: &[Record]) -> Result<BTreeMap<String, String>, Error> {
+    let mut newest: BTreeMap<&str, (cuda::Variant, &str)> = BTreeMap::new();
+    for record in records {
+        let Record { variant: measured, .. } = record;
+        let Some(variant) = cuda::Variant::parse(&measured.symbol) else { continue };
+        if variant.is_feasible().is_err() {
+            continue;
+        }
+        let entry = newest.entry(&measured.symbol).or_insert((variant, &measured.compiler));
+        if evidence::version(&measured.compiler) > evidence::version(entry.1) {
+            entry.1 = &measured.compiler;
+        }
+    }
+    let mut hashes = source_hashes(records.iter().map(|record| &*record.variant.symbol))?;
+    for (symbol, (variant, compiler)) in newest {
+        let source = cuda::render::render(&variant)?;
+        let hash = cuda::compile::source_hash(&source, cuda::version_of(compiler));
+        hashes.insert(symbol.to_string(), hash);
+    }
+    Ok(hashes)
+}
+
+/// Chooses kernels. `hashes` has today's source hash of every symbol, see [`hashes_of`].
 pub fn select(
     records: &[Record],
     hashes: &BTreeMap<String, String>,
@@ -171,19 +200,27 @@ pub fn select(
         let tables: Vec<(&Question, Answer)> = problem
             .parts
             .iter()
-            .map(|question| (question, question.answer(limits.next().unwrap_or(usize::MAX))))
+            .map(|question| {
+                let bytes_max = limits.next().unwrap_or(usize::MAX);
+                (question, question.answer(bytes_max, &variants))
+            })
             .collect();
+        decisions.push(problem.decision(&tables));
         let intervals = problem.intervals(&tables);
+        // What the model leaves to the defaults is no choice.
+        let is_chosen = |interval: &LockedInterval| interval.provenance != "default";
+        if problem.evidence.is_predicted && !intervals.iter().any(is_chosen) {
+            continue;
+        }
         for symbol in intervals.iter().map(|interval| &interval.symbol) {
             if let Some(variant) = problem.evidence.locked.get(symbol) {
                 variants.insert(symbol.clone(), variant.clone());
             }
         }
-        decisions.push(problem.decision(&tables));
         let Evidence { spec, target, device, .. } = &problem.evidence;
         lock.problems.push(LockedProblem {
             spec: spec.clone(),
-            target: target.name().to_string(),
+            target: target.to_string(),
             device: device.clone(),
             intervals,
         });
@@ -220,16 +257,17 @@ impl Question {
         self.points.iter().map(|point| point.weight * point.default_us).sum()
     }
 
-    /// The table for so many bytes.
-    fn answer(&self, bytes_max: usize) -> Answer {
+    /// The table for so many bytes; `used` are the kernels that serve other problems.
+    fn answer(&self, bytes_max: usize, used: &BTreeMap<String, LockedVariant>) -> Answer {
         let fitting = self.frontier.iter().filter(|(_, table)| table.bytes <= bytes_max);
         let (_, best) = fitting.min_by(|a, b| a.1.cost.total_cmp(&b.1.cost))?;
         let noise = self.points.iter().map(|point| point.noise).sum::<f64>();
         let tie = (noise / self.points.len() as f64).min(TIE_MAX);
         let cost_max = best.cost * (1.0 + tie.max(1e-9));
         // NOTE: grids come in canonical order, that of the default's layout first.
-        let tables = self.grids.iter().enumerate().filter_map(|(idx, (_, instance))| {
-            instance.choose(cost_max, bytes_max).map(|table| (idx, table))
+        let tables = self.grids.iter().enumerate().filter_map(|(idx, (grid, instance))| {
+            let is_used = |candidate: usize| used.contains_key(&grid.symbols[candidate]);
+            instance.choose(cost_max, bytes_max, &is_used).map(|table| (idx, table))
         });
         tables.min_by_key(|(_, table)| table.bytes > 0)
     }
@@ -272,22 +310,20 @@ impl Problem {
 
     /// What the lock says of the problem.
     fn intervals(&self, tables: &[(&Question, Answer)]) -> Vec<LockedInterval> {
-        let spec = self.evidence.variant_spec;
-        let defaults = Serving::default_for(&spec, self.evidence.target).intervals;
+        let defaults = self.evidence.kernel.defaults();
         let mut all: Vec<LockedInterval> = Vec::new();
         let mut rows_done = 0;
         for (question, answer) in tables {
             if question.part == Part::Prompts && all.is_empty() {
-                all.push(default_interval(&defaults[0].variant, Some(1)));
+                all.push(default_interval(&defaults[0].1, Some(1)));
             }
             match answer {
                 Some((grid_idx, table)) => {
                     let grid = &question.grids[*grid_idx].0;
                     all.extend(self.table_intervals(question, grid, table));
                 }
-                None => all.extend(defaults.iter().map(|interval| {
-                    let rows_max = (interval.rows_max < usize::MAX).then_some(interval.rows_max);
-                    default_interval(&interval.variant, rows_max)
+                None => all.extend(defaults.iter().map(|(rows_max, symbol)| {
+                    default_interval(symbol, (*rows_max < usize::MAX).then_some(*rows_max))
                 })),
             }
             rows_done = match question.part {
@@ -297,9 +333,8 @@ impl Problem {
             };
         }
         // What no record says anything about is left to the defaults.
-        for interval in defaults.iter().filter(|interval| interval.rows_max > rows_done) {
-            let rows_max = (interval.rows_max < usize::MAX).then_some(interval.rows_max);
-            all.push(default_interval(&interval.variant, rows_max));
+        for (rows_max, symbol) in defaults.iter().filter(|(rows_max, _)| *rows_max > rows_done) {
+            all.push(default_interval(symbol, (*rows_max < usize::MAX).then_some(*rows_max)));
         }
         all.dedup_by(|next, before| {
             let is_same = before.symbol == next.symbol && before.provenance == next.provenance;
@@ -331,6 +366,11 @@ impl Problem {
                 (first..=*last).map(us).sum::<f64>() / (last - first + 1) as f64
             };
             let symbol = grid.symbols[*idx].clone();
+            if self.evidence.is_predicted {
+                all.push(self.predicted_interval(grid, *idx, (first, *last), rows_max));
+                first = last + 1;
+                continue;
+            }
             let us = mean(&|point| grid.us(*idx, point).unwrap_or(0.0));
             let runner_up = grid.runner_up(&question.points, *idx, (first, *last));
             let is_certified = self.evidence.locked.contains_key(&symbol);
@@ -352,6 +392,28 @@ impl Problem {
         all
     }
 
+    /// An interval of which nothing was measured.
+    fn predicted_interval(
+        &self,
+        grid: &Grid,
+        idx: usize,
+        (first, last): (usize, usize),
+        rows_max: Option<usize>,
+    ) -> LockedInterval {
+        let is_default = &grid.candidates[idx].is_default[first..=last];
+        let provenance = if is_default.iter().all(|is| *is) { "default" } else { "model" };
+        LockedInterval {
+            rows_max,
+            symbol: grid.symbols[idx].clone(),
+            provenance: provenance.to_string(),
+            us: 0.0,
+            default_us: 0.0,
+            runner_up: None,
+            runner_up_us: None,
+            margin: 0.0,
+        }
+    }
+
     fn decision(&self, tables: &[(&Question, Answer)]) -> Decision {
         let Evidence { spec, target, device, rejected, .. } = &self.evidence;
         let (mut cost, mut default) = (0.0, 0.0);
@@ -369,11 +431,12 @@ impl Problem {
         }
         Decision {
             spec: spec.clone(),
-            target: target.name().to_string(),
+            target: target.to_string(),
             device: device.clone(),
             cases,
             rejected: rejected.clone(),
             cost: if default > 0.0 { cost / default } else { 1.0 },
+            is_predicted: self.evidence.is_predicted,
         }
     }
 }
@@ -400,10 +463,10 @@ fn lock_intervals_max() -> usize {
     crate::plan::INTERVALS_MAX
 }
 
-fn default_interval(variant: &KernelVariant, rows_max: Option<usize>) -> LockedInterval {
+fn default_interval(symbol: &str, rows_max: Option<usize>) -> LockedInterval {
     LockedInterval {
         rows_max,
-        symbol: variant.symbol(),
+        symbol: symbol.to_string(),
         provenance: "default".to_string(),
         us: 0.0,
         default_us: 0.0,
@@ -454,10 +517,7 @@ fn limits(
     Ok((best.map_or_else(|| vec![0; questions.len()], bytes), frontier))
 }
 
-/// Whether a kernel of this regime may serve so many rows.
-fn serves(regime: RowRegime, rows: usize) -> bool {
-    regime != RowRegime::One || rows == 1
-}
-
+#[cfg(test)]
+mod cuda_tests;
 #[cfg(test)]
 mod tests;

@@ -19,6 +19,9 @@ use crate::model::linear::LinearSource;
 /// Bytes around outputs and scratch that no kernel may write.
 const CANARY_BYTES: usize = 4096;
 const CANARY: u8 = 0xa5;
+/// Scratch and what is around it before a checked call, in turns: NaN in every float format and -1;
+/// large in all of them, because a maximum hides NaN; zero.
+const SCRATCH_POISONS: [u8; 3] = [0xff, 0x4b, 0x00];
 /// Outputs before a checked call: a quiet NaN that no sum gives.
 const POISON: u32 = 0x7fc0_dead;
 
@@ -55,6 +58,8 @@ pub struct Trial {
     /// One per thread, each between canaries.
     scratch: Vec<Memory>,
     scratch_bytes: usize,
+    /// Counts checked calls.
+    num_checked: usize,
     rows: RowBuffers,
     /// Copies in the layout of each number of tiles a panel.
     weights: BTreeMap<usize, Vec<Weights>>,
@@ -104,6 +109,7 @@ impl Trial {
             team,
             scratch: Vec::new(),
             scratch_bytes: 0,
+            num_checked: 0,
             rows: RowBuffers::new(rows, options.rows_max, k)?,
             weights: BTreeMap::new(),
             next: 0,
@@ -175,25 +181,36 @@ impl Trial {
 
     /// Calls `kernel` with poisoned outputs and scratch; the outputs, `[num_rows, n]`.
     ///
+    /// Behind the outputs a row and a page are guarded; all of the buffer is where `num_rows` is
+    /// the largest number.
+    ///
     /// # Errors
     /// What was written that should not have been, in words.
     pub fn checked(&mut self, kernel: &Kernel, num_rows: usize) -> Result<&[f32], String> {
-        self.out.bytes_mut().fill(CANARY);
-        let len = num_rows * sizes(&self.spec).map_or(0, |(n, _)| n);
-        let first = CANARY_BYTES / 4;
+        let n = sizes(&self.spec).map_or(0, |(n, _)| n);
+        let (first, len) = (CANARY_BYTES / 4, num_rows * n);
+        let end = (4 * (first + len + n) + CANARY_BYTES).min(self.out.len());
+        self.out.bytes_mut()[..CANARY_BYTES].fill(CANARY);
+        self.out.bytes_mut()[4 * (first + len)..end].fill(CANARY);
         self.out.as_f32_mut()[first..first + len].fill(f32::from_bits(POISON));
         let own = CANARY_BYTES + kernel.scratch_bytes;
+        let poison = SCRATCH_POISONS[self.num_checked % SCRATCH_POISONS.len()];
+        self.num_checked += 1;
         for scratch in &mut self.scratch {
-            scratch.bytes_mut().fill(CANARY);
+            scratch.bytes_mut().fill(poison);
         }
         self.run(kernel, num_rows);
-        let is_kept = |bytes: &[u8]| bytes.iter().all(|byte| *byte == CANARY);
-        let around = [&self.out.bytes()[..CANARY_BYTES], &self.out.bytes()[4 * (first + len)..]];
-        if !around.into_iter().all(is_kept) {
+        let is_kept = |bytes: &[u8], canary: u8| {
+            bytes.iter().fold(true, |kept, byte| kept & (*byte == canary))
+        };
+        let out = self.out.bytes();
+        let around = [&out[..CANARY_BYTES], &out[4 * (first + len)..end]];
+        if !around.into_iter().all(|bytes| is_kept(bytes, CANARY)) {
             return Err(format!("wrote outside of the outputs of {num_rows} rows"));
         }
         for scratch in &self.scratch {
-            if !is_kept(&scratch.bytes()[..CANARY_BYTES]) || !is_kept(&scratch.bytes()[own..]) {
+            let (before, behind) = (&scratch.bytes()[..CANARY_BYTES], &scratch.bytes()[own..]);
+            if !is_kept(before, poison) || !is_kept(behind, poison) {
                 return Err(format!(
                     "wrote outside of its {} bytes of scratch",
                     own - CANARY_BYTES

@@ -7,7 +7,8 @@
 //! of the machine. After such a failure nothing that the device holds can be trusted or even read,
 //! so the methods without a `Result` panic with what failed and what to do.
 
-use bespoke_kernel_gen::cuda::{Arch, Launch, Regime, Spec, Variant};
+use bespoke_kernel_gen::cuda::{Arch, Launch, Serving, Spec, Variant};
+use bespoke_kernel_gen::tuning::CudaDevice;
 
 use crate::error::Error;
 
@@ -34,6 +35,13 @@ pub struct DeviceInfo {
     pub memory_bytes: usize,
 }
 
+impl DeviceInfo {
+    /// What timings depend on, as records and locks name it.
+    pub fn class(&self) -> CudaDevice {
+        CudaDevice::new(self.arch.name(), self.num_sms, self.memory_bytes, &self.name)
+    }
+}
+
 /// Memory that only kernels write, or that the host writes while nothing reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Use {
@@ -53,10 +61,13 @@ pub trait Device {
 
     fn info(&self) -> &DeviceInfo;
 
-    /// The kernel that the device has for `spec` and `regime`.
-    fn find(&self, spec: &Spec, regime: Regime) -> Option<Variant>;
+    /// What serves `spec` on the device; `None` where one of its kernels is missing.
+    fn serving(&self, spec: &Spec) -> Option<Serving>;
 
-    /// Loads kernels that [`Device::find`] gave, in their order.
+    /// All kernels of `spec` that there are, sorted: those that serve, and a tuner's candidates.
+    fn kernels(&self, spec: &Spec) -> Vec<Variant>;
+
+    /// Loads kernels that [`Device::serving`] or [`Device::kernels`] gave, in their order.
     fn load(&mut self, variants: &[Variant]) -> Result<Vec<Self::Kernel>, Error>;
 
     fn free_bytes(&self) -> Result<usize, Error>;

@@ -8,7 +8,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use bespoke_kernel_gen::cuda::table::KernelSet;
-use bespoke_kernel_gen::cuda::{CudaKernelTable, Launch, Regime, Spec, Variant};
+use bespoke_kernel_gen::cuda::{CudaKernelTable, Launch, Serving, Spec, Variant};
 use cudarc::driver::sys::{self, CUresult};
 
 use super::device::{Address, Device, DeviceInfo, Use};
@@ -356,7 +356,7 @@ impl Driver {
     }
 
     fn load_one(&mut self, variant: &Variant) -> Result<DriverKernel, Error> {
-        let loaded = self.kernels.find(&variant.spec(), variant.regime)?;
+        let loaded = self.kernels.kernel(variant)?;
         let instance = variant.instance();
         let symbol = loaded.symbol.to_owned();
         let name = CString::new(symbol.as_str()).expect("symbols have no zero bytes");
@@ -443,8 +443,12 @@ impl Device for Driver {
         &self.info
     }
 
-    fn find(&self, spec: &Spec, regime: Regime) -> Option<Variant> {
-        self.kernels.find(spec, regime).ok().map(|kernel| kernel.variant)
+    fn serving(&self, spec: &Spec) -> Option<Serving> {
+        self.kernels.serving(spec, &self.info.class())
+    }
+
+    fn kernels(&self, spec: &Spec) -> Vec<Variant> {
+        self.kernels.of_spec(spec)
     }
 
     fn load(&mut self, variants: &[Variant]) -> Result<Vec<DriverKernel>, Error> {

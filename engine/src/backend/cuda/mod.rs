@@ -20,7 +20,7 @@ pub mod step;
 
 use std::collections::BTreeMap;
 
-use bespoke_kernel_gen::cuda::KvType;
+use bespoke_kernel_gen::cuda::{KvType, Variant};
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::{KvDType, ModelShape};
 
@@ -70,7 +70,9 @@ pub struct CudaBackend<D: Device> {
 /// Memory that ops share.
 struct Work<H> {
     workspace: Address,
+    workspace_bytes: usize,
     counters: Address,
+    num_counters: usize,
     /// `[logit_rows_max]` row indices.
     select: Address,
     /// `[logit_rows_max]`
@@ -98,7 +100,9 @@ impl<D: Device> CudaBackend<D> {
         let kernels = Kernels::load(&mut device, shape, kv_type)?;
         let work = Work {
             workspace: Address::NULL,
+            workspace_bytes: 0,
             counters: Address::NULL,
+            num_counters: 0,
             select: Address::NULL,
             stats: Address::NULL,
             host: None,
@@ -123,6 +127,21 @@ impl<D: Device> CudaBackend<D> {
 
     pub fn device(&self) -> &D {
         &self.device
+    }
+
+    /// Loads kernels that may be tried; before [`Backend::reserve`], which makes room for them.
+    ///
+    /// # Errors
+    /// The device has not the memory, or not the kernels.
+    pub fn load_candidates(&mut self, variants: &[Variant]) -> Result<(), Error> {
+        self.kernels.load_candidates(&mut self.device, variants)
+    }
+
+    /// Lets a loaded candidate serve its spec, whatever the rows (of attention: decoding, or
+    /// prompts), until the next call; `None`: what serves otherwise. Its workspace is made for the
+    /// rows of its regime.
+    pub fn try_out(&mut self, candidate: Option<Variant>) {
+        self.kernels.try_out(candidate);
     }
 
     /// Ops are recorded instead of run, until [`CudaBackend::end_recording`]. They must not be ones

@@ -5,7 +5,8 @@ use std::ops::Range;
 use bespoke_kernel_gen::cuda::attention_plan::Shape;
 use bespoke_kernel_gen::cuda::matmul::AwqLayout;
 use bespoke_kernel_gen::cuda::pages::Layout;
-use bespoke_kernel_gen::cuda::{AwqGemm, Choice, Gemm, Launch, RowType, Spec};
+use bespoke_kernel_gen::cuda::{AwqGemm, Choice, Gemm, Launch, RowType, Spec, Variant};
+use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
 
 use super::buffers::{CudaInput, CudaKvCache, CudaLinear, CudaRows};
@@ -65,7 +66,7 @@ impl<D: Device> CudaBackend<D> {
 
     /// How attention is cut, with a workspace for the longest row at least.
     fn attention_cut(&self, limits: &BatchLimits) -> InputLimits {
-        let Choice::PagedAttention(prefill) = self.kernels.prefill.variant.choice else {
+        let Choice::PagedAttention(prefill) = self.kernels.prefill().variant.choice else {
             unreachable!("attention is served by its kernel")
         };
         let window = self.shape.sliding_window.unwrap_or(0);
@@ -76,7 +77,7 @@ impl<D: Device> CudaBackend<D> {
             rotary_dim: self.shape.rotary_dim,
             attention: Shape { window, rows_max, parts_max: 0 },
         };
-        let part_bytes = 4 * self.kernels.decode.variant.workspace(1).floats;
+        let part_bytes = 4 * self.kernels.decode().variant.workspace(1).floats;
         let of_row = limits.chunks_max();
         let of_batch = of_row * limits.batch.sequences_max;
         let affordable = PARTS_BYTES_MAX / part_bytes.max(1);
@@ -104,13 +105,13 @@ impl<D: Device> CudaBackend<D> {
             num_rows: num_rows as u32,
             epsilon: self.eps,
         };
-        let kernel = &self.kernels.rms_norm;
+        let kernel = self.kernels.rms_norm();
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }
 
     fn attend(&mut self, is_decode: bool, items: Items, params: PagedAttentionParams) {
-        let kernel = if is_decode { &self.kernels.decode } else { &self.kernels.prefill };
+        let kernel = if is_decode { self.kernels.decode() } else { self.kernels.prefill() };
         let params =
             PagedAttentionParams { items: items.items.0, num_items: items.num_items.0, ..params };
         let launch = kernel.launch(items.num_max, self.kernels.num_sms);
@@ -126,7 +127,7 @@ impl<D: Device> CudaBackend<D> {
             num_rows: num_rows as u32,
             pad: 0,
         };
-        let kernel = &self.kernels.sample;
+        let kernel = self.kernels.sample();
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }
@@ -140,6 +141,44 @@ impl<D: Device> CudaBackend<D> {
     /// As [`CudaBackend::fill_rows`].
     pub fn fill_input(&mut self, input: &CudaInput) {
         self.fill(input.data, input.rows_max * input.k, ROW_ELEMENT);
+    }
+
+    /// Overwrites the first rows with bytes of this value, for verification.
+    pub fn poison_rows(&mut self, rows: &CudaRows, num_rows: usize, byte: u8) {
+        let element = if rows.is_f32 { size_of::<f32>() } else { ROW_ELEMENT };
+        assert!(num_rows <= rows.rows_max);
+        self.poison(rows.data, num_rows * rows.width * element, byte);
+    }
+
+    /// Overwrites what a launch of so many rows by a candidate uses beside its operands, as another
+    /// launch may leave it behind.
+    pub fn poison_workspace(&mut self, candidate: &Variant, num_rows: usize, byte: u8) {
+        let len = 4 * candidate.workspace(num_rows).floats;
+        assert!(len <= self.work.workspace_bytes, "candidates are loaded before `reserve`");
+        self.poison(self.work.workspace, len, byte);
+    }
+
+    fn poison(&mut self, to: Address, len: usize, byte: u8) {
+        if len > 0 {
+            self.device.upload(to, &vec![byte; len]);
+            self.device.synchronize();
+        }
+    }
+
+    /// Counters of the workspace that are not zero, as they have to be between launches.
+    pub fn num_counters_left(&mut self) -> usize {
+        let mut bytes = vec![0; 4 * self.work.num_counters];
+        self.device.download(self.work.counters, &mut bytes);
+        bytes.chunks_exact(4).filter(|counter| *counter != [0; 4]).count()
+    }
+
+    /// The first rows as they lie in memory.
+    pub fn row_bytes(&mut self, rows: &CudaRows, num_rows: usize) -> Vec<u8> {
+        let element = if rows.is_f32 { size_of::<f32>() } else { ROW_ELEMENT };
+        assert!(num_rows <= rows.rows_max);
+        let mut bytes = vec![0; num_rows * rows.width * element];
+        self.device.download(rows.data, &mut bytes);
+        bytes
     }
 
     fn fill(&mut self, to: Address, len: usize, element: usize) {
@@ -165,7 +204,7 @@ impl<D: Device> CudaBackend<D> {
 
     fn pack(&self, kernels_idx: usize, source: &LinearSource<'_>) -> Result<AwqTiles, Error> {
         let num_threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        match self.kernels.linears[kernels_idx].spec {
+        match *self.kernels.linear_spec(kernels_idx) {
             Spec::AwqGemm(AwqGemm { n, k, group, rows }) => {
                 pack::awq(source, &AwqLayout::new(n, k, group), rows, num_threads)
             }
@@ -249,6 +288,8 @@ impl<D: Device> Backend for CudaBackend<D> {
         // NOTE: decode counts by row; its items are no fewer than rows that are cut.
         let items_max = input_limits.attention.parts_max.max(limits.rows_max);
         let workspace = self.kernels.workspace(limits.rows_max, items_max);
+        self.work.workspace_bytes = 4 * workspace.floats;
+        self.work.num_counters = workspace.counters;
         let device = &mut self.device;
         self.work.workspace = device.alloc(4 * workspace.floats, Use::Working, "partial sums")?;
         self.work.counters = device.alloc(4 * workspace.counters, Use::Working, "counters")?;
@@ -353,6 +394,10 @@ impl<D: Device> Backend for CudaBackend<D> {
         format!("cuda {}", self.kernels.identity())
     }
 
+    fn provenances(&self) -> Vec<Provenance> {
+        self.kernels.provenances()
+    }
+
     fn weights_bytes(&self) -> usize {
         self.weights_bytes
     }
@@ -429,7 +474,7 @@ impl<D: Device> Backend for CudaBackend<D> {
             num_rows: num_rows as u32,
             pad: 0,
         };
-        let kernel = &self.kernels.embed;
+        let kernel = self.kernels.embed();
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }
@@ -483,7 +528,7 @@ impl<D: Device> Backend for CudaBackend<D> {
             num_rows: num_rows as u32,
             pad: 0,
         };
-        let kernel = self.kernels.linears[weight.kernels_idx].of_rows(num_rows);
+        let kernel = self.kernels.linear(weight.kernels_idx, num_rows);
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }
@@ -508,7 +553,7 @@ impl<D: Device> Backend for CudaBackend<D> {
             num_rows: num_rows as u32,
             epsilon: self.eps,
         };
-        let kernel = &self.kernels.rope;
+        let kernel = self.kernels.rope();
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }
@@ -550,7 +595,7 @@ impl<D: Device> Backend for CudaBackend<D> {
             num_rows: num_rows as u32,
             pad: 0,
         };
-        let kernel = &self.kernels.silu_and_mul;
+        let kernel = self.kernels.silu_and_mul();
         let launch = kernel.launch(num_rows, self.kernels.num_sms);
         Self::launch(&mut self.device, kernel, launch, &params);
     }

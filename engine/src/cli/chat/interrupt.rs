@@ -1,19 +1,9 @@
 //! Ctrl-C: it stops the answer at hand, and never the chat of a person at a terminal.
 
-use std::io;
-use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 
-use anyhow::Context as _;
-use futures_util::future::{Either, select};
-use tokio::runtime::{Builder, Runtime};
-use tokio::sync::Notify;
-
+use crate::cli::interrupt::{INTERRUPTED, Listener};
 use crate::handle::Cancellation;
-
-/// Exit code of a program that SIGINT has ended, as shells tell it.
-const INTERRUPTED: i32 = 130;
 
 /// What Ctrl-C does between two answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,11 +14,10 @@ pub(super) enum WhenIdle {
     Exit,
 }
 
-/// Listens for SIGINT on a thread of its own, until it is dropped.
+/// Listens for SIGINT until it is dropped.
 pub(super) struct Interrupts {
     answer: Arc<Mutex<Option<Answer>>>,
-    end: Arc<Notify>,
-    thread: Option<JoinHandle<()>>,
+    _listener: Listener,
 }
 
 /// The answer that is being generated.
@@ -39,17 +28,10 @@ struct Answer {
 
 impl Interrupts {
     pub(super) fn listen(when_idle: WhenIdle) -> anyhow::Result<Interrupts> {
-        let cannot = "cannot listen for Ctrl-C";
-        let runtime = Builder::new_current_thread().enable_io().build().context(cannot)?;
         let answer = Arc::new(Mutex::new(None));
-        let end = Arc::new(Notify::new());
-        let (of_thread, end_of_thread) = (Arc::clone(&answer), Arc::clone(&end));
-        // NOTE: registered here, so that from now on no signal ends the program.
-        let signals = signals(&runtime).context(cannot)?;
-        let thread = thread::Builder::new().name("interrupts".to_owned()).spawn(move || {
-            runtime.block_on(serve(signals, &of_thread, when_idle, &end_of_thread));
-        });
-        Ok(Interrupts { answer, end, thread: Some(thread.context(cannot)?) })
+        let of_listener = Arc::clone(&answer);
+        let listener = Listener::new(move || take(&of_listener, when_idle))?;
+        Ok(Interrupts { answer, _listener: listener })
     }
 
     /// From now on Ctrl-C calls this answer off.
@@ -60,42 +42,6 @@ impl Interrupts {
     /// The answer is over; says whether Ctrl-C was pressed.
     pub(super) fn finish(&self) -> bool {
         lock(&self.answer).take().is_some_and(|answer| answer.is_stopped)
-    }
-}
-
-impl Drop for Interrupts {
-    fn drop(&mut self) {
-        self.end.notify_one();
-        if let Some(thread) = self.thread.take() {
-            // NOTE: the thread has nothing to say.
-            drop(thread.join());
-        }
-    }
-}
-
-#[cfg(unix)]
-type Signals = tokio::signal::unix::Signal;
-#[cfg(windows)]
-type Signals = tokio::signal::windows::CtrlC;
-
-fn signals(runtime: &Runtime) -> io::Result<Signals> {
-    let _context = runtime.enter();
-    #[cfg(unix)]
-    let signals = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt());
-    #[cfg(windows)]
-    let signals = tokio::signal::windows::ctrl_c();
-    signals
-}
-
-async fn serve(
-    mut signals: Signals,
-    answer: &Mutex<Option<Answer>>,
-    when_idle: WhenIdle,
-    end: &Notify,
-) {
-    let mut end = pin!(end.notified());
-    while let Either::Left((Some(()), _)) = select(pin!(signals.recv()), &mut end).await {
-        take(answer, when_idle);
     }
 }
 

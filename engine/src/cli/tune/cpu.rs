@@ -1,6 +1,7 @@
 //! Tuning of this machine's CPU.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -8,12 +9,12 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use bespoke_kernel_gen::spec::{ActivationType, ModelShape};
 use bespoke_kernel_gen::tuning::device::{CpuDevice, Device, this_cpu};
-use bespoke_kernel_gen::tuning::record::{Appender, Record, Records};
+use bespoke_kernel_gen::tuning::record::{Record, Records};
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use serde::Serialize;
 
-use super::{Args, Console};
+use super::{Args, Console, Keeper};
 use crate::backend::cpu::{available_threads, best_target};
 use crate::cli::kernels::code_bytes;
 use crate::cli::model::{Activations, shape_of};
@@ -64,14 +65,10 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     }
     let name = Path::new(&device.key()).join(format!("{}.jsonl", std::process::id()));
     let path = args.records_file(&name);
-    let mut appender = Appender::open(&path)?;
-    let mut append = |record: &Record| appender.append(record).map_err(Error::from);
+    let mut keeper = Keeper::open(path.clone())?;
+    let mut append = |record: &Record| keeper.keep(record);
     let program = console.program.clone().context("only the program itself can tune")?;
-    let command = |symbols: &[String]| {
-        let mut command = Command::new(&program);
-        command.args(["tune", "--verify-candidates"]).arg(symbols.join(","));
-        command
-    };
+    let command = |symbols: &[String]| verifier(&program, num_threads, symbols);
     let code_bytes = code_bytes(table.kernels);
     let setting = CpuSetting {
         table: &table,
@@ -97,7 +94,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
 }
 
 /// Writes the report page, and prints what came out.
-fn finish(
+pub(super) fn finish(
     args: &Args,
     report: &TuningReport,
     summary: &CpuSummary,
@@ -132,8 +129,19 @@ fn finish(
     Ok(())
 }
 
+/// The process that verifies kernels.
+fn verifier(program: &Path, num_threads: usize, symbols: &[String]) -> Command {
+    let mut command = Command::new(program);
+    command.args(["tune", "--end-with-input", "--threads", &num_threads.to_string()]);
+    command.arg("--verify-candidates").arg(symbols.join(","));
+    command
+}
+
 /// What the process does that may crash.
 pub(super) fn verify_candidates(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
+    if args.end_with_input {
+        end_with_input()?;
+    }
     let table = console.kernels;
     let out = std::cell::RefCell::new(console);
     let print = |line: &Line| {
@@ -143,6 +151,7 @@ pub(super) fn verify_candidates(args: &Args, console: &mut Console<'_>) -> anyho
     verify_all(
         &table,
         &args.verify_candidates,
+        args.threads.unwrap_or_else(available_threads),
         &mut |symbol| print(&Line::Begin(symbol.to_owned())),
         &mut |symbol, verdict| {
             let symbol = symbol.to_owned();
@@ -155,6 +164,17 @@ pub(super) fn verify_candidates(args: &Args, console: &mut Console<'_>) -> anyho
     Ok(())
 }
 
+/// Ends the process at the end of its standard input, which whoever waits for it holds open.
+pub(super) fn end_with_input() -> anyhow::Result<()> {
+    let wait = || {
+        // NOTE: nobody waits any more, whatever this says.
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        std::process::exit(1);
+    };
+    std::thread::Builder::new().name("input".to_owned()).spawn(wait).context("cannot wait")?;
+    Ok(())
+}
+
 fn activation(args: &Args) -> ActivationType {
     match args.activations {
         Activations::Float => ActivationType::Float,
@@ -163,7 +183,7 @@ fn activation(args: &Args) -> ActivationType {
 }
 
 /// The model that is named, or all that the binary was built for.
-fn shapes_of(args: &Args, console: &Console<'_>) -> anyhow::Result<Vec<ModelShape>> {
+pub(super) fn shapes_of(args: &Args, console: &Console<'_>) -> anyhow::Result<Vec<ModelShape>> {
     let Some(model) = &args.model else { return shapes(None) };
     Ok(vec![shape_of(model, console)?])
 }
@@ -174,6 +194,9 @@ fn line(progress: &CpuProgress<'_>) -> String {
             format!("{spec}: verifying {num_kernels} kernels\n")
         }
         CpuProgress::Refused { symbol, reason } => format!("refused {symbol}: {reason}\n"),
+        CpuProgress::Postponed { spec, num_kernels } => format!(
+            "{spec}: no time to verify {num_kernels} kernels; call this again to go on with them\n"
+        ),
         CpuProgress::Racing { spec, num_kernels, seconds } => {
             format!("{spec}: racing {num_kernels} kernels for {seconds:.0} s\n")
         }

@@ -1,14 +1,13 @@
 //! Evidence: what the records say about one spec, target and device, as far as it still holds.
 
+mod predicted;
+
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{CaseTimes, LockedVariant, Options, Profile, serves};
-use crate::name::spec_name;
-use crate::plan::{KernelVariant, Serving};
-use crate::spec::{KernelSpec, RowRegime};
-use crate::target::Target;
+use super::kernel::Kernel;
+use super::{CaseTimes, LockedVariant, Options, Profile};
 use crate::tuning::intervals::{Candidate, Point};
-use crate::tuning::record::{Case, Record, Time};
+use crate::tuning::record::{Case, Record, SAMPLES_MIN, Time};
 use crate::tuning::trace::Trace;
 
 /// Cases that one choice is made over.
@@ -23,11 +22,14 @@ pub(super) enum Part {
 /// What the records say about one spec, target and device.
 pub(super) struct Evidence {
     pub(super) spec: String,
-    pub(super) variant_spec: KernelSpec,
-    pub(super) target: Target,
+    pub(super) target: &'static str,
     pub(super) device: String,
+    /// One of the spec's kernels.
+    pub(super) kernel: Kernel,
+    /// Whether the times are a model's: shares of the default's, which is 1.
+    pub(super) is_predicted: bool,
     cases: BTreeMap<Case, CaseEvidence>,
-    variants: BTreeMap<String, KernelVariant>,
+    kernels: BTreeMap<String, Kernel>,
     code_bytes: BTreeMap<String, usize>,
     /// What the lock says of certified variants.
     pub(super) locked: BTreeMap<String, LockedVariant>,
@@ -54,7 +56,7 @@ pub(super) struct Grid {
 }
 
 /// Which records are of one problem: device, spec, target.
-type Key = (String, String, Target);
+type Key = (String, String, &'static str);
 
 /// The problems of the records, in canonical order, and how many records are of no use for which
 /// reason.
@@ -64,13 +66,13 @@ pub(super) fn gather(
     options: &Options,
 ) -> (Vec<Evidence>, BTreeMap<String, usize>) {
     let mut unused: BTreeMap<String, usize> = BTreeMap::new();
-    let mut problems: BTreeMap<Key, Vec<(&Record, &Time, KernelVariant)>> = BTreeMap::new();
+    let mut problems: BTreeMap<Key, Vec<(&Record, &Time, Kernel)>> = BTreeMap::new();
     for record in records {
         let Some(time) = record.time() else { continue };
         match usable(record, time, options) {
-            Ok(variant) => {
-                let key = (record.device.key(), record.problem.spec.clone(), variant.target);
-                problems.entry(key).or_default().push((record, time, variant));
+            Ok(kernel) => {
+                let key = (record.device.key(), record.problem.spec.clone(), kernel.target());
+                problems.entry(key).or_default().push((record, time, kernel));
             }
             Err(reason) => *unused.entry(reason).or_default() += 1,
         }
@@ -81,51 +83,35 @@ pub(super) fn gather(
         (!found.cases.is_empty()).then_some(found)
     });
     let mut all: Vec<Evidence> = evidence.collect();
+    all.extend(predicted::predicted(records, &trust, &all, options));
     all.sort_by(|a, b| (&a.spec, a.target, &a.device).cmp(&(&b.spec, b.target, &b.device)));
     (all, unused)
 }
 
-/// The variant of a time that a selection can use.
-fn usable(record: &Record, time: &Time, options: &Options) -> Result<KernelVariant, String> {
-    let variant = KernelVariant::parse(&record.variant.symbol)
-        .ok_or_else(|| "no CPU kernel of this generator".to_string())?;
-    let KernelVariant { spec, regime, target, config } = variant;
-    if spec_name(&spec) != record.problem.spec || target.name() != record.problem.target {
+/// The kernel of a time that a selection can use.
+fn usable(record: &Record, time: &Time, options: &Options) -> Result<Kernel, String> {
+    if time.num_samples < SAMPLES_MIN {
+        return Err("dropped out early".to_string());
+    }
+    let kernel = Kernel::parse(&record.variant.symbol)
+        .ok_or_else(|| "no kernel of this generator".to_string())?;
+    if kernel.spec_name() != record.problem.spec || kernel.target() != record.problem.target {
         return Err("a kernel of another problem".to_string());
     }
-    if config.is_feasible(&spec, regime, target).is_err() {
+    if !kernel.is_feasible() {
         return Err("a kernel that cannot be built".to_string());
     }
     if !options.uses.is_empty() && !options.uses.contains_key(&record.problem.spec) {
         return Err("not of these models".to_string());
     }
-    let is_served = match record.problem.case {
-        Case::Rows(rows) => serves(regime, rows),
-        Case::Decode { .. } => regime == RowRegime::One,
-        Case::Prefill(_) => regime == RowRegime::Many,
-        Case::All => false,
-    };
-    let default = default_of(&spec, target, record.problem.case);
-    if !is_served || default.is_none() {
+    let default = kernel.default_of(record.problem.case);
+    if !kernel.serves(record.problem.case) || default.is_none() {
         return Err("a case that the kernel does not serve".to_string());
     }
     if default.as_ref() != Some(&time.default) {
         return Err("raced against what is no longer the default".to_string());
     }
-    Ok(variant)
-}
-
-/// The symbol that serves a case without a lock.
-fn default_of(spec: &KernelSpec, target: Target, case: Case) -> Option<String> {
-    let rows = match case {
-        Case::Rows(rows) => rows,
-        Case::Decode { .. } => 1,
-        Case::Prefill(_) => usize::MAX,
-        Case::All => return None,
-    };
-    let serving = Serving::default_for(spec, target);
-    let interval = serving.intervals.iter().find(|interval| rows <= interval.rows_max)?;
-    Some(interval.variant.symbol())
+    Ok(kernel)
 }
 
 /// Who may be trusted: certificates, failures and today's sources.
@@ -190,29 +176,29 @@ impl<'a> Trust<'a> {
 }
 
 /// The numbers in a compiler's version, by which versions are ordered.
-fn version(compiler: &str) -> (Vec<u64>, &str) {
+pub(super) fn version(compiler: &str) -> (Vec<u64>, &str) {
     let numbers = compiler.split(|letter: char| !letter.is_ascii_digit());
     (numbers.filter_map(|number| number.parse().ok()).take(3).collect(), compiler)
 }
 
 impl Evidence {
-    fn new(
-        (device, spec, target): Key,
-        records: &[(&Record, &Time, KernelVariant)],
-        trust: &Trust<'_>,
-    ) -> Evidence {
-        let variant_spec = records[0].2.spec;
-        let mut evidence = Evidence {
+    fn empty((device, spec, target): Key, kernel: Kernel) -> Evidence {
+        Evidence {
             spec,
-            variant_spec,
             target,
             device,
+            kernel,
+            is_predicted: false,
             cases: BTreeMap::new(),
-            variants: BTreeMap::new(),
+            kernels: BTreeMap::new(),
             code_bytes: BTreeMap::new(),
             locked: BTreeMap::new(),
             rejected: BTreeMap::new(),
-        };
+        }
+    }
+
+    fn new(key: Key, records: &[(&Record, &Time, Kernel)], trust: &Trust<'_>) -> Evidence {
+        let mut evidence = Evidence::empty(key, records[0].2);
         let is_current = |record: &Record| {
             let hash = trust.hashes.get(&record.variant.symbol);
             hash == Some(&record.variant.source_hash)
@@ -224,7 +210,7 @@ impl Evidence {
             .max_by(|a, b| version(a).cmp(&version(b)));
         let mut cases: BTreeMap<Case, Vec<(&Record, &Time)>> = BTreeMap::new();
         let mut reasons: BTreeMap<&str, String> = BTreeMap::new();
-        for (record, time, variant) in records {
+        for (record, time, kernel) in records {
             let symbol = &*record.variant.symbol;
             let found = match Some(&*record.variant.compiler) == compiler || !is_current(record) {
                 true => trust.certificate(record),
@@ -244,13 +230,12 @@ impl Evidence {
                     continue;
                 }
             }
-            evidence.variants.insert(symbol.to_string(), *variant);
-            let bytes = evidence.code_bytes.entry(symbol.to_string()).or_default();
-            *bytes = (*bytes).max(record.variant.code_bytes);
+            evidence.kernels.insert(symbol.to_string(), *kernel);
+            evidence.count_bytes(record);
             cases.entry(record.problem.case).or_default().push((record, time));
         }
         evidence.cases = cases.iter().map(|(case, all)| (*case, CaseEvidence::new(all))).collect();
-        reasons.retain(|symbol, _| !evidence.variants.contains_key(*symbol));
+        reasons.retain(|symbol, _| !evidence.kernels.contains_key(*symbol));
         let owned = |(symbol, reason): (&str, String)| (symbol.to_string(), reason);
         evidence.rejected = reasons.into_iter().map(owned).collect();
         evidence
@@ -258,14 +243,21 @@ impl Evidence {
 
     fn certify(&mut self, record: &Record, certificate: &str) {
         let variant = &record.variant;
-        let locked = LockedVariant {
+        let locked = || LockedVariant {
             symbol: variant.symbol.clone(),
             source_hash: variant.source_hash.clone(),
             certificate: certificate.to_string(),
             compiler: variant.compiler.clone(),
             code_bytes: variant.code_bytes,
         };
-        self.locked.insert(variant.symbol.clone(), locked);
+        let kept = self.locked.entry(variant.symbol.clone()).or_insert_with(locked);
+        // NOTE: 0 where a record does not know them.
+        kept.code_bytes = kept.code_bytes.max(variant.code_bytes);
+    }
+
+    fn count_bytes(&mut self, record: &Record) {
+        let bytes = self.code_bytes.entry(record.variant.symbol.clone()).or_default();
+        *bytes = (*bytes).max(record.variant.code_bytes);
     }
 
     /// The parts that there are cases of.
@@ -294,8 +286,7 @@ impl Evidence {
             _ => 0,
         });
         // The kernel of the largest row count serves those above it, if it is one for many rows.
-        let is_many = !self.variant_spec.is_matmul() || last > RowRegime::FEW_MAX;
-        if is_many { usize::MAX } else { last }
+        if self.kernel.has_no_limit_from(last) { usize::MAX } else { last }
     }
 
     pub(super) fn points(&self, part: Part, trace: Option<&Trace>) -> Vec<Point> {
@@ -319,18 +310,19 @@ impl Evidence {
 
     /// The sets of kernels that may serve together, the defaults' first.
     pub(super) fn grids(&self, part: Part, profile: Profile) -> Vec<Grid> {
-        let group = |variant: &KernelVariant| {
+        let group = |kernel: &Kernel| {
             let class = match profile {
-                Profile::Invariant => variant.reduction_class(),
+                Profile::Invariant => kernel.reduction_class(),
                 Profile::Free => String::new(),
             };
-            (variant.config.cols, class)
+            (kernel.layout(), class)
         };
         let mut groups: BTreeMap<(usize, String), Vec<&str>> = BTreeMap::new();
-        let defaults = Serving::default_for(&self.variant_spec, self.target).intervals;
-        let default_group = group(&defaults[0].variant);
-        for (symbol, variant) in &self.variants {
-            groups.entry(group(variant)).or_default().push(symbol);
+        let defaults = self.kernel.defaults();
+        let default = defaults.first().and_then(|(_, symbol)| Kernel::parse(symbol));
+        let default_group = group(&default.unwrap_or(self.kernel));
+        for (symbol, kernel) in &self.kernels {
+            groups.entry(group(kernel)).or_default().push(symbol);
         }
         let mut defaults: BTreeSet<String> =
             self.cases_of(part).map(|(_, found)| found.default.clone()).collect();
@@ -348,11 +340,8 @@ impl Evidence {
 
     fn grid(&self, part: Part, symbols: Vec<String>, has_default: bool) -> Grid {
         let cases: Vec<(Case, &CaseEvidence)> = self.cases_of(part).collect();
-        let every_default: BTreeSet<String> = Serving::default_for(&self.variant_spec, self.target)
-            .intervals
-            .iter()
-            .map(|interval| interval.variant.symbol())
-            .collect();
+        let every_default: BTreeSet<String> =
+            self.kernel.defaults().into_iter().map(|(_, symbol)| symbol).collect();
         let candidate = |symbol: &String| {
             let ratios: Vec<Option<f64>> =
                 cases.iter().map(|(_, found)| found.ratio(symbol)).collect();

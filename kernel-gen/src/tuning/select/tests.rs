@@ -1,8 +1,11 @@
 //! Selection from planted records.
 
+use std::sync::Mutex;
+
 use proptest::prelude::*;
 
 use super::*;
+use crate::target::Target;
 use crate::tuning::certificate::tests::certificate;
 use crate::tuning::device::{CpuDevice, Device};
 use crate::tuning::record::{Case, Failure, Outcome, Problem as Measured, Time, VERSION, Variant};
@@ -22,11 +25,11 @@ fn candidate(regime: &str, idx: usize) -> String {
 }
 
 fn record(symbol: &str, case: Case, outcome: Outcome) -> Record {
-    let (spec, target) = symbol.rsplit_once("__").unwrap();
-    let spec = [SPEC, ATTENTION].into_iter().find(|name| spec.starts_with(name)).unwrap();
+    let KernelVariant { spec, target, .. } = KernelVariant::parse(symbol).unwrap();
+    let (spec, target) = (crate::name::spec_name(&spec), target.name().to_string());
     Record {
         v: VERSION,
-        problem: Measured { spec: spec.to_string(), target: target.to_string(), case },
+        problem: Measured { spec, target, case },
         device: Device::Cpu(CpuDevice::parse_key(KEY).unwrap()),
         variant: Variant {
             symbol: symbol.to_string(),
@@ -40,12 +43,21 @@ fn record(symbol: &str, case: Case, outcome: Outcome) -> Record {
 }
 
 fn hash(symbol: &str) -> String {
-    source_hashes([symbol]).unwrap()[symbol].clone()
+    static HASHES: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+    let mut hashes = HASHES.lock().unwrap();
+    let new = || source_hashes([symbol]).unwrap()[symbol].clone();
+    hashes.entry(symbol.to_string()).or_insert_with(new).clone()
+}
+
+/// What serves so many rows of a spec without a lock.
+fn default_at(spec: &str, rows: usize) -> String {
+    let regime = ["one", "few", "many"][usize::from(rows > 1) + usize::from(rows > 8)];
+    format!("{spec}_{regime}__avx512")
 }
 
 fn time(symbol: &str, rows: usize, vs_default: f64) -> Record {
-    let regime = ["one", "few", "many"][usize::from(rows > 1) + usize::from(rows > 8)];
-    raced(symbol, Case::Rows(rows), vs_default, &format!("{SPEC}_{regime}__avx512"))
+    let KernelVariant { spec, .. } = KernelVariant::parse(symbol).unwrap();
+    raced(symbol, Case::Rows(rows), vs_default, &default_at(&crate::name::spec_name(&spec), rows))
 }
 
 fn raced(symbol: &str, case: Case, vs_default: f64, default: &str) -> Record {
@@ -72,8 +84,8 @@ fn certified(symbol: &str) -> Record {
 }
 
 fn select_all(records: &[Record], options: &Options) -> Selection {
-    let symbols = records.iter().map(|record| &*record.variant.symbol);
-    let hashes = source_hashes(symbols).unwrap();
+    let hash = |record: &Record| (record.variant.symbol.clone(), hash(&record.variant.symbol));
+    let hashes: BTreeMap<String, String> = records.iter().map(hash).collect();
     let selection = select(records, &hashes, options).unwrap();
     // Whatever is chosen, a build can read.
     let text = selection.lock.print();
@@ -236,6 +248,221 @@ fn attention_has_one_kernel_for_decoding_and_one_for_prompts() {
     assert_eq!(served(&selection), [(Some(1), &*decode), (None, &*prompts)]);
     let provenances = selection.lock.problems[0].intervals.iter().map(|one| &*one.provenance);
     assert_eq!(provenances.collect::<Vec<_>>(), ["measured", "default"]);
+}
+
+/// The record of another spec, as if measured there.
+fn of_spec(record: &Record, spec: &str) -> Record {
+    let symbol = |text: &str| text.replace(SPEC, spec);
+    let mut record = record.clone();
+    record.variant.symbol = symbol(&record.variant.symbol);
+    record.variant.source_hash = hash(&record.variant.symbol);
+    record.problem.spec = spec.to_string();
+    match &mut record.outcome {
+        Outcome::Time(time) => time.default = symbol(&time.default),
+        Outcome::Certificate(found) => {
+            *found = certificate(&record.variant.symbol, &record.variant.source_hash);
+        }
+        Outcome::Failure(_) => {}
+    }
+    record
+}
+
+fn of_device(mut record: Record, key: &str) -> Record {
+    record.device = Device::Cpu(CpuDevice::parse_key(key).unwrap());
+    if let Outcome::Certificate(certificate) = &mut record.outcome {
+        certificate.device = key.to_string();
+    }
+    record
+}
+
+/// Problems in which the same kernels are faster: some of few rows and one of many.
+fn three_problems() -> Vec<Record> {
+    let mut one = defaults();
+    for idx in 0..16 {
+        let symbol = candidate("few", idx);
+        let config = KernelVariant::parse(&symbol).unwrap().config;
+        let ratio = if config.prefetch == 0 { 0.6 } else { 1.1 } + 0.002 * idx as f64;
+        one.extend(times(&symbol, &[(2, ratio), (4, ratio), (8, ratio)]));
+    }
+    let specs = [SPEC, "awq_gemm_n576_k576_g64_int8", "awq_gemm_n1536_k576_g64_int8"];
+    specs.iter().flat_map(|spec| one.iter().map(|record| of_spec(record, spec))).collect()
+}
+
+const UNMEASURED: &str = "awq_gemm_n768_k576_g64_int8";
+
+/// Certificates of a problem that was not measured.
+fn certificates(records: &[Record]) -> Vec<Record> {
+    let own = records.iter().filter(|one| one.problem.spec == SPEC && one.certificate().is_some());
+    own.map(|record| of_spec(record, UNMEASURED)).collect()
+}
+
+fn predicted(records: &[Record]) -> Option<LockedProblem> {
+    let lock = select_all(records, &Options::default()).lock;
+    lock.problem(UNMEASURED, "avx512", KEY).cloned()
+}
+
+#[test]
+fn certified_kernels_without_times_are_predicted() {
+    let mut records = three_problems();
+    records.extend(certificates(&records));
+    let found = predicted(&records).expect("a problem");
+    let provenances: Vec<&str> = found.intervals.iter().map(|one| &*one.provenance).collect();
+    assert_eq!(provenances, ["default", "model", "default"]);
+    let chosen = &found.intervals[1];
+    let config = KernelVariant::parse(&chosen.symbol).unwrap().config;
+    assert_eq!((config.prefetch, chosen.rows_max, chosen.us), (0, Some(8), 0.0));
+    let lock = select_all(&records, &Options::default()).lock;
+    let shape = crate::presets::shape("smollm2-135m-awq", &[]).unwrap();
+    let options = crate::plan::PlanOptions { lock: Some(&lock), tuner: None };
+    crate::plan::plan(&[shape], &[Target::Avx512], &options).expect("a build can follow it");
+    let selection = select_all(&records, &Options::default());
+    let decision = selection.decisions.iter().find(|one| one.spec == UNMEASURED).unwrap();
+    let text = crate::tuning::explain::print(decision, Some("rows 4"));
+    assert!(text.contains("predicted") && text.contains(&chosen.symbol), "{text}");
+}
+
+#[test]
+fn predictions_need_certificates_problems_and_a_gain_beyond_their_error() {
+    let three = three_problems();
+    let certificates = certificates(&three);
+    assert_eq!(predicted(&three), None, "no certificate");
+    let is_bad = |record: &&Record| {
+        let config = KernelVariant::parse(&record.variant.symbol).unwrap().config;
+        config.prefetch > 0 || KernelVariant::parse(&record.variant.symbol).unwrap().is_default()
+    };
+    let slow = certificates.iter().filter(is_bad).cloned();
+    assert_eq!(predicted(&[three.clone(), slow.collect()].concat()), None, "none is faster");
+    let of_two = three.iter().filter(|record| !record.problem.spec.contains("n1536"));
+    let two = of_two.cloned().chain(certificates.clone()).collect::<Vec<Record>>();
+    assert_eq!(predicted(&two), None, "two problems are too few");
+    // Each problem has another order: what holds of two is wrong about the third.
+    let mut erratic = three.clone();
+    for (idx, record) in erratic.iter_mut().enumerate() {
+        if let Outcome::Time(time) = &mut record.outcome
+            && time.default != record.variant.symbol
+        {
+            time.vs_default = if idx * 7919 % 64 < 32 { 0.4 } else { 1.2 };
+        }
+    }
+    erratic.extend(certificates.clone());
+    assert_eq!(predicted(&erratic), None, "the model is wrong about problems left out");
+    // Measured on a device of the family: that is nearer than a prediction.
+    let near = "avx512-amd-25-17-l2-1024-l3-32768-t8";
+    let measured = three.iter().filter(|record| record.problem.spec == SPEC);
+    let measured = measured.map(|record| of_device(of_spec(record, UNMEASURED), near));
+    let all = [three.clone(), certificates.clone(), measured.collect()].concat();
+    assert_eq!(predicted(&all), None, "transferred");
+    assert!(predicted(&[three, certificates].concat()).is_some());
+}
+
+#[test]
+fn ties_go_to_what_another_device_has() {
+    let (first, second) = (candidate("few", 0), candidate("few", 1));
+    let near = "avx512-amd-25-17-l2-1024-l3-32768-t8";
+    let rows = [2, 4, 8];
+    let with = |own: f64| {
+        let mut here = defaults();
+        here.extend(times(&first, &rows.map(|rows| (rows, own))));
+        here.extend(times(&second, &rows.map(|rows| (rows, 0.8))));
+        let mut there = defaults();
+        there.extend(times(&first, &rows.map(|rows| (rows, 1.2))));
+        there.extend(times(&second, &rows.map(|rows| (rows, 0.8))));
+        // NOTE: by key, the other device is decided first or last; so it is both.
+        let other = |key: &'static str| there.iter().map(move |one| of_device(one.clone(), key));
+        let before = "avx512-amd-25-17-l2-1024-l3-32768-t1";
+        let all: Vec<Record> = here.into_iter().chain(other(near)).chain(other(before)).collect();
+        let lock = select_all(&all, &Options::default()).lock;
+        let problem = lock.problem(SPEC, "avx512", KEY).unwrap();
+        problem.interval(4).unwrap().symbol.clone()
+    };
+    assert!(first < second, "first in canonical order");
+    assert_eq!(with(0.8), second, "a tie");
+    assert_eq!(with(0.6), first);
+}
+
+/// Random numbers from a seed (SplitMix64, Steele and others 2014).
+struct Random(u64);
+
+impl Random {
+    fn uniform(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = self.0;
+        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((word ^ (word >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    /// About normal: of a mean of 0 and a deviation of 1.
+    fn normal(&mut self) -> f64 {
+        (0..12).map(|_| self.uniform()).sum::<f64>() - 6.0
+    }
+}
+
+const GRID: [usize; 12] = [1, 2, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512];
+
+/// True ratios of kernels: each has its own gain and slope over the row counts.
+fn machine(seed: u64) -> BTreeMap<String, Vec<f64>> {
+    let mut random = Random(seed);
+    let center = 0.15 * random.uniform();
+    let mut all = BTreeMap::new();
+    for symbol in (0..14).map(|idx| candidate(if idx % 2 == 0 { "few" } else { "many" }, idx)) {
+        let gain = 0.06 * random.normal() - center;
+        let slope = 0.02 * random.normal();
+        let ratio = |rows: &usize| {
+            (gain + slope * ((*rows as f64).log2() - 4.0) + 0.01 * random.normal()).exp()
+        };
+        all.insert(symbol, GRID.iter().map(ratio).collect());
+    }
+    all
+}
+
+/// What a tuning run records of a machine: not every kernel at every row count.
+fn tuned(machine: &BTreeMap<String, Vec<f64>>, noise: f64, seed: u64) -> Vec<Record> {
+    let mut random = Random(seed);
+    let mut records: Vec<Record> = Vec::new();
+    for rows in GRID {
+        records.push(time(&default_at(SPEC, rows), rows, 1.0));
+    }
+    for (symbol, ratios) in machine {
+        records.push(certified(symbol));
+        for (rows, ratio) in GRID.into_iter().zip(ratios) {
+            let is_measured = random.uniform() < 0.8;
+            let measured = ratio * (noise * random.normal()).exp();
+            if is_measured {
+                records.push(time(symbol, rows, measured));
+            }
+        }
+    }
+    for record in &mut records {
+        if let Outcome::Time(time) = &mut record.outcome {
+            time.noise = noise;
+        }
+    }
+    records
+}
+
+#[test]
+fn two_tunings_choose_kernels_that_are_as_fast() {
+    let mut num_chosen = 0;
+    for seed in 0..24 {
+        let machine = machine(1000 + seed);
+        let cost = |seed: u64| {
+            let records = tuned(&machine, 0.01, seed);
+            let selection = select_all(&records, &Options::default());
+            let problem = &selection.lock.problems[0];
+            let ratio = |(idx, rows): (usize, &usize)| {
+                let symbol = &problem.interval(*rows).unwrap().symbol;
+                machine.get(symbol).map_or(1.0, |ratios| ratios[idx])
+            };
+            GRID.iter().enumerate().map(ratio).sum::<f64>() / GRID.len() as f64
+        };
+        let (first, second) = (cost(2 * seed), cost(2 * seed + 1));
+        let difference = (first / second).ln().abs();
+        assert!(difference < 0.03, "machine {seed}: {first} and {second}");
+        assert!(first < 1.0 + 1e-9 && second < 1.0 + 1e-9, "slower than the defaults");
+        num_chosen += usize::from(first < 0.97);
+    }
+    assert!(num_chosen > 12, "{num_chosen} of 24 machines leave the defaults");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The emulator as a device of the engine.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bespoke::Error;
 use bespoke::backend::cuda::device::{Address, Device, DeviceInfo, Use};
 use bespoke_emulator::{Access, Emulator, Launch, Library, Source, compile};
-use bespoke_kernel_gen::cuda::{self, Arch, Regime, Spec, Variant};
+use bespoke_kernel_gen::cuda::{self, Arch, Serving, Spec, Variant};
 
 /// What was asked of a device; a clone counts along.
 #[derive(Clone, Debug, Default)]
@@ -36,8 +37,10 @@ pub(crate) struct Emulated {
     info: DeviceInfo,
     recording: Option<Vec<Recorded>>,
     counters: Counters,
-    /// Kernels of this op do nothing.
-    broken: Option<&'static str>,
+    /// Kernels of which names begin with this do nothing.
+    broken: Option<String>,
+    /// What a tuner may try beside the defaults.
+    candidates: Vec<Variant>,
     /// Where memory of `alloc_host` lies.
     pinned: Vec<Range<usize>>,
     /// What a device may still be reading of it.
@@ -77,14 +80,20 @@ impl Emulated {
             recording: None,
             counters: Counters::default(),
             broken: None,
+            candidates: Vec::new(),
             pinned: Vec::new(),
             in_flight: Vec::new(),
         }
     }
 
-    /// A device on which the kernels of `op` do nothing.
-    pub(crate) fn broken(seed: u64, op: &'static str) -> Emulated {
-        Emulated { broken: Some(op), ..Emulated::new(seed) }
+    /// A device on which the kernels of an op, or of another beginning of their names, do nothing.
+    pub(crate) fn broken(seed: u64, op: &str) -> Emulated {
+        Emulated { broken: Some(op.to_owned()), ..Emulated::new(seed) }
+    }
+
+    /// The device with these kernels beside the defaults.
+    pub(crate) fn with_candidates(self, candidates: &[Variant]) -> Emulated {
+        Emulated { candidates: candidates.to_vec(), ..self }
     }
 
     pub(crate) fn counters(&self) -> Counters {
@@ -99,7 +108,7 @@ impl Emulated {
             shared_bytes: kernel.shared_bytes,
         };
         self.counters.add(1, 1);
-        if self.broken.is_some_and(|op| kernel.symbol.starts_with(op)) {
+        if self.broken.as_ref().is_some_and(|op| kernel.symbol.starts_with(op)) {
             return;
         }
         let result = self.emulator.launch(&kernel.compiled, &kernel.symbol, launch, params);
@@ -116,9 +125,17 @@ impl Device for Emulated {
         &self.info
     }
 
-    fn find(&self, spec: &Spec, regime: Regime) -> Option<Variant> {
-        let variant = spec.variant(regime, self.info.arch);
-        variant.is_feasible().is_ok().then_some(variant)
+    fn serving(&self, spec: &Spec) -> Option<Serving> {
+        let serving = Serving::default_for(spec, self.info.arch);
+        let is_there = |one: &cuda::Interval| one.variant.is_feasible().is_ok();
+        serving.intervals.iter().all(is_there).then_some(serving)
+    }
+
+    fn kernels(&self, spec: &Spec) -> Vec<Variant> {
+        let own = self.serving(spec).map_or(Vec::new(), |serving| serving.intervals);
+        let own = own.into_iter().map(|interval| interval.variant);
+        let candidates = self.candidates.iter().filter(|one| one.spec() == *spec).copied();
+        own.chain(candidates).collect::<BTreeSet<Variant>>().into_iter().collect()
     }
 
     fn load(&mut self, variants: &[Variant]) -> Result<Vec<Kernel>, Error> {
