@@ -19,7 +19,7 @@ mod generate;
 mod grammar;
 #[cfg(feature = "make")]
 mod import;
-#[cfg(feature = "make")]
+#[cfg(any(feature = "chat", feature = "make"))]
 mod interrupt;
 mod kernels;
 mod logits;
