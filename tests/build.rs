@@ -1,5 +1,5 @@
-//! Generates the kernels of the tiny golden models, of one of them with every page size, and of one
-//! with a lock.
+//! Generates the kernels of the tiny golden models, of one of them with every page size, of another
+//! for every target, and of one with a lock.
 
 use std::path::{Path, PathBuf};
 
@@ -42,6 +42,8 @@ fn main() {
     let all = Configs { paths: &configs, targets: &targets, page_size: 32, options };
     build_configs(&all, "");
     let one = [tiny.join("llama-gqa2/config.json")];
+    let mixed = [tiny.join("llama-awq-mixed/config.json")];
+    build_configs(&Configs { paths: &mixed, targets: &Target::ALL, ..all }, "targets");
     for (page_size, folder) in [(16, "pages16"), (64, "pages64")] {
         build_configs(&Configs { paths: &one, page_size, ..all }, folder);
     }

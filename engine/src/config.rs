@@ -71,6 +71,8 @@ pub struct EngineOptions {
     pub kv_memory: KvMemory,
     /// Whether a GPU records steps of decoding and replays them.
     pub cuda_graphs: bool,
+    /// Whether weights are taken packed from the source's cache, and kept there, where it has one.
+    pub packed_cache: bool,
     /// Whether requests find the keys and values of earlier ones with the same beginning.
     pub prefix_cache: bool,
     /// Key of the prefix index's hashes; `None`: a random one.
@@ -111,6 +113,7 @@ impl EngineOptions {
             num_pages: None,
             kv_memory: KvMemory::Share(0.8),
             cuda_graphs: true,
+            packed_cache: true,
             prefix_cache: true,
             hash_key: None,
             max_sessions: 256,

@@ -24,6 +24,8 @@ use crate::tuning::lock::Lock;
 ///
 /// `BESPOKE_PAGE_SIZE` chooses the slots of a KV page, one of [`PAGE_SIZES`].
 ///
+/// `BESPOKE_TARGETS` names the CPU targets, separated by commas; without it there are all.
+///
 /// `kernels.lock` in the package's folder, else in the one above, says which kernels serve which
 /// rows; `BESPOKE_LOCK` names another file, or `none`. With `BESPOKE_TUNER=1` the build also has
 /// the candidates of a tuner for `BESPOKE_TUNER_TARGET`, a target or an architecture; without it,
@@ -35,9 +37,10 @@ use crate::tuning::lock::Lock;
 /// A failure is printed for cargo and ends the process with exit code 1.
 pub fn build() {
     tell_compiler();
-    const VARIABLES: [&str; 5] = [
+    const VARIABLES: [&str; 6] = [
         "BESPOKE_MODEL",
         "BESPOKE_PAGE_SIZE",
+        "BESPOKE_TARGETS",
         "BESPOKE_LOCK",
         "BESPOKE_TUNER",
         "BESPOKE_TUNER_TARGET",
@@ -49,7 +52,8 @@ pub fn build() {
         let lock = lock(&variable("BESPOKE_LOCK"))?;
         let tuner = tuner(&variable("BESPOKE_TUNER"), &variable("BESPOKE_TUNER_TARGET"))?;
         let options = PlanOptions { lock: lock.as_ref(), tuner: tuner.target() };
-        generate_into(&folder, &shapes, &Target::ALL, &options)?;
+        let targets = targets(&variable("BESPOKE_TARGETS"))?;
+        generate_into(&folder, &shapes, &targets, &options)?;
         write_if_changed(&folder.join("models.rs"), models_rs(&shapes).as_bytes())?;
         match std::env::var_os("CARGO_FEATURE_CUDA") {
             Some(_) => generate_cuda_into(&folder, &shapes, lock.as_ref(), tuner),
@@ -123,6 +127,20 @@ fn archs(text: &str) -> Result<Vec<Arch>, Error> {
         })
     };
     names.iter().map(arch).collect()
+}
+
+/// The CPU targets that `BESPOKE_TARGETS` names, ascending.
+fn targets(text: &str) -> Result<Vec<Target>, Error> {
+    let names: Vec<&str> = text.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
+    if names.is_empty() {
+        return Ok(Target::ALL.to_vec());
+    }
+    let known = Target::ALL.map(Target::name);
+    if let Some(name) = names.iter().find(|name| !known.contains(name)) {
+        let message = format!("BESPOKE_TARGETS names {name:?}; choose of {}", known.join(", "));
+        return Err(Error::Source { position: "environment".to_string(), message });
+    }
+    Ok(Target::ALL.into_iter().filter(|target| names.contains(&target.name())).collect())
 }
 
 fn generate_cuda_into(
@@ -363,6 +381,14 @@ mod tests {
         assert_eq!(archs("sm_90a, sm_80,").unwrap(), [Arch::Sm90a, Arch::Sm80]);
         let error = archs("sm_80,sm_90").unwrap_err().to_string();
         assert!(error.contains("\"sm_90\"") && error.contains("sm_90a"), "{error}");
+    }
+
+    #[test]
+    fn targets_are_checked() {
+        assert_eq!(targets("").unwrap(), Target::ALL);
+        assert_eq!(targets("avx512, portable").unwrap(), [Target::Portable, Target::Avx512]);
+        let error = targets("avx512,avx2").unwrap_err().to_string();
+        assert!(error.contains("\"avx2\"") && error.contains("x86_64_v3"), "{error}");
     }
 
     #[test]

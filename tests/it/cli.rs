@@ -7,6 +7,7 @@ mod export;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use bespoke::cli::{self, Console, Exit};
 use bespoke::kernels::generated;
@@ -32,6 +33,9 @@ fn run_in(home: &Path, args: &[&str]) -> Run {
         kernels: generated::table(),
         home: Some(home.to_owned()),
         program: None,
+        bundle: None,
+        start: Instant::now(),
+        before_main: None,
     };
     let exit = cli::run([&["bespoke"], args].concat(), &mut console);
     let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -589,6 +593,9 @@ fn survives_broken_output() {
             kernels: generated::table(),
             home: None,
             program: None,
+            bundle: None,
+            start: Instant::now(),
+            before_main: None,
         };
         let exit = cli::run(["bespoke", "kernels"], &mut console);
         (exit, String::from_utf8(err).unwrap())

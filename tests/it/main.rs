@@ -24,6 +24,8 @@ mod macros;
 mod model;
 /// Kernel templates against naive loops, instantiated for every instruction set of this machine.
 mod ops;
+/// Weights in files as kernels read them, and programs that bring them.
+mod packed;
 /// Quantized checkpoints, and how they are made.
 mod quantize;
 /// Style, names and directions of dependency.

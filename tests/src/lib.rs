@@ -25,6 +25,7 @@ generated!(tiny, "/kernels.rs");
 generated!(locked, "/locked/kernels.rs");
 generated!(pages16, "/pages16/kernels.rs");
 generated!(pages64, "/pages64/kernels.rs");
+generated!(targets, "/targets/kernels.rs");
 
 /// The table of the tiny golden models' kernels.
 pub fn tiny_kernels() -> KernelTable {
@@ -42,4 +43,9 @@ pub fn tiny_kernels_with_pages(page_size: usize) -> KernelTable {
     let tables = [pages16::TABLE, tiny::TABLE, pages64::TABLE];
     let found = tables.into_iter().find(|table| table.page_size == page_size);
     found.unwrap_or_else(|| panic!("no tests are built with pages of {page_size}"))
+}
+
+/// Kernels of the tiny model `llama-awq-mixed` for every target.
+pub fn tiny_kernels_of_all_targets() -> KernelTable {
+    targets::TABLE
 }

@@ -1,17 +1,24 @@
 //! Where a command writes: results to one stream, everything else to another.
 
 use std::io::{self, ErrorKind, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use serde::Serialize;
 
 use super::Exit;
+use crate::bundle::Bundle;
 use crate::error::Error;
 use crate::import::cache::{self, Cache};
 use crate::import::environment;
+#[cfg(feature = "make")]
 use crate::import::pull::PullOptions;
 use crate::kernels::KernelTable;
+use crate::model::safetensors::has_weights;
+use crate::packed::PackedCache;
+use crate::source::{ModelFolder, ModelSource, WeightsSource};
 
 /// The streams of a command, and the kernels of the binary that it runs in.
 pub struct Console<'a> {
@@ -27,6 +34,12 @@ pub struct Console<'a> {
     /// The program's own file, which some commands run once more in a process with limits; `None`
     /// where the command line runs within another program.
     pub program: Option<PathBuf>,
+    /// The model that the program brings.
+    pub bundle: Option<Arc<Bundle>>,
+    /// When the program's own code began.
+    pub start: Instant,
+    /// Processor time that the process had taken then, where the system says.
+    pub before_main: Option<Duration>,
 }
 
 impl Console<'_> {
@@ -56,8 +69,41 @@ impl Console<'_> {
         }
     }
 
+    #[cfg(feature = "make")]
     pub(super) fn pull_options(&self) -> Result<PullOptions, Error> {
         Ok(PullOptions { cache: self.cache()?, ..environment::pull_options()? })
+    }
+
+    /// Where the weights of loaded models are kept as kernels read them. A system without a folder
+    /// for that goes without.
+    fn packed_cache(&self) -> Option<PackedCache> {
+        Some(PackedCache::new(self.cache().ok()?.root.join("packed")))
+    }
+
+    /// A model given as a path, a cached name, a preset, or the name of the one that the program
+    /// brings.
+    pub(super) fn source(&self, model: &str) -> Result<ModelSource, Error> {
+        let packed_cache = self.packed_cache();
+        if let Some(bundle) = &self.bundle {
+            let files = ModelFolder::Bundle(bundle.clone());
+            if model == bundle.name() {
+                if let Some(weights) = bundle.weights()? {
+                    let weights = WeightsSource::Packed(weights);
+                    return Ok(ModelSource { files, weights, packed_cache });
+                }
+                if !Path::new(model).exists() {
+                    return Err(Error::Request(format!(
+                        "this program brings the model {model} without its weights; give the \
+                         folder that has them with --model DIR"
+                    )));
+                }
+            }
+            let dir = PathBuf::from(model);
+            if has_weights(&dir) && !cache::is_model_dir(&dir) {
+                return Ok(ModelSource { files, packed_cache, ..ModelSource::folder(dir) });
+            }
+        }
+        Ok(ModelSource { packed_cache, ..ModelSource::folder(self.resolve(model)?) })
     }
 
     /// The folder of a model given as a path, a cached name or a preset.

@@ -12,6 +12,7 @@ use crate::files::{IfExists, StagedFile};
 use crate::model::linear::{AwqView, LinearPart};
 use crate::model::weights::{LinearTensors, ModelWeights, Weights};
 use crate::safetensors_writer::{SafetensorsWriter, TensorSpec};
+use crate::source::ModelFolder;
 
 /// Write the quantized weights of a model as float32, exactly as they are computed with
 #[derive(clap::Args)]
@@ -28,7 +29,7 @@ const ROLES: [LinearRole; 4] =
 
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
     let dir = console.resolve(&args.model)?;
-    let config = ModelFiles::read_config(&dir)?;
+    let config = ModelFiles::read_config(&ModelFolder::Disk(dir.clone()))?;
     let shape = config.shape("model")?;
     let staged = StagedFile::create(&args.output, IfExists::Replace)?;
     write(&dir, &config, &shape, staged.path())?;

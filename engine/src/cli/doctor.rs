@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::console::Console;
 use crate::backend::cpu;
+use crate::bundle::Bundle;
 use crate::files::{free_space, human_bytes};
 use crate::memory;
 
@@ -31,7 +32,20 @@ struct Report {
     memory: MemoryReport,
     gpu: Gpu,
     cache: CacheReport,
+    /// The model that this program brings, null in one that was built for any.
+    model: Option<ModelReport>,
     kernels: Kernels,
+}
+
+#[derive(Serialize)]
+struct ModelReport {
+    name: String,
+    /// Machines that the program was built for.
+    targets: Vec<String>,
+    /// Of the configuration, the tokenizer and the chat template.
+    files_bytes: u64,
+    /// Null where the weights are not in the program.
+    weights_bytes: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -173,8 +187,26 @@ fn report(console: &Console<'_>) -> Report {
             models: cache.as_ref().map_or(Vec::new(), |cache| cache.names()),
             path: cache.map(|cache| cache.root),
         },
+        model: console.bundle.as_deref().map(model),
         kernels: Kernels { count: kernels.len(), by_target, by_op, device, chosen_for },
     }
+}
+
+fn model(bundle: &Bundle) -> ModelReport {
+    ModelReport {
+        name: bundle.name().to_owned(),
+        targets: bundle.targets().to_vec(),
+        files_bytes: bundle.files().map(|(_, len)| len).sum(),
+        weights_bytes: bundle.weights_len(),
+    }
+}
+
+fn model_text(model: &ModelReport) -> String {
+    let weights = match model.weights_bytes {
+        Some(bytes) => format!("with {} of weights", human_bytes(bytes)),
+        None => "without weights".to_owned(),
+    };
+    format!("{}, {weights}, for {}", model.name, model.targets.join(", "))
 }
 
 /// The device classes of this binary's kernels, and how near `device` is to them.
@@ -299,6 +331,7 @@ fn text(report: &Report) -> String {
         Some(path) => format!("{} ({} free)", path.display(), bytes(report.cache.free_bytes)),
         None => "no folder known; set BESPOKE_HOME".to_owned(),
     };
+    let model = report.model.as_ref().map_or("none".to_owned(), model_text);
     let target = cpu.target.unwrap_or("none; only the reference backend works");
     let chosen_for: Vec<String> = report
         .kernels
@@ -329,6 +362,7 @@ fn text(report: &Report) -> String {
         ["CUDA compiler", &nvcc],
         ["model cache", &cache],
         ["cached models", &models],
+        ["own model", &model],
         ["kernels by target", &counts(&report.kernels.by_target)],
         ["kernels by op", &counts(&report.kernels.by_op)],
     ]);

@@ -2,6 +2,8 @@
 
 use std::io::{self, Read, Seek, SeekFrom};
 
+/// Magic number, 64 bits, little-endian.
+const MAGIC: [u8; 6] = [0x7F, b'E', b'L', b'F', 2, 1];
 const HEADER_LEN: usize = 64;
 const SECTION_LEN: usize = 64;
 const SYMBOL_LEN: usize = 24;
@@ -22,8 +24,7 @@ struct Section {
 /// The mangled name and code size of every function in the symbol table of an executable.
 pub(super) fn functions(file: &mut (impl Read + Seek)) -> io::Result<Vec<(String, u64)>> {
     let header = read_at(file, 0, HEADER_LEN as u64)?;
-    // Magic number, 64 bits, little-endian.
-    if header[..6] != [0x7F, b'E', b'L', b'F', 2, 1] {
+    if header[..6] != MAGIC {
         return Err(invalid("no ELF64 file"));
     }
     let offset = u64_at(&header, 40)?;
@@ -48,6 +49,39 @@ pub(super) fn functions(file: &mut (impl Read + Seek)) -> io::Result<Vec<(String
         functions.push((String::from_utf8_lossy(name).into_owned(), u64_at(symbol, 16)?));
     }
     Ok(functions)
+}
+
+/// An executable without what is not loaded: symbols, their names, and the list of sections. Other
+/// files stay as they are.
+#[cfg(feature = "make")]
+pub(super) fn stripped(program: &[u8]) -> Vec<u8> {
+    let mut program = program.to_vec();
+    if let Ok(end) = end_of_segments(&program) {
+        program.truncate(end);
+        // Offset, number and names of the sections.
+        program[40..48].fill(0);
+        program[58..64].fill(0);
+    }
+    program
+}
+
+/// Where the last segment ends in the file.
+#[cfg(feature = "make")]
+fn end_of_segments(program: &[u8]) -> io::Result<usize> {
+    if program.get(..6) != Some(&MAGIC) {
+        return Err(invalid("no ELF64 file"));
+    }
+    let (table, entry_len) = (u64_at(program, 32)?, usize::from(u16_at(program, 54)?));
+    let table = usize::try_from(table).map_err(|_| invalid("an offset is too large"))?;
+    let mut end = HEADER_LEN;
+    for idx in 0..usize::from(u16_at(program, 56)?) {
+        let at = table.checked_add(idx * entry_len).ok_or_else(|| invalid("an offset"))?;
+        let segment_end = u64_at(program, at + 8)?.checked_add(u64_at(program, at + 32)?);
+        let segment_end = segment_end.and_then(|end| usize::try_from(end).ok());
+        let inside = segment_end.filter(|end| *end <= program.len());
+        end = end.max(inside.ok_or_else(|| invalid("a segment outside the file"))?);
+    }
+    Ok(end)
 }
 
 /// The path of a mangled Rust name: both mangling schemes write each part after its length.
@@ -131,6 +165,21 @@ mod tests {
         let functions = functions(&mut io::Cursor::new(&bytes)).unwrap_or_default();
         let is_this = |name: &str| name_parts(name).any(|part| part == "finds_this_test");
         assert_eq!(is_elf, functions.iter().any(|(name, size)| is_this(name) && *size > 0));
+    }
+
+    #[test]
+    #[cfg(feature = "make")]
+    fn strips_what_is_not_loaded() {
+        let bytes = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        let stripped = stripped(&bytes);
+        if bytes.starts_with(&MAGIC) {
+            assert!(stripped.len() < bytes.len());
+            assert_eq!(end_of_segments(&stripped).unwrap(), stripped.len());
+            assert_eq!(functions(&mut io::Cursor::new(&stripped)).unwrap(), []);
+        }
+        let cut = [&MAGIC[..], &[0x11; 100]].concat();
+        assert_eq!(super::stripped(&cut), cut);
+        assert_eq!(super::stripped(b"#!"), b"#!");
     }
 
     #[test]

@@ -11,11 +11,13 @@ use super::grammar::GrammarArgs;
 use super::model::{ModelArgs, ModelFiles};
 use super::prompt::PromptArgs;
 use super::sampling::SamplingArgs;
+use super::startup::StartupReport;
 use crate::config::EngineOptions;
 use crate::engine::Engine;
 use crate::memory;
 use crate::request::{FinishReason, Generation, Request, RequestOutput};
 use crate::sampling::TokenLogprob;
+use crate::startup::{Stage, Startup};
 use crate::tokenizer::stream::{StopStrings, TextStream};
 
 /// Continue a prompt
@@ -85,6 +87,8 @@ struct Report<'a> {
     choices: Option<Vec<Choice<'a>>>,
     timing: Timing,
     memory: Memory,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    startup: Option<StartupReport>,
 }
 
 /// One of several answers in the JSON.
@@ -155,6 +159,10 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     };
     let answer = &answers[0];
     let memory = Memory::of(&engine);
+    let startup = args.model.run.startup_report.then(|| {
+        let stages = [&files.startup, engine.startup(), &answer.startup()];
+        StartupReport::new(&stages, console)
+    });
     if args.json {
         return console.print_json(&Report {
             model: &args.model.model,
@@ -168,10 +176,14 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
             choices: (args.n > 1).then(|| answers.iter().map(Answer::choice).collect()),
             timing: answer.timing,
             memory,
+            startup,
         });
     }
     print_answers(&answers, is_streamed, console)?;
     console.report(&summary(prompt_ids.len(), answer));
+    if let Some(startup) = startup {
+        console.report(&startup.text());
+    }
     Ok(())
 }
 
@@ -199,6 +211,13 @@ fn print_answers(
 }
 
 impl Answer {
+    /// The stretch before the first token.
+    fn startup(&self) -> Startup {
+        let time = Duration::from_secs_f64(self.timing.first_token_ms * 1e-3);
+        let stages = vec![Stage { name: "first token", time }];
+        Startup { stages, warnings: Vec::new() }
+    }
+
     fn choice(&self) -> Choice<'_> {
         Choice {
             output_ids: &self.output_ids,

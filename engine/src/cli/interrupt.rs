@@ -3,7 +3,9 @@
 //! Builds without the server and the chat have no runtime to wait for signals with: there Ctrl-C
 //! ends every command at once.
 
+#[cfg(feature = "make")]
 use std::sync::Arc;
+#[cfg(feature = "make")]
 use std::sync::atomic::{AtomicBool, Ordering};
 
 #[cfg(any(feature = "chat", feature = "server"))]
@@ -14,12 +16,14 @@ pub(super) use listener::Listener;
 pub(super) const INTERRUPTED: i32 = 130;
 
 /// Whether a command shall come to its end: the first Ctrl-C asks for it, the second does not wait.
+#[cfg(feature = "make")]
 pub(super) struct Stop {
     is_asked: Arc<AtomicBool>,
     #[cfg(any(feature = "chat", feature = "server"))]
     _listener: Listener,
 }
 
+#[cfg(feature = "make")]
 impl Stop {
     /// Listens until it is dropped. The first Ctrl-C is answered with `message`.
     #[cfg(any(feature = "chat", feature = "server"))]

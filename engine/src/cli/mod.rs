@@ -1,40 +1,53 @@
 //! The command line: arguments in, text or one JSON value out.
 
 mod bench;
+#[cfg(feature = "make")]
+mod build;
 #[cfg(feature = "chat")]
 mod chat;
 mod console;
+#[cfg(feature = "make")]
 mod dequantize;
 mod doctor;
 mod elf;
 mod eval;
+#[cfg(feature = "make")]
 mod explain;
+#[cfg(feature = "make")]
 mod export;
 mod generate;
 mod grammar;
+#[cfg(feature = "make")]
 mod import;
+#[cfg(any(feature = "chat", feature = "make"))]
 mod interrupt;
 mod kernels;
 mod logits;
 mod model;
+mod pack_weights;
 mod perplexity;
 #[cfg(feature = "server")]
 mod probation;
 mod progress;
 mod prompt;
+#[cfg(feature = "make")]
 mod pull;
+#[cfg(feature = "make")]
 mod quantize;
+#[cfg(feature = "make")]
 mod quickstart;
 mod sampling;
 #[cfg(feature = "server")]
 mod serve;
+mod startup;
+#[cfg(feature = "make")]
 mod tune;
 mod verify;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use console::Console;
 
@@ -73,13 +86,29 @@ Examples:
 MODEL is a model folder, the name of a cached model, or a preset (smollm2-135m).
 Exit codes: 0 done, 1 failed, 2 wrong usage.";
 
+/// What a program that brings a model says instead.
+const OWN: &str = "\
+Examples:
+  generate --prompt 'The capital of France is'
+  chat
+  serve
+
+Exit codes: 0 done, 1 failed, 2 wrong usage.";
+
 #[derive(Subcommand)]
 enum Command {
+    #[cfg(feature = "make")]
     Quickstart(quickstart::Args),
+    #[cfg(feature = "make")]
     Pull(pull::Args),
+    #[cfg(feature = "make")]
     Import(import::Args),
+    #[cfg(feature = "make")]
     Export(export::Args),
+    #[cfg(feature = "make")]
     Quantize(quantize::Args),
+    #[cfg(feature = "make")]
+    Build(build::Args),
     Generate(generate::Args),
     #[cfg(feature = "chat")]
     Chat(chat::Args),
@@ -90,12 +119,17 @@ enum Command {
     #[cfg(feature = "server")]
     Serve(serve::Args),
     Kernels(kernels::Args),
+    #[cfg(feature = "make")]
     Explain(explain::Args),
     Verify(verify::Args),
+    #[cfg(feature = "make")]
     Tune(tune::Args),
     Doctor(doctor::Args),
     #[command(hide = true)]
+    #[cfg(feature = "make")]
     Dequantize(dequantize::Args),
+    #[command(hide = true)]
+    PackWeights(pack_weights::Args),
     #[cfg(feature = "server")]
     #[command(hide = true)]
     ProbeTemplate(probation::Args),
@@ -107,7 +141,7 @@ where
     I: IntoIterator<Item = T>,
     T: Into<OsString> + Clone,
 {
-    let cli = match Cli::try_parse_from(args) {
+    let cli = match parse(args, console) {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => {
             console.report(&error.render().to_string());
@@ -131,11 +165,18 @@ fn pin_kernels(console: &mut Console<'_>) -> anyhow::Result<()> {
 
 fn run_command(command: Command, console: &mut Console<'_>) -> anyhow::Result<()> {
     match command {
+        #[cfg(feature = "make")]
         Command::Quickstart(args) => quickstart::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Pull(args) => pull::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Import(args) => import::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Export(args) => export::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Quantize(args) => quantize::run(&args, console),
+        #[cfg(feature = "make")]
+        Command::Build(args) => build::run(&args, console),
         Command::Generate(args) => generate::run(&args, console),
         #[cfg(feature = "chat")]
         Command::Chat(args) => chat::run(&args, console),
@@ -146,19 +187,48 @@ fn run_command(command: Command, console: &mut Console<'_>) -> anyhow::Result<()
         #[cfg(feature = "server")]
         Command::Serve(args) => serve::run(&args, console),
         Command::Kernels(args) => kernels::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Explain(args) => explain::run(&args, console),
         Command::Verify(args) => verify::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Tune(args) => tune::run(&args, console),
         Command::Doctor(args) => doctor::run(&args, console),
+        #[cfg(feature = "make")]
         Command::Dequantize(args) => dequantize::run(&args, console),
+        Command::PackWeights(args) => pack_weights::run(&args, console),
         #[cfg(feature = "server")]
-        Command::ProbeTemplate(args) => probation::run(&args),
+        Command::ProbeTemplate(args) => probation::run(&args, console),
     }
+}
+
+/// Commands with a model, which a program that brings one need not be told.
+const WITH_MODEL: [&str; 7] =
+    ["generate", "chat", "logits", "perplexity", "eval", "bench", "serve"];
+
+fn parse<I, T>(args: I, console: &Console<'_>) -> Result<Cli, clap::Error>
+where
+    I: IntoIterator<Item = T>,
+    T: Into<OsString> + Clone,
+{
+    let mut command = Cli::command();
+    if let Some(bundle) = &console.bundle {
+        // Arguments are parsed once in the life of a program.
+        let name: &'static str = bundle.name().to_owned().leak();
+        let with_default = |arg: clap::Arg| arg.required(false).default_value(name);
+        command = command.after_help(format!("This program brings the model {name}.\n\n{OWN}"));
+        for name in WITH_MODEL {
+            if command.find_subcommand(name).is_some() {
+                command =
+                    command.mut_subcommand(name, |command| command.mut_arg("model", with_default));
+            }
+        }
+    }
+    Cli::from_arg_matches(&command.try_get_matches_from(args)?)
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::CommandFactory as _;
 
     #[test]
     fn arguments_are_consistent() {

@@ -1,13 +1,16 @@
 //! The arguments that every command with a model shares, and loading what they name.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use bespoke_kernel_gen::model::ModelConfig;
+#[cfg(feature = "make")]
 use bespoke_kernel_gen::presets;
-use bespoke_kernel_gen::spec::{ActivationType, KvDType, ModelShape};
+#[cfg(feature = "make")]
+use bespoke_kernel_gen::spec::ModelShape;
+use bespoke_kernel_gen::spec::{ActivationType, KvDType};
 use clap::ValueEnum;
 
 use super::console::Console;
@@ -16,6 +19,8 @@ use crate::backend::cuda::KvMemory;
 use crate::config::{BackendChoice, EngineOptions, LoadFormat, context_max};
 use crate::engine::Engine;
 use crate::kernels::generated;
+use crate::source::{ModelFolder, ModelSource, WeightsSource};
+use crate::startup::Startup;
 use crate::tokenizer::Tokenizer;
 
 /// Which model, and how it runs.
@@ -46,6 +51,12 @@ pub(super) struct RunArgs {
     /// Memory of the KV cache on a GPU: a share of what weights leave, or bytes (512M, 12G)
     #[arg(long, value_name = "MEMORY", value_parser = parse_kv_memory, default_value = "0.8")]
     pub(super) kv_memory: KvMemory,
+    /// Pack the weights anew instead of keeping them as kernels read them for the next start
+    #[arg(long)]
+    pub(super) no_packed_cache: bool,
+    /// Tell on standard error, or in the JSON, where the time before the first token went
+    #[arg(long)]
+    pub(super) startup_report: bool,
     /// Where the weights come from; `dummy` makes random ones, to measure speed without any
     #[arg(long, value_enum, default_value_t = Format::Checkpoint)]
     pub(super) load_format: Format,
@@ -146,32 +157,41 @@ pub(super) fn parse_threads(text: &str) -> Result<usize, String> {
     }
 }
 
-/// A model's folder and what is read before its weights.
+/// Where a model is, and what is read before its weights.
 pub(super) struct ModelFiles {
-    pub(super) dir: PathBuf,
+    pub(super) source: ModelSource,
     pub(super) config: ModelConfig,
-    /// `None` where the folder has no tokenizer.
+    /// `None` where the model has no tokenizer.
     tokenizer: Option<Arc<Tokenizer>>,
+    /// What reading them took.
+    pub(super) startup: Startup,
 }
 
 impl ModelFiles {
     /// Finds the model `name` and reads its configuration and tokenizer.
     pub(super) fn open(name: &str, console: &Console<'_>) -> anyhow::Result<ModelFiles> {
-        ModelFiles::open_dir(console.resolve(name)?)
+        ModelFiles::read(console.source(name)?)
     }
 
-    /// Reads configuration and tokenizer of the model folder `dir`.
-    pub(super) fn open_dir(dir: PathBuf) -> anyhow::Result<ModelFiles> {
-        let config = ModelFiles::read_config(&dir)?;
-        let tokenizer = Tokenizer::load_optional(&dir)?;
+    /// Reads configuration and tokenizer of a model.
+    pub(super) fn read(source: ModelSource) -> anyhow::Result<ModelFiles> {
+        if let WeightsSource::Packed(file) = &source.weights {
+            // Weights are read while the tokenizer is. Whoever needs them waits for that.
+            let file = file.clone();
+            thread::spawn(move || file.check(1));
+        }
+        let mut startup = Startup::default();
+        let config = ModelFiles::read_config(&source.files)?;
+        let tokenizer = startup.time("read tokenizer", || Tokenizer::of_optional(&source.files))?;
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_vocab_size(config.vocab_size)?;
         }
-        Ok(ModelFiles { dir, config, tokenizer: tokenizer.map(Arc::new) })
+        Ok(ModelFiles { source, config, tokenizer: tokenizer.map(Arc::new), startup })
     }
 
-    pub(super) fn read_config(dir: &Path) -> anyhow::Result<ModelConfig> {
-        ModelConfig::from_file(&dir.join("config.json")).with_context(|| dir.display().to_string())
+    pub(super) fn read_config(folder: &ModelFolder) -> anyhow::Result<ModelConfig> {
+        let text = folder.config_text()?;
+        ModelConfig::parse(&text).with_context(|| folder.root().display().to_string())
     }
 
     /// The tokenizer, or an error that says what works without one.
@@ -180,7 +200,7 @@ impl ModelFiles {
             format!(
                 "{}: the model has no tokenizer.json, so it cannot read text; give token ids \
                  with --prompt-ids, or add the file",
-                self.dir.display()
+                self.source.files.root().display()
             )
         })
     }
@@ -223,11 +243,20 @@ impl ModelFiles {
         let start = Instant::now();
         let mut meter = Meter::new(console);
         let mut engine =
-            Engine::load(&self.dir, options, &mut |progress| meter.show_load(progress))?;
+            Engine::load_from(&self.source, options, &mut |progress| meter.show_load(progress))?;
+        drop(meter);
+        warn(engine.startup(), console);
         if let Some(tokenizer) = &self.tokenizer {
             engine.set_tokenizer(tokenizer.clone());
         }
         Ok((engine, start.elapsed()))
+    }
+}
+
+/// Tells what went wrong without stopping anything.
+pub(super) fn warn(startup: &Startup, console: &mut Console<'_>) {
+    for warning in &startup.warnings {
+        console.report(&format!("warning: {warning}\n"));
     }
 }
 
@@ -247,6 +276,7 @@ pub(super) fn options(
         kv_dtype: run.kv_dtype.choice(),
         activation: run.activations.choice(),
         num_threads: run.threads,
+        packed_cache: !run.no_packed_cache,
         cuda_kernels: generated::cuda_table(),
         kv_memory: run.kv_memory,
         max_sequences: 1,
@@ -257,13 +287,14 @@ pub(super) fn options(
 
 /// The shape of a model that the binary was built for, that is found, or that kernels can be made
 /// for by name.
+#[cfg(feature = "make")]
 pub(super) fn shape_of(model: &str, console: &Console<'_>) -> anyhow::Result<ModelShape> {
     let built = generated::models().into_iter().find(|shape| shape.name == model);
     if let Some(shape) = built {
         return Ok(shape);
     }
     let shape = match console.resolve(model) {
-        Ok(dir) => ModelFiles::read_config(&dir)?.shape(model)?,
+        Ok(dir) => ModelFiles::read_config(&ModelFolder::Disk(dir))?.shape(model)?,
         Err(error) => presets::shape(model, &[]).map_err(|_| error)?,
     };
     Ok(ModelShape { page_size: console.kernels.page_size, ..shape })

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context as _, bail};
 use serde_json::{Map, Value, json};
 
+use super::console::Console;
+use crate::source::ModelFolder;
 use crate::tokenizer::chat::{ChatOptions, ChatTemplate, Message};
 
 /// Address space of the process, in bytes.
@@ -27,8 +29,8 @@ const POLL: Duration = Duration::from_millis(5);
 /// Hidden: what the process runs.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Model folder
-    dir: PathBuf,
+    /// Model folder; without one, the model that the program brings
+    dir: Option<PathBuf>,
 }
 
 /// A process that tries out a template, until it is asked how that went.
@@ -40,17 +42,20 @@ pub(super) struct Probation {
 }
 
 impl Probation {
-    /// Begins to try out the template of the model folder `dir` with the program `program`.
-    pub(super) fn start(dir: &Path, program: Option<&Path>) -> anyhow::Result<Probation> {
+    /// Begins to try out the template of a model with the program `program`.
+    pub(super) fn start(files: &ModelFolder, program: Option<&Path>) -> anyhow::Result<Probation> {
         let start = Instant::now();
         let mut child = None;
         if let Some(program) = program {
             let mut command = Command::new(program);
-            command.arg("probe-template").arg("--").arg(dir).env_clear();
+            command.arg("probe-template").env_clear();
+            if let ModelFolder::Disk(dir) = files {
+                command.arg("--").arg(dir);
+            }
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
             child = Some(command.spawn().context("cannot start the trial of the chat template")?);
         }
-        Ok(Probation { dir: dir.to_owned(), child, start })
+        Ok(Probation { dir: files.root().to_owned(), child, start })
     }
 
     /// Waits for the end; an error where the template takes too much.
@@ -84,9 +89,14 @@ impl Drop for Probation {
 }
 
 /// Tries out a template. Dies of its limits where it takes too much.
-pub(super) fn run(args: &Args) -> anyhow::Result<()> {
+pub(super) fn run(args: &Args, console: &Console<'_>) -> anyhow::Result<()> {
     limit()?;
-    let Some(template) = ChatTemplate::read(&args.dir)? else { return Ok(()) };
+    let files = match (&args.dir, &console.bundle) {
+        (Some(dir), _) => ModelFolder::Disk(dir.clone()),
+        (None, Some(bundle)) => ModelFolder::Bundle(bundle.clone()),
+        (None, None) => bail!("no model folder is given"),
+    };
+    let Some(template) = ChatTemplate::read(&files)? else { return Ok(()) };
     for messages in chats() {
         for (add_generation_prompt, tools) in [(true, tools()), (false, Value::Null)] {
             let options = ChatOptions {

@@ -4,6 +4,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::console::Console;
 use crate::config;
+#[cfg(feature = "make")]
 use crate::progress::{Progress, Unit};
 
 /// Shows how far one operation is. The bar goes away when it is dropped.
@@ -19,6 +20,7 @@ impl<'a, 'b> Meter<'a, 'b> {
     }
 
     /// Shows a report of a long operation.
+    #[cfg(feature = "make")]
     pub(super) fn show(&mut self, progress: Progress) {
         let template = match progress.unit {
             Unit::Bytes => "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}",

@@ -89,7 +89,10 @@ impl PromptArgs {
 pub(super) fn chat_ids(files: &ModelFiles, messages: &[Message]) -> anyhow::Result<Vec<u32>> {
     let tokenizer = files.tokenizer()?;
     tokenizer.chat_template().with_context(|| {
-        format!("{}: the model has no chat template; use --prompt", files.dir.display())
+        format!(
+            "{}: the model has no chat template; use --prompt",
+            files.source.files.root().display()
+        )
     })?;
     let options = ChatOptions {
         add_generation_prompt: true,

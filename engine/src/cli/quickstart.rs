@@ -16,6 +16,7 @@ use crate::engine::Engine;
 use crate::files::{SidecarLock, human_bytes};
 use crate::import::cache::is_model_dir;
 use crate::request::Request;
+use crate::source::ModelSource;
 use crate::tokenizer::chat::Message;
 
 /// Fetch a small model, quantize it, and compare both
@@ -111,7 +112,7 @@ fn row(
     dir: &Path,
     console: &mut Console<'_>,
 ) -> anyhow::Result<Row> {
-    let files = ModelFiles::open_dir(dir.to_owned())?;
+    let files = ModelFiles::read(ModelSource::folder(dir))?;
     let question = prompt::chat_ids(&files, &[Message::new("user", QUESTION)])?;
     let context_len = (SPEED_PROMPT_TOKENS + SPEED_OUTPUT_TOKENS)
         .max(question.len() + ANSWER_TOKENS_MAX)

@@ -16,6 +16,7 @@ use clap::ValueEnum;
 use super::console::Console;
 use super::model::{self, ModelArgs, ModelFiles};
 use super::probation::Probation;
+use super::startup::StartupReport;
 use crate::config::EngineOptions;
 use crate::engine::Engine;
 use crate::handle::{EngineHandle, HandleLimits};
@@ -144,13 +145,13 @@ fn provenances_text(provenances: &BTreeMap<Provenance, usize>) -> String {
 
 /// The engine, and what it serves. Weights and tokenizer are read at once.
 fn load(args: &Args, console: &mut Console<'_>) -> anyhow::Result<(EngineHandle, ServedModel)> {
-    let dir = console.resolve(&args.model.model)?;
-    let config = ModelFiles::read_config(&dir)?;
-    let probation = Probation::start(&dir, console.program.as_deref())?;
+    let source = console.source(&args.model.model)?;
+    let config = ModelFiles::read_config(&source.files)?;
+    let probation = Probation::start(&source.files, console.program.as_deref())?;
     let vocab_size = config.vocab_size;
-    let of_language = dir.clone();
+    let of_language = source.clone();
     let language = thread::spawn(move || {
-        let files = ModelFiles::open_dir(of_language)?;
+        let files = ModelFiles::read(of_language)?;
         anyhow::Ok(Arc::new(Language::new(files.tokenizer()?, vocab_size)))
     });
     let engine_options = EngineOptions {
@@ -161,13 +162,18 @@ fn load(args: &Args, console: &mut Console<'_>) -> anyhow::Result<(EngineHandle,
         ..model::options(&config, &args.model.run, 0, console)
     };
     let limits = HandleLimits { waiting_requests_max: args.max_waiting, ..HandleLimits::default() };
-    let load = move || Engine::load(&dir, &engine_options, &mut |_| {});
+    let load = move || Engine::load_from(&source, &engine_options, &mut |_| {});
     let handle = EngineHandle::start(load, limits)?;
+    let startup = handle.call(|engine| engine.startup().clone())?;
+    model::warn(&startup, console);
     let language =
         language.join().map_err(|_| anyhow!("reading the tokenizer panicked; this is a bug"))??;
     let name = args.served_model_name.clone().unwrap_or_else(|| args.model.model.clone());
     let model = handle.call(move |engine| ServedModel::of(engine, &name, language))?;
     probation.finish()?;
+    if args.model.run.startup_report {
+        console.report(&StartupReport::new(&[&startup], console).text());
+    }
     Ok((handle, model))
 }
 

@@ -3,32 +3,32 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use bespoke_kernel_gen::model::{ModelConfig, RopeScaling};
+use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::spec::ModelShape;
 
-use super::{Engine, LOGIT_ROWS, Model};
+use super::loader::{Kept, Loader, position_max};
+use super::{Engine, Model};
 use crate::backend::Backend;
-use crate::backend::cpu::{CpuBackend, CpuOptions};
+use crate::backend::cuda::CudaBackend;
 use crate::backend::cuda::device::Device;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::driver::Driver;
-use crate::backend::cuda::{CudaBackend, CudaOptions};
 use crate::backend::null::{NullBackend, NullOptions};
 use crate::backend::reference::ReferenceBackend;
-use crate::batch::{Batch, BatchLimits};
-use crate::config::{
-    BackendChoice, EngineOptions, KV_CACHE_BYTES_DEFAULT, LoadFormat, Progress, context_max,
-};
+use crate::batch::Batch;
+use crate::config::{BackendChoice, EngineOptions, LoadFormat, Progress};
 use crate::error::Error;
-use crate::kv_cache::{PagePool, num_pages};
-use crate::model::decoder::{Decoder, DecoderLimits};
+use crate::kv_cache::PagePool;
+use crate::model::decoder::{Decoder, FromWeights};
 use crate::model::rope::Rope;
-use crate::model::safetensors::read_json_file;
 use crate::model::weights::{ModelWeights, RandomWeights, Weights};
+use crate::packed::PackedParts;
 use crate::sampling::Sampler;
 use crate::scheduler::{Scheduler, SchedulerLimits};
 use crate::session::Sessions;
 use crate::session_file::Identity;
+use crate::source::{ModelSource, WeightsSource};
+use crate::startup::Startup;
 
 impl Engine {
     /// Loads the model folder `dir`.
@@ -37,24 +37,34 @@ impl Engine {
         options: &EngineOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Engine, Error> {
+        Engine::load_from(&ModelSource::folder(dir), options, progress)
+    }
+
+    /// Loads a model from wherever it is.
+    pub fn load_from(
+        source: &ModelSource,
+        options: &EngineOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Engine, Error> {
         if options.backend == BackendChoice::Null {
-            return Engine::load_null(dir, options);
+            return Engine::load_null(source, options);
         }
-        if let Some(engine) = Engine::load_on_gpu(dir, options, progress)? {
+        if let Some(engine) = Engine::load_on_gpu(source, options, progress)? {
             return Ok(engine);
         }
-        Engine::load_by(dir, options, &mut |loader, weights| match options.backend {
+        Engine::load_by(source, options, &mut |loader, weights| match options.backend {
             BackendChoice::Reference => {
                 let (config, shape) = (loader.config, loader.shape);
                 let backend = match options.num_threads {
                     None => ReferenceBackend::new(config, shape),
                     Some(num) => ReferenceBackend::with_threads(config, shape, num),
                 };
-                let (decoder, max_context) = loader.load(backend, weights, progress)?;
+                let parts = &mut FromWeights(weights);
+                let (decoder, max_context) = loader.load(backend, parts, progress)?;
                 Ok((Model::Reference(decoder), max_context))
             }
             _ => {
-                let (decoder, max_context) = loader.load(loader.cpu()?, weights, progress)?;
+                let (decoder, max_context) = loader.load_cpu(weights, progress)?;
                 Ok((Model::Cpu(decoder), max_context))
             }
         })
@@ -64,7 +74,7 @@ impl Engine {
     /// the CPU is to be used.
     #[cfg(feature = "cuda")]
     fn load_on_gpu(
-        dir: &Path,
+        source: &ModelSource,
         options: &EngineOptions,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Option<Engine>, Error> {
@@ -77,7 +87,7 @@ impl Engine {
             },
             _ => return Ok(None),
         };
-        match Engine::load_on(dir, device, options, progress) {
+        match Engine::load_device(source, device, options, progress) {
             Err(Error::MissingKernels { .. }) if options.backend == BackendChoice::Auto => Ok(None),
             result => result.map(Some),
         }
@@ -85,7 +95,7 @@ impl Engine {
 
     #[cfg(not(feature = "cuda"))]
     fn load_on_gpu(
-        _dir: &Path,
+        _source: &ModelSource,
         options: &EngineOptions,
         _progress: &mut dyn FnMut(Progress),
     ) -> Result<Option<Engine>, Error> {
@@ -109,18 +119,31 @@ impl Engine {
     where
         CudaBackend<D>: Send + 'static,
     {
+        Engine::load_device(&ModelSource::folder(dir), device, options, progress)
+    }
+
+    fn load_device<D: Device>(
+        source: &ModelSource,
+        device: D,
+        options: &EngineOptions,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Engine, Error>
+    where
+        CudaBackend<D>: Send + 'static,
+    {
         let mut device = Some(device);
-        Engine::load_by(dir, options, &mut |loader, weights| {
+        Engine::load_by(source, options, &mut |loader, weights| {
             let device = device.take().expect("a model is loaded once");
             let backend = loader.cuda(device)?;
-            let (decoder, max_context) = loader.load(backend, weights, progress)?;
+            let parts = &mut FromWeights(weights);
+            let (decoder, max_context) = loader.load(backend, parts, progress)?;
             Ok((Model::Cuda(Box::new(decoder)), max_context))
         })
     }
 
-    /// The null backend in the sizes of the model `dir`, whose weights are not read.
-    fn load_null(dir: &Path, options: &EngineOptions) -> Result<Engine, Error> {
-        let config = ModelConfig::parse(&read_json_file(&dir.join("config.json"))?)?;
+    /// The null backend in the sizes of the model, whose weights are not read.
+    fn load_null(source: &ModelSource, options: &EngineOptions) -> Result<Engine, Error> {
+        let config = ModelConfig::parse(&source.files.config_text()?)?;
         let null = NullOptions {
             vocab_size: config.vocab_size,
             page_size: options.kernels.page_size,
@@ -130,25 +153,42 @@ impl Engine {
         Engine::null(&null, options)
     }
 
-    fn load_by(dir: &Path, options: &EngineOptions, load: LoadModel<'_>) -> Result<Engine, Error> {
-        let config_text = read_json_file(&dir.join("config.json"))?;
+    fn load_by(
+        source: &ModelSource,
+        options: &EngineOptions,
+        load: LoadModel<'_>,
+    ) -> Result<Engine, Error> {
+        let config_text = source.files.config_text()?;
         let config = ModelConfig::parse(&config_text)?;
-        let name = dir.file_name().map_or("model".into(), |name| name.to_string_lossy());
+        let name = source.files.name();
         let shape = ModelShape { page_size: options.kernels.page_size, ..config.shape(&name)? };
         check_options(options)?;
-        let loader = Loader { config: &config, shape: &shape, options };
-        let ((model, max_context), fingerprint) = match options.load_format {
-            LoadFormat::Checkpoint => {
-                let weights = Weights::open(dir, &config, &shape)?;
-                (load(&loader, &weights)?, weights.fingerprint()?.to_string())
+        let mut loader = Loader::new(&config, &shape, options);
+        let ((model, max_context), fingerprint) = match (options.load_format, &source.weights) {
+            (LoadFormat::Checkpoint, WeightsSource::Folder(dir)) => {
+                let open = || Weights::open(dir, &config, &shape);
+                let weights = loader.startup.get_mut().time("open weights", open)?;
+                let fingerprint = weights.fingerprint()?.to_string();
+                let (of_weights, files) = (fingerprint.clone(), weights.files());
+                let kept = |cache| Kept { cache, fingerprint: of_weights, files };
+                let cache = source.packed_cache.as_ref().filter(|_| options.packed_cache);
+                loader.kept = cache.map(kept);
+                (load(&loader, &weights)?, fingerprint)
             }
-            LoadFormat::Dummy => {
+            (LoadFormat::Checkpoint, WeightsSource::Packed(file)) => {
+                loader.packed = Some(file);
+                let parts = PackedParts::new(file, &shape, config.tie_word_embeddings);
+                (load(&loader, &parts)?, file.source().to_owned())
+            }
+            (LoadFormat::Dummy, _) => {
                 let weights = RandomWeights::new(&shape, 0);
                 (load(&loader, &weights)?, "dummy".to_owned())
             }
         };
+        let startup = loader.startup.take();
         let model_name = format!("{} {fingerprint}", blake3::hash(config_text.as_bytes()));
-        Engine::new(model, config, shape, max_context, options, &model_name)
+        let engine = Engine::new(model, config, shape, max_context, options, &model_name)?;
+        Ok(Engine { startup, weights_name: fingerprint, ..engine })
     }
 
     /// An engine on the null backend, without a model's files. Of `options` only the sizes count.
@@ -157,7 +197,7 @@ impl Engine {
         let shape = ModelShape { page_size: null.page_size, ..config.shape("null")? };
         check_options(options)?;
         let backend = NullBackend::new(null);
-        let loader = Loader { config: &config, shape: &shape, options };
+        let loader = Loader::new(&config, &shape, options);
         let (limits, max_context) = loader.limits(backend.page_bytes())?;
         let decoder = Decoder::without_weights(backend, &shape, limits)?;
         let model_name = format!("null {}", shape.vocab_size);
@@ -196,6 +236,8 @@ impl Engine {
             tokenizer: None,
             uses_prefixes: options.prefix_cache,
             identity,
+            startup: Startup::default(),
+            weights_name: String::new(),
             next_id: 0,
             batch: Batch::default(),
             start_lens: Vec::new(),
@@ -239,130 +281,6 @@ fn hash_key(options: &EngineOptions) -> Result<[u8; 32], Error> {
 /// Loads a model on some backend; gives the longest context too.
 type LoadModel<'a> =
     &'a mut dyn FnMut(&Loader<'_>, &dyn ModelWeights) -> Result<(Model, usize), Error>;
-
-/// What a decoder is loaded from.
-struct Loader<'a> {
-    config: &'a ModelConfig,
-    shape: &'a ModelShape,
-    options: &'a EngineOptions,
-}
-
-impl Loader<'_> {
-    fn cpu(&self) -> Result<CpuBackend, Error> {
-        let options = self.options;
-        let cpu_options = CpuOptions {
-            kv_dtype: options.kv_dtype,
-            activation: options.activation,
-            num_threads: options.num_threads,
-            target: options.target,
-            device: options.device,
-        };
-        CpuBackend::new(&options.kernels, self.config, self.shape, &cpu_options)
-    }
-
-    fn cuda<D: Device>(&self, device: D) -> Result<CudaBackend<D>, Error> {
-        let EngineOptions { kv_dtype, kv_memory, cuda_graphs, .. } = *self.options;
-        let cuda_options = CudaOptions { kv_dtype, kv_memory, graphs: cuda_graphs };
-        CudaBackend::new(device, self.config, self.shape, &cuda_options)
-    }
-
-    /// The decoder and the longest context it serves.
-    fn load<B: Backend>(
-        &self,
-        backend: B,
-        weights: &dyn ModelWeights,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<(Decoder<B>, usize), Error> {
-        let (limits, max_context) = match backend.has_own_memory() {
-            true => self.limits_on_device()?,
-            false => self.limits(backend.page_bytes())?,
-        };
-        let (config, shape) = (self.config, self.shape);
-        let is_sized_here = limits.num_pages.is_some();
-        let decoder = Decoder::load(backend, weights, config, shape, limits, progress)?;
-        if is_sized_here {
-            return Ok((decoder, max_context));
-        }
-        let num_slots = decoder.num_pages() * shape.page_size;
-        match self.options.max_context {
-            Some(max_context) if max_context > num_slots => Err(Error::Resources(format!(
-                "max_context is {max_context}, and the KV cache has room for {num_slots} tokens; \
-                 choose a shorter context, or a KV cache of int8 or int4"
-            ))),
-            _ => Ok((decoder, max_context.min(num_slots))),
-        }
-    }
-
-    /// As [`Loader::limits`] where the KV cache takes what memory the device has left.
-    fn limits_on_device(&self) -> Result<(DecoderLimits, usize), Error> {
-        let options = self.options;
-        let max_context = options.max_context.unwrap_or_else(|| position_max(self.config));
-        check_context(self.config, max_context)?;
-        if let Some(num_pages) = options.num_pages {
-            check_num_pages(num_pages, self.shape.page_size)?;
-        }
-        let batch = self.batch_limits(max_context);
-        Ok((DecoderLimits { batch, num_pages: options.num_pages }, max_context))
-    }
-
-    fn batch_limits(&self, max_context: usize) -> BatchLimits {
-        BatchLimits {
-            rows_max: self.options.max_batch_tokens,
-            sequences_max: self.options.max_sequences,
-            context_max: max_context,
-            logit_rows_max: LOGIT_ROWS.max(self.options.max_sequences),
-        }
-    }
-
-    /// What a decoder is allocated for, and the longest context it serves.
-    fn limits(&self, page_bytes: usize) -> Result<(DecoderLimits, usize), Error> {
-        let options = self.options;
-        let page_size = self.shape.page_size;
-        let num_pages_default = (KV_CACHE_BYTES_DEFAULT / page_bytes.max(1)).max(1);
-        let max_context = options
-            .max_context
-            .unwrap_or_else(|| position_max(self.config).min(num_pages_default * page_size));
-        check_context(self.config, max_context)?;
-        let num_pages = options.num_pages.unwrap_or_else(|| {
-            let num_of_one = num_pages(max_context, page_size);
-            num_of_one.saturating_mul(options.max_sequences).min(num_pages_default).max(num_of_one)
-        });
-        check_num_pages(num_pages, page_size)?;
-        let limits =
-            DecoderLimits { batch: self.batch_limits(max_context), num_pages: Some(num_pages) };
-        Ok((limits, max_context))
-    }
-}
-
-/// Positions that the model's rotary embedding is meant for.
-fn position_max(config: &ModelConfig) -> usize {
-    match config.rope_scaling {
-        RopeScaling::Dynamic { factor, .. } => (config.max_position as f64 * factor) as usize,
-        _ => config.max_position,
-    }
-}
-
-/// Refuses a context beyond the model's positions.
-fn check_context(config: &ModelConfig, max_context: usize) -> Result<(), Error> {
-    let context_max = context_max(config);
-    if max_context > context_max {
-        return Err(Error::Request(format!(
-            "max_context is {max_context}, the model has positions for {context_max} tokens"
-        )));
-    }
-    Ok(())
-}
-
-/// Slots are numbered in 32 bits.
-fn check_num_pages(num_pages: usize, page_size: usize) -> Result<(), Error> {
-    let num_pages_max = u32::MAX as usize / page_size;
-    if num_pages > num_pages_max {
-        return Err(Error::Request(format!(
-            "the KV cache would have {num_pages} pages, at most {num_pages_max} can be addressed"
-        )));
-    }
-    Ok(())
-}
 
 fn check_options(options: &EngineOptions) -> Result<(), Error> {
     let refuse = |name: &str, value: usize, expected: &str| {

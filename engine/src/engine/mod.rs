@@ -13,6 +13,7 @@ macro_rules! on_decoder {
 }
 
 mod load;
+mod loader;
 mod sessions;
 #[cfg(test)]
 mod simulation;
@@ -43,6 +44,7 @@ use crate::scheduler::{Scheduler, append_span};
 use crate::sequence::{Sequence, StopCheck};
 use crate::session::Sessions;
 use crate::session_file::Identity;
+use crate::startup::Startup;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::stream::{StopStrings, TextStream};
 
@@ -63,6 +65,8 @@ pub struct Engine {
     tokenizer: Option<Arc<Tokenizer>>,
     uses_prefixes: bool,
     identity: Identity,
+    startup: Startup,
+    weights_name: String,
     next_id: u64,
     /// The step at hand; its vectors are reused.
     batch: Batch,
@@ -371,6 +375,24 @@ impl Engine {
 
     pub fn shape(&self) -> &ModelShape {
         &self.shape
+    }
+
+    /// What loading consisted of.
+    pub fn startup(&self) -> &Startup {
+        &self.startup
+    }
+
+    /// Names the weights, by a hash of names, types, shapes and beginnings of tensors.
+    pub fn weights_name(&self) -> &str {
+        &self.weights_name
+    }
+
+    /// The decoder where the model runs on the CPU.
+    pub fn cpu_decoder(&self) -> Option<&Decoder<CpuBackend>> {
+        match &self.model {
+            Model::Cpu(decoder) => Some(decoder),
+            _ => None,
+        }
     }
 
     /// Tokens of one sequence, prompt and output together.

@@ -12,7 +12,7 @@ use crate::config::Progress;
 use crate::error::Error;
 use crate::kernels::abi::{LogitStats, SequenceSpan};
 use crate::model::linear::{DenseView, LinearSource};
-use crate::model::weights::ModelWeights;
+use crate::model::weights::{LayerNorms, ModelWeights};
 
 /// What a decoder is allocated for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +46,67 @@ struct Layer<B: Backend> {
     down: B::Linear,
 }
 
+/// What a decoder is made of, already where the backend wants it.
+pub trait Parts<B: Backend> {
+    fn embedding(&mut self, backend: &mut B) -> Result<B::Embedding, Error>;
+
+    fn final_norm(&mut self) -> Result<Vec<f32>, Error>;
+
+    fn norms(&mut self, layer_idx: usize) -> Result<LayerNorms, Error>;
+
+    /// The linear `role` of a layer; for the head `layer_idx` says nothing.
+    fn linear(
+        &mut self,
+        backend: &mut B,
+        role: LinearRole,
+        layer_idx: usize,
+    ) -> Result<B::Linear, Error>;
+}
+
+/// Parts that the backend makes from a model's tensors.
+pub struct FromWeights<'a>(pub &'a dyn ModelWeights);
+
+impl<B: Backend> Parts<B> for FromWeights<'_> {
+    fn embedding(&mut self, backend: &mut B) -> Result<B::Embedding, Error> {
+        backend.load_embedding(&self.0.embedding()?.view())
+    }
+
+    fn final_norm(&mut self) -> Result<Vec<f32>, Error> {
+        self.0.final_norm()
+    }
+
+    fn norms(&mut self, layer_idx: usize) -> Result<LayerNorms, Error> {
+        self.0.norms(layer_idx)
+    }
+
+    fn linear(
+        &mut self,
+        backend: &mut B,
+        role: LinearRole,
+        layer_idx: usize,
+    ) -> Result<B::Linear, Error> {
+        let tensors = self.0.linear(role, layer_idx)?;
+        backend.load_linear(role, &tensors.source())
+    }
+}
+
+/// A part of a loaded decoder, with the layer that it belongs to.
+pub enum PartRef<'a, B: Backend> {
+    Embedding(&'a B::Embedding),
+    FinalNorm(&'a B::Norm),
+    /// Before attention, before the MLP, and on q and k.
+    Norms {
+        layer_idx: usize,
+        norms: [Option<&'a B::Norm>; 4],
+    },
+    /// For the head the layer is 0.
+    Linear {
+        layer_idx: usize,
+        role: LinearRole,
+        linear: &'a B::Linear,
+    },
+}
+
 struct RowBuffers<B: Backend> {
     /// `[rows_max, hidden]`
     residual: B::Rows,
@@ -67,9 +128,21 @@ struct RowBuffers<B: Backend> {
 impl<B: Backend> Decoder<B> {
     /// Loads the weights and allocates everything that steps need.
     pub fn load(
-        mut backend: B,
+        backend: B,
         weights: &dyn ModelWeights,
         config: &ModelConfig,
+        shape: &ModelShape,
+        limits: DecoderLimits,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Decoder<B>, Error> {
+        assert_eq!(config.num_layers, shape.num_layers);
+        Decoder::load_parts(backend, &mut FromWeights(weights), shape, limits, progress)
+    }
+
+    /// As [`Decoder::load`], with the backend's own parts from wherever `parts` has them.
+    pub fn load_parts(
+        mut backend: B,
+        parts: &mut dyn Parts<B>,
         shape: &ModelShape,
         limits: DecoderLimits,
         progress: &mut dyn FnMut(Progress),
@@ -78,19 +151,18 @@ impl<B: Backend> Decoder<B> {
         assert!(rows_max > 0 && logit_rows_max > 0 && limits.num_pages != Some(0));
         backend.reserve(&limits.batch)?;
         let rows = RowBuffers::new(&mut backend, shape, &limits.batch)?;
-        let num_parts = config.num_layers + 2;
+        let num_parts = shape.num_layers + 2;
         let mut report = |num_done| progress(Progress { num_done, num_parts });
         report(0);
-        let embedding = backend.load_embedding(&weights.embedding()?.view())?;
+        let embedding = parts.embedding(&mut backend)?;
         report(1);
         let mut layers = Vec::with_capacity(shape.num_layers);
         for layer_idx in 0..shape.num_layers {
-            layers.push(Layer::load(&mut backend, weights, layer_idx)?);
+            layers.push(Layer::load(&mut backend, parts, layer_idx)?);
             report(layer_idx + 2);
         }
-        let final_norm = backend.load_norm(weights.final_norm()?)?;
-        let head = weights.linear(LinearRole::Head, 0)?;
-        let head = backend.load_linear(LinearRole::Head, &head.source())?;
+        let final_norm = backend.load_norm(parts.final_norm()?)?;
+        let head = parts.linear(&mut backend, LinearRole::Head, 0)?;
         let num_pages = backend.num_pages(limits.num_pages)?;
         let kv_cache = backend.new_kv_cache(num_pages)?;
         let mut decoder = Decoder {
@@ -249,6 +321,28 @@ impl<B: Backend> Decoder<B> {
     /// Names what the bits of keys and values depend on, the model aside.
     pub fn identity(&self) -> String {
         self.backend.identity()
+    }
+
+    /// Every part, in the order in which they are loaded.
+    pub fn parts(&self) -> Vec<PartRef<'_, B>> {
+        let mut parts = vec![PartRef::Embedding(&self.embedding)];
+        for (layer_idx, layer) in self.layers.iter().enumerate() {
+            let (q, k) = layer.qk_norm.as_ref().map(|(q, k)| (q, k)).unzip();
+            let norms = [Some(&layer.attention_norm), Some(&layer.mlp_norm), q, k];
+            parts.push(PartRef::Norms { layer_idx, norms });
+            let linears = [
+                (LinearRole::Qkv, &layer.qkv),
+                (LinearRole::O, &layer.o),
+                (LinearRole::GateUp, &layer.gate_up),
+                (LinearRole::Down, &layer.down),
+            ];
+            let linear = |(role, linear)| PartRef::Linear { layer_idx, role, linear };
+            parts.extend(linears.map(linear));
+        }
+        parts.push(PartRef::FinalNorm(&self.final_norm));
+        let (layer_idx, role) = (0, LinearRole::Head);
+        parts.push(PartRef::Linear { layer_idx, role, linear: &self.head });
+        parts
     }
 
     pub fn backend(&self) -> &B {
@@ -438,12 +532,13 @@ where
 }
 
 impl<B: Backend> Layer<B> {
-    fn load(backend: &mut B, weights: &dyn ModelWeights, layer_idx: usize) -> Result<Self, Error> {
-        let norms = weights.norms(layer_idx)?;
-        let linear = |backend: &mut B, role| {
-            let tensors = weights.linear(role, layer_idx)?;
-            backend.load_linear(role, &tensors.source())
-        };
+    fn load(
+        backend: &mut B,
+        parts: &mut dyn Parts<B>,
+        layer_idx: usize,
+    ) -> Result<Layer<B>, Error> {
+        let norms = parts.norms(layer_idx)?;
+        let mut linear = |backend: &mut B, role| parts.linear(backend, role, layer_idx);
         let qk_norm = match norms.qk {
             Some((q, k)) => Some((backend.load_norm(q)?, backend.load_norm(k)?)),
             None => None,

@@ -94,6 +94,11 @@ impl Checkpoint {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
 
+    /// The files that hold tensors.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+
     /// The file that holds `tensor`.
     pub fn path(&self, tensor: &Tensor) -> &Path {
         &self.files[tensor.file_idx].path
@@ -176,6 +181,11 @@ impl Checkpoint {
         }
         Ok(())
     }
+}
+
+/// Whether the folder `dir` holds weights.
+pub fn has_weights(dir: &Path) -> bool {
+    [SINGLE_FILE, INDEX_FILE].iter().any(|name| dir.join(name).exists())
 }
 
 /// Reads a small text file, refusing one beyond [`JSON_BYTES_MAX`].

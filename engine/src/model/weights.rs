@@ -6,7 +6,7 @@ mod random;
 mod repack;
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use bespoke_kernel_gen::model::{Architecture, ModelConfig, Packing};
@@ -65,14 +65,18 @@ pub struct LinearTensors {
 #[derive(Debug)]
 enum PartTensors {
     Dense(DenseTensor),
-    Awq {
-        n: usize,
-        k: usize,
-        group: usize,
-        qweight: Vec<u8>,
-        qzeros: Option<Vec<u8>>,
-        scales: Vec<u8>,
-    },
+    Awq(AwqTensors),
+}
+
+/// The tensors of an AWQ matrix, as [`AwqView`] describes them.
+#[derive(Debug)]
+pub struct AwqTensors {
+    pub n: usize,
+    pub k: usize,
+    pub group: usize,
+    pub qweight: Vec<u8>,
+    pub qzeros: Option<Vec<u8>>,
+    pub scales: Vec<u8>,
 }
 
 /// A dense matrix, read into memory.
@@ -126,6 +130,11 @@ impl<'a> Weights<'a> {
     /// The model folder.
     pub fn dir(&self) -> &Path {
         self.checkpoint.dir()
+    }
+
+    /// The files that hold tensors.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.checkpoint.paths().map(Path::to_owned).collect()
     }
 
     /// Whether the checkpoint has the tensor `name`.
@@ -444,6 +453,16 @@ impl Weights<'_> {
 }
 
 impl LinearTensors {
+    /// One dense matrix in the order of the outputs.
+    pub fn dense(tensor: DenseTensor, bias: Option<Vec<f32>>) -> LinearTensors {
+        LinearTensors { parts: vec![PartTensors::Dense(tensor)], row_map: None, bias }
+    }
+
+    /// One quantized matrix in the order of the outputs.
+    pub fn awq(tensors: AwqTensors, bias: Option<Vec<f32>>) -> LinearTensors {
+        LinearTensors { parts: vec![PartTensors::Awq(tensors)], row_map: None, bias }
+    }
+
     /// Views of the tensors.
     pub fn source(&self) -> LinearSource<'_> {
         LinearSource {
@@ -458,7 +477,7 @@ impl PartTensors {
     fn view(&self) -> LinearPart<'_> {
         match self {
             PartTensors::Dense(dense) => LinearPart::Dense(dense.view()),
-            PartTensors::Awq { n, k, group, qweight, qzeros, scales } => {
+            PartTensors::Awq(AwqTensors { n, k, group, qweight, qzeros, scales }) => {
                 let (n, k, group, qzeros) = (*n, *k, *group, qzeros.as_deref());
                 LinearPart::Awq(AwqView { n, k, group, qweight, qzeros, scales })
             }
@@ -467,6 +486,12 @@ impl PartTensors {
 }
 
 impl DenseTensor {
+    /// `bytes`: `[n, k]`, row-major, little-endian.
+    pub fn new(n: usize, k: usize, dtype: DType, bytes: Arc<Vec<u8>>) -> DenseTensor {
+        assert_eq!(bytes.len(), n * k * dtype.size());
+        DenseTensor { n, k, dtype, bytes }
+    }
+
     pub fn view(&self) -> DenseView<'_> {
         DenseView { n: self.n, k: self.k, dtype: self.dtype, bytes: &self.bytes }
     }

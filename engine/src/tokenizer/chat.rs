@@ -10,9 +10,10 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Value, context};
 use serde::Serialize;
 use serde_json::{Map, Value as Json};
 
-use super::{json, read_limited, read_object, strftime};
+use super::{json, read_object, strftime};
 use crate::answer::AnswerFormat;
 use crate::error::Error;
+use crate::source::ModelFolder;
 
 /// Largest template that is read; the largest in common use take 30 KiB.
 pub const TEMPLATE_BYTES_MAX: usize = 256 << 10;
@@ -135,20 +136,20 @@ fn parse_message(idx: usize, value: &Json) -> Result<Message, Error> {
 }
 
 impl ChatTemplate {
-    /// The template of the model folder `dir`, where it has one.
-    pub fn read(dir: &Path) -> Result<Option<ChatTemplate>, Error> {
-        let config = read_object(&dir.join("tokenizer_config.json"))?;
-        ChatTemplate::load(dir, config.as_ref())
+    /// The template of a model, where it has one.
+    pub fn read(folder: &ModelFolder) -> Result<Option<ChatTemplate>, Error> {
+        let config = read_object(folder, "tokenizer_config.json")?;
+        ChatTemplate::load(folder, config.as_ref())
     }
 
     /// The template of a model folder: `chat_template.jinja`, else the `chat_template` of
     /// `tokenizer_config.json`.
     pub(super) fn load(
-        dir: &Path,
+        folder: &ModelFolder,
         config: Option<&Map<String, Json>>,
     ) -> Result<Option<ChatTemplate>, Error> {
         let tokens = config.map(named_tokens).unwrap_or_default();
-        match ChatTemplate::source(dir, config)? {
+        match ChatTemplate::source(folder, config)? {
             Some((path, source)) => ChatTemplate::new(&path, &source, tokens).map(Some),
             None => Ok(None),
         }
@@ -156,16 +157,16 @@ impl ChatTemplate {
 
     /// The text of that template, and the file it stands in.
     pub(crate) fn source(
-        dir: &Path,
+        folder: &ModelFolder,
         config: Option<&Map<String, Json>>,
     ) -> Result<Option<(PathBuf, String)>, Error> {
-        let path = dir.join("chat_template.jinja");
-        if let Some(bytes) = read_limited(&path, TEMPLATE_BYTES_MAX as u64)? {
-            let source = String::from_utf8(bytes)
+        let path = folder.path("chat_template.jinja");
+        if let Some(bytes) = folder.read("chat_template.jinja", TEMPLATE_BYTES_MAX as u64)? {
+            let source = String::from_utf8(bytes.into_owned())
                 .map_err(|_| Error::model(&path, "the template is not valid UTF-8"))?;
             return Ok(Some((path, source)));
         }
-        let path = dir.join("tokenizer_config.json");
+        let path = folder.path("tokenizer_config.json");
         let Some(value) = config.and_then(|object| object.get("chat_template")) else {
             return Ok(None);
         };

@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::BytePairs;
+
 #[derive(Deserialize)]
 struct Description {
     model: Option<Model>,
@@ -47,6 +49,12 @@ pub(super) fn check(bytes: &[u8]) -> Result<(), String> {
         }
     }
     check_pre_tokenizer(&description.pre_tokenizer)
+}
+
+/// The same for a tokenizer of byte pairs that was loaded: its merges are sound.
+pub(super) fn check_steps(tokenizer: &BytePairs) -> Result<(), String> {
+    let steps = serde_json::to_value(tokenizer.get_pre_tokenizer());
+    check_pre_tokenizer(&steps.map_err(|error| format!("not a tokenizer: {error}"))?)
 }
 
 fn check_merge(vocab: &HashMap<String, u32>, merge: &Merge, prefix: &str) -> Result<(), String> {

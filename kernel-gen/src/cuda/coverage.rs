@@ -145,7 +145,7 @@ mod tests {
         let qkv = covered.iter().find(|one| one.places == "qkv").unwrap();
         let rows: Vec<Option<usize>> = qkv.explanations.iter().map(|one| one.rows_max).collect();
         assert_eq!(rows, [Some(8), Some(16), Some(32), Some(64), None]);
-        let uses = uses(&[shape.clone()]).unwrap();
+        let uses = uses(std::slice::from_ref(&shape)).unwrap();
         assert_eq!(uses["awq_gemm_n6144_k4096_g128_f16"], 32);
         assert_eq!(uses["gemm_n128256_k4096_f16_f32out"], 1);
         assert_eq!(uses.len(), shape.cuda_specs().unwrap().len());

@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
+
 use super::cost_model::{self, HeldOut};
 use super::coverage::{self, Place, Run};
 use super::device::this_cpu;
@@ -241,27 +243,31 @@ fn run_explain(arguments: &Arguments) -> Result<String, Error> {
     Ok(warnings + &texts.collect::<String>())
 }
 
-/// How good the cost model is on each family of devices.
+/// How good the cost model is on the devices of one family.
+#[derive(Serialize)]
+struct Family {
+    /// Key of one of them.
+    device: String,
+    classes: Vec<HeldOut>,
+}
+
 fn run_model(arguments: &Arguments) -> Result<String, Error> {
     let (records, warnings) = Records::open(&arguments.records);
-    let families = cost_model::families(&records.all);
-    let scored: Vec<(String, Vec<HeldOut>)> = families
-        .into_iter()
-        .map(|device| {
-            let scores = cost_model::held_out(&records.all, &device);
-            (device, scores)
-        })
-        .collect();
+    let family = |device: String| {
+        let classes = cost_model::held_out(&records.all, &device);
+        Family { device, classes }
+    };
+    let families: Vec<Family> =
+        cost_model::families(&records.all).into_iter().map(family).collect();
     if arguments.is_json {
-        let family = |(device, classes): &(String, Vec<HeldOut>)| serde_json::json!({ "device": device, "classes": classes });
-        let all: Vec<serde_json::Value> = scored.iter().map(family).collect();
-        return Ok(format!("{:#}\n", serde_json::json!({ "families": all })));
+        return Ok(format!("{:#}\n", serde_json::json!({ "families": families })));
     }
-    let mut text: String = warnings.iter().map(|warning| format!("warning: {warning}\n")).collect();
-    if scored.is_empty() {
+    let line = |warning: &Warning| format!("warning: {warning}\n");
+    let mut text: String = warnings.iter().map(line).collect();
+    if families.is_empty() {
         text.push_str(&format!("no times of matmuls in {}\n", arguments.records.display()));
     }
-    for (device, classes) in &scored {
+    for Family { device, classes } in &families {
         text.push_str(&format!("devices like {device}\n"));
         classes.iter().for_each(|class| text.push_str(&class.text()));
     }

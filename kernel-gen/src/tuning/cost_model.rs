@@ -13,7 +13,7 @@ mod ridge;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::distance::distance;
-use super::record::{Case, Record};
+use super::record::{Case, Record, SAMPLES_MIN};
 use crate::plan::{KernelVariant, Serving};
 use crate::spec::{KernelSpec, RowRegime};
 use features::Setting;
@@ -21,8 +21,9 @@ use ridge::{Ridge, Sample};
 
 pub use held_out::{HeldOut, held_out};
 
-/// Problems and times of a class that a prediction for another problem needs at least.
+/// Problems of a class that a prediction for another problem rests on at least.
 pub const NUM_PROBLEMS_MIN: usize = 3;
+/// Times of a class, beside the defaults', that any prediction rests on at least.
 pub const NUM_TIMES_MIN: usize = 60;
 
 /// Ratios beyond this, either way, are accidents; they count as this.
@@ -66,9 +67,10 @@ impl CostModel {
     }
 
     /// The time of `variant` at so many rows as a share of the default's; below 1 is faster. `None`
-    /// where the records say nothing about its class.
+    /// where the records say too little about its class: for all of a spec's kernels or none.
     pub fn predict(&self, variant: &KernelVariant, rows: usize) -> Option<f64> {
-        self.classes.get(&variant.reduction_class())?.predict(variant, rows)
+        let class = self.classes.get(&variant.reduction_class())?;
+        (class.num_times >= NUM_TIMES_MIN).then(|| class.predict(variant, rows))?
     }
 
     /// The row counts at which kernels of the class of `variant` were measured, ascending.
@@ -84,8 +86,7 @@ impl CostModel {
         let covers = |((regime, other), (min, max)): &(&(RowRegime, String), &(usize, usize))| {
             *regime == variant.regime && other != spec && (*min..=*max).contains(&rows)
         };
-        let num_problems = class.ranges.iter().filter(covers).count();
-        num_problems >= NUM_PROBLEMS_MIN && class.num_times >= NUM_TIMES_MIN
+        class.ranges.iter().filter(covers).count() >= NUM_PROBLEMS_MIN
     }
 }
 
@@ -140,6 +141,16 @@ struct Observation {
     /// One over the variance that it is expected to have.
     weight: f64,
     limit_us: Option<f64>,
+    /// Whether it was raced to the end: who drops out early may have had bad luck.
+    is_finalist: bool,
+}
+
+/// What a record says of a time.
+struct Found {
+    ratio: f64,
+    variance: f64,
+    limit_us: Option<f64>,
+    num_samples: usize,
 }
 
 impl Observation {
@@ -168,8 +179,7 @@ fn observations<'a>(
     device: &str,
 ) -> Vec<Observation> {
     let mut families: BTreeMap<String, bool> = BTreeMap::new();
-    let mut groups: BTreeMap<(String, &str, usize, &str, &str), Vec<(f64, f64, Option<f64>)>> =
-        BTreeMap::new();
+    let mut groups: BTreeMap<(String, &str, usize, &str, &str), Vec<Found>> = BTreeMap::new();
     for record in records {
         let (Some(time), Case::Rows(rows)) = (record.time(), record.problem.case) else { continue };
         let key = record.device.key();
@@ -180,9 +190,10 @@ fn observations<'a>(
         let variance = ERROR_MIN.powi(2) + share;
         let (spec, symbol) = (&*record.problem.spec, &*record.variant.symbol);
         let group = groups.entry((key, spec, rows, symbol, &*time.default)).or_default();
-        group.push((time.vs_default, variance, time.limit_us));
+        let (ratio, limit_us, num_samples) = (time.vs_default, time.limit_us, time.num_samples);
+        group.push(Found { ratio, variance, limit_us, num_samples });
     }
-    let observation = |(key, mut times): (_, Vec<(f64, f64, Option<f64>)>)| {
+    let observation = |(key, mut times): (_, Vec<Found>)| {
         let (device, spec, rows, symbol, default): (String, &str, usize, &str, &str) = key;
         let variant = KernelVariant::parse(symbol)?;
         let default = KernelVariant::parse(default)?;
@@ -190,12 +201,12 @@ fn observations<'a>(
         if !is_one_problem || crate::name::spec_name(&variant.spec) != spec {
             return None;
         }
-        let limit = |time: &(f64, f64, Option<f64>)| time.2.unwrap_or(0.0);
+        let limit = |time: &Found| time.limit_us.unwrap_or(0.0);
         times.sort_by(|a, b| {
-            let by_ratio = a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1));
+            let by_ratio = a.ratio.total_cmp(&b.ratio).then(a.variance.total_cmp(&b.variance));
             by_ratio.then(limit(a).total_cmp(&limit(b)))
         });
-        let (ratio, variance, limit_us) = times[times.len() / 2];
+        let Found { ratio, variance, limit_us, .. } = times[times.len() / 2];
         Some(Observation {
             device,
             spec: spec.to_string(),
@@ -205,6 +216,7 @@ fn observations<'a>(
             ratio,
             weight: times.len() as f64 / variance,
             limit_us,
+            is_finalist: times.iter().any(|time| time.num_samples >= SAMPLES_MIN),
         })
     };
     groups.into_iter().filter_map(observation).collect()

@@ -11,12 +11,13 @@
 //! - no kernel serves a row count at which it is slower than the default by more than the noise,
 //!   and an interval without the default beats it by 3 % and by twice the noise;
 //! - all kernels of a table read one layout of packed weights, and have one reduction class.
+//!
 //! Where a problem has certificates but no times, the cost model's predictions take their place if
 //! it knows enough other problems; the margin is then the model's own error.
 //!
-//! Of the tables that cost the same but for the noise, one of fewest kernels is taken: of those that
-//! another device's table has already, so that the binary grows least, else the first in canonical
-//! order.
+//! Of the tables that cost the same but for the noise, one of fewest kernels is taken: of kernels
+//! that another device's table has already, so that the binary grows least, else the first in
+//! canonical order.
 
 mod evidence;
 mod kernel;

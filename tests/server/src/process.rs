@@ -120,6 +120,9 @@ pub fn run_child() {
         kernels: generated::table(),
         home: None,
         program: None,
+        bundle: None,
+        start: Instant::now(),
+        before_main: None,
     };
     let exit = cli::run(args.split('\n'), &mut console);
     std::process::exit(exit as i32);

@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
+use std::time::Instant;
 
 use bespoke::cli::{self, Console, Exit};
 use bespoke::kernels::generated;
@@ -254,6 +255,9 @@ fn bench(args: &[&str]) -> Run {
         kernels: generated::table(),
         home: None,
         program: None,
+        bundle: None,
+        start: Instant::now(),
+        before_main: None,
     };
     let args = [&["bespoke", "bench", "--mode", "serving"], args].concat();
     let exit = cli::run(args, &mut console);

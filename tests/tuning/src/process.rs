@@ -3,6 +3,7 @@
 
 use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use bespoke::cli::{self, Console};
 use bespoke_tuning_tests::planted::{self, Fault};
@@ -24,6 +25,9 @@ fn main() -> ExitCode {
         kernels,
         home: None,
         program: std::env::current_exe().ok(),
+        bundle: None,
+        start: Instant::now(),
+        before_main: None,
     };
     cli::run(std::env::args_os(), &mut console).into()
 }

@@ -7,6 +7,7 @@ pub mod memory;
 mod meter;
 mod ops;
 pub mod pack;
+pub mod packed;
 pub mod team;
 pub mod trial;
 pub mod work;

@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::model::linear::{AWQ_NIBBLE, AwqView, DenseView, LinearPart, LinearSource};
 
 /// Sizes of a packed matrix.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Panels {
     pub n: usize,
     pub k: usize,

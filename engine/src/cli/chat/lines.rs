@@ -48,7 +48,7 @@ pub(super) struct Terminal {
 impl Lines {
     /// Lines from standard input, with line editing where a person sits at it; `history` is the
     /// file of earlier lines.
-    pub(super) fn open(history: PathBuf) -> anyhow::Result<Lines> {
+    pub(super) fn open(history: Option<PathBuf>) -> anyhow::Result<Lines> {
         if !io::stdin().is_terminal() || !io::stdout().is_terminal() {
             return Ok(Lines::Pipe(Box::new(io::stdin().lock())));
         }
@@ -60,10 +60,10 @@ impl Lines {
         for character in ['\r', '\n'] {
             editor.bind_sequence(KeyEvent::alt(character), Cmd::Newline);
         }
-        let history = match fs::exists(&history) {
-            Ok(true) => editor.load_history(&history).is_ok().then_some(history),
-            _ => Some(history),
-        };
+        let history = history.filter(|history| match fs::exists(history) {
+            Ok(true) => editor.load_history(history).is_ok(),
+            _ => true,
+        });
         Ok(Lines::Terminal(Box::new(Terminal { editor, history })))
     }
 

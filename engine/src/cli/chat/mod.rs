@@ -18,10 +18,11 @@ use serde::Serialize;
 
 use super::console::Console;
 use super::generate::Memory;
-use super::model::{ModelArgs, ModelFiles};
+use super::model::{self, ModelArgs, ModelFiles};
 use super::progress::Meter;
 use super::prompt::chat_ids;
 use super::sampling::SamplingArgs;
+use super::startup::StartupReport;
 use crate::config::EngineOptions;
 use crate::engine::Engine;
 use crate::error::Error;
@@ -102,9 +103,12 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let files = ModelFiles::open(&args.model.model, console)?;
     check(args, &files)?;
     let settings = settings(args, &files)?;
-    let folder = ChatFolder::open(console.cache()?.root.join("chats"))?;
+    let folder = chat_folder(args, console)?;
     let session = SessionId::new(Namespace::default(), args.session.as_deref().unwrap_or("chat"))?;
-    let named = args.session.as_ref().map(|_| folder.take(&session)).transpose()?;
+    let named = match (&folder, &args.session) {
+        (Some(folder), Some(_)) => Some(folder.take(&session)?),
+        _ => None,
+    };
     let mut conversation = match &named {
         Some(named) => named.load(&files)?.unwrap_or_default(),
         None => Conversation::default(),
@@ -116,7 +120,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     if let Some(named) = named.as_ref().filter(|_| !conversation.is_empty()) {
         resume(&handle, &session, &named.dir, console)?;
     }
-    let lines = Lines::open(folder.history())?;
+    let lines = Lines::open(folder.as_ref().map(ChatFolder::history))?;
     let when_idle = if lines.is_terminal() { WhenIdle::Ignore } else { WhenIdle::Exit };
     // NOTE: after the line editor, which has a handler of its own that this one passes signals to.
     let interrupts = Interrupts::listen(when_idle)?;
@@ -133,6 +137,12 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
         turns: Vec::new(),
         is_terminal: lines.is_terminal(),
     };
+    let startup = chat.model.handle.call(|engine| engine.startup().clone())?;
+    model::warn(&startup, console);
+    if args.model.run.startup_report {
+        let report = StartupReport::new(&[&files.startup, &startup], console);
+        console.report(&report.text());
+    }
     if chat.is_terminal {
         chat.greet(backend, console);
     }
@@ -152,13 +162,24 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     Ok(())
 }
 
+/// Where conversations and the history are kept. A chat without a name does without, where nothing
+/// can be written.
+fn chat_folder(args: &Args, console: &Console<'_>) -> anyhow::Result<Option<ChatFolder>> {
+    let cache = console.cache().map_err(anyhow::Error::from);
+    match cache.and_then(|cache| ChatFolder::open(cache.root.join("chats"))) {
+        Ok(folder) => Ok(Some(folder)),
+        Err(error) if args.session.is_some() => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
 /// Refuses what cannot work before anything is loaded.
 fn check(args: &Args, files: &ModelFiles) -> anyhow::Result<()> {
     ensure!(
         files.tokenizer()?.chat_template().is_some(),
         "{}: the model has no chat template, so it cannot chat; continue a text with bespoke \
          generate --prompt",
-        files.dir.display()
+        files.source.files.root().display()
     );
     ensure!(
         !args.sampling.has_top_logprobs(),
@@ -193,10 +214,10 @@ fn start_engine(
         ..files.options(&args.model.run, usize::MAX, console)
     };
     let tokenizer = files.tokenizer()?.clone();
-    let dir = files.dir.clone();
+    let source = files.source.clone();
     let (progress, reports) = mpsc::sync_channel(64);
     let load = move || {
-        let mut engine = Engine::load(&dir, &options, &mut |report| {
+        let mut engine = Engine::load_from(&source, &options, &mut |report| {
             // NOTE: who shows progress is there until this function returns.
             let _ = progress.send(report);
         })?;

@@ -11,8 +11,9 @@ use crate::import::gguf::split::{SPLITS, Split};
 use crate::import::gguf::tokenizer::{
     TYPE_CONTROL, TYPE_NORMAL, TYPE_UNUSED, TYPE_USER_DEFINED, filler,
 };
+use crate::source::{ModelFolder, read_limited};
 use crate::tokenizer::chat::{self, ChatTemplate};
-use crate::tokenizer::{SpecialTokens, TOKENIZER_BYTES_MAX, Tokenizer, read_limited, read_object};
+use crate::tokenizer::{SpecialTokens, TOKENIZER_BYTES_MAX, Tokenizer, read_object};
 
 /// Keys of further end tokens, after that of the first.
 const EOS_KEYS: [&str; 3] = ["eos_token_id", "eot_token_id", "eom_token_id"];
@@ -27,7 +28,8 @@ pub(super) fn metadata(
     tokenizer.check_vocab_size(config.vocab_size)?;
     let file = TokenizerFile::read(dir)?;
     let (tokens, types) = file.tokens(config.vocab_size, notes)?;
-    let settings = read_object(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
+    let folder = ModelFolder::Disk(dir.to_owned());
+    let settings = read_object(&folder, "tokenizer_config.json")?.unwrap_or_default();
     let mut entries = vec![
         ("tokenizer.ggml.model".to_owned(), Meta::Text("gpt2".to_owned())),
         ("tokenizer.ggml.pre".to_owned(), Meta::Text(file.split()?.to_owned())),
@@ -59,7 +61,7 @@ pub(super) fn metadata(
     {
         entries.push((format!("tokenizer.ggml.{key}"), Meta::Bool(add)));
     }
-    if let Some((_, source)) = ChatTemplate::source(dir, Some(&settings))? {
+    if let Some((_, source)) = ChatTemplate::source(&folder, Some(&settings))? {
         entries.push(("tokenizer.chat_template".to_owned(), Meta::Text(source)));
     }
     Ok(entries)

@@ -4,7 +4,7 @@ use bespoke_kernel_gen::model::Packing;
 use safetensors::Dtype;
 
 use super::repack::{self, InexactScale};
-use super::{Expected, FLOAT16, FLOATS, PartTensors, floats_of};
+use super::{AwqTensors, Expected, FLOAT16, FLOATS, PartTensors, floats_of};
 use crate::error::Error;
 use crate::model::safetensors::Checkpoint;
 
@@ -82,7 +82,7 @@ impl QuantizedModule<'_> {
             Packing::CompressedTensors { .. } => self.read_compressed(checkpoint)?,
         };
         let &QuantizedModule { n, k, group, .. } = self;
-        Ok(PartTensors::Awq { n, k, group, qweight, qzeros, scales })
+        Ok(PartTensors::Awq(AwqTensors { n, k, group, qweight, qzeros, scales }))
     }
 
     fn read_gptq(&self, checkpoint: &Checkpoint, zero_offset: u8) -> Result<Tensors, Error> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bespoke_kernel_gen::spec::{DType, LinearRole, ModelShape, WeightFormat};
 use half::{bf16, f16};
 
-use super::{DenseTensor, LayerNorms, LinearTensors, ModelWeights, PartTensors};
+use super::{AwqTensors, DenseTensor, LayerNorms, LinearTensors, ModelWeights, PartTensors};
 use crate::error::Error;
 
 /// Weights that depend on the shape and on a seed alone.
@@ -84,7 +84,7 @@ impl ModelWeights for RandomWeights {
                 let mut qzeros = zeroed(params, 1)?;
                 qzeros.truncate(params / 2);
                 random.fill(&mut qzeros);
-                PartTensors::Awq { n, k, group, qweight, qzeros: Some(qzeros), scales }
+                PartTensors::Awq(AwqTensors { n, k, group, qweight, qzeros: Some(qzeros), scales })
             }
         };
         let bias = linear.bias.then(|| (0..n).map(|_| random.unit() - 0.5).collect());

@@ -30,8 +30,8 @@ impl HeldOut {
             Some(scores) => {
                 let percent = |share: f64| format!("{:.1} %", 100.0 * share);
                 text.push_str(&format!(
-                    "\n    left out, {} cases: regret {} in the mean, {} at worst ({}); that of the \
-                     defaults {}\n    rank correlation {:.2}, error {}\n",
+                    "\n    left out, {} cases: regret {} in the mean, {} at worst ({}); that of \
+                     the defaults {}\n    rank correlation {:.2}, error {}\n",
                     scores.num_cases,
                     percent(scores.mean_regret),
                     percent(scores.worst_regret),
@@ -47,7 +47,8 @@ impl HeldOut {
 }
 
 /// Predictions against measurements. A case is a problem at a row count on a device; its regret is
-/// by how much the kernel that is predicted to be fastest takes longer than the one that is.
+/// by how much the kernel that is predicted to be fastest takes longer than the fastest of those
+/// that were raced to the end.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Scores {
     pub num_cases: usize,
@@ -84,8 +85,13 @@ pub fn held_out<'a>(records: impl IntoIterator<Item = &'a Record>, device: &str)
     scored.collect()
 }
 
-/// A kernel's ratio to the default: predicted, and measured.
-type Pair = (f64, f64);
+/// A kernel's ratio to the default.
+#[derive(Clone, Copy, Debug)]
+struct Pair {
+    predicted: f64,
+    measured: f64,
+    is_finalist: bool,
+}
 
 fn scores(all: &[Observation], specs: &BTreeSet<&str>) -> Option<Scores> {
     let mut cases: BTreeMap<(&str, usize, &str), Vec<Pair>> = BTreeMap::new();
@@ -95,7 +101,9 @@ fn scores(all: &[Observation], specs: &BTreeSet<&str>) -> Option<Scores> {
         for one in all.iter().filter(|one| one.spec == *spec && !one.is_default()) {
             if let Some(predicted) = model.predict(&one.variant, one.rows) {
                 let case = (&*one.spec, one.rows, &*one.device);
-                cases.entry(case).or_default().push((predicted, one.ratio));
+                let (measured, is_finalist) = (one.ratio, one.is_finalist);
+                let pair = Pair { predicted, measured, is_finalist };
+                cases.entry(case).or_default().push(pair);
             }
         }
     }
@@ -120,10 +128,12 @@ impl Tally {
     fn of(cases: &BTreeMap<(&str, usize, &str), Vec<Pair>>) -> Tally {
         let mut tally = Tally::default();
         for ((spec, rows, _), pairs) in cases {
-            let fastest = pairs.iter().map(|pair| pair.1).fold(1.0, f64::min);
-            // NOTE: the default comes first, and is taken unless another is predicted to be faster.
-            let picked = pairs.iter().fold((1.0, 1.0), |a, b| if b.0 < a.0 { *b } else { a });
-            let regret = picked.1 / fastest - 1.0;
+            let finalists = pairs.iter().filter(|pair| pair.is_finalist);
+            let fastest = finalists.map(|pair| pair.measured).fold(1.0, f64::min);
+            // NOTE: the default is taken unless another is predicted to be faster.
+            let promised = pairs.iter().filter(|pair| pair.predicted < 1.0);
+            let picked = promised.min_by(|a, b| a.predicted.total_cmp(&b.predicted));
+            let regret = (picked.map_or(1.0, |pair| pair.measured) / fastest - 1.0).max(0.0);
             tally.num_cases += 1;
             tally.regret += regret;
             tally.default_regret += 1.0 / fastest - 1.0;
@@ -134,8 +144,9 @@ impl Tally {
                 tally.num_ranked += 1;
                 tally.correlation += rank_correlation(pairs);
             }
-            let promised = pairs.iter().filter(|pair| pair.0 < 1.0);
-            tally.errors.extend(promised.map(|pair| (pair.0 / pair.1).ln().abs()));
+            let promised = pairs.iter().filter(|pair| pair.predicted < 1.0);
+            let error = |pair: &Pair| (pair.predicted / pair.measured).ln().abs();
+            tally.errors.extend(promised.map(error));
         }
         tally
     }
@@ -160,8 +171,8 @@ impl Tally {
 /// Spearman's: the correlation of the ranks; equal values share the mean of their ranks. 0 where
 /// all of one side are equal.
 fn rank_correlation(pairs: &[Pair]) -> f64 {
-    let first = ranks(pairs.iter().map(|pair| pair.0).collect());
-    let second = ranks(pairs.iter().map(|pair| pair.1).collect());
+    let first = ranks(pairs.iter().map(|pair| pair.predicted).collect());
+    let second = ranks(pairs.iter().map(|pair| pair.measured).collect());
     let mean = (pairs.len() as f64 - 1.0) / 2.0;
     let product = |a: &[f64], b: &[f64]| -> f64 {
         a.iter().zip(b).map(|(a, b)| (a - mean) * (b - mean)).sum()
@@ -183,10 +194,19 @@ fn ranks(values: Vec<f64>) -> Vec<f64> {
 mod tests {
     use super::*;
 
+    fn pairs(all: &[(f64, f64)]) -> Vec<Pair> {
+        let pair = |(predicted, measured): &(f64, f64)| Pair {
+            predicted: *predicted,
+            measured: *measured,
+            is_finalist: true,
+        };
+        all.iter().map(pair).collect()
+    }
+
     #[test]
     fn ranks_are_correlated() {
-        let check = |pairs: &[Pair], expected: f64| {
-            assert!((rank_correlation(pairs) - expected).abs() < 1e-12, "{pairs:?}");
+        let check = |all: &[(f64, f64)], expected: f64| {
+            assert!((rank_correlation(&pairs(all)) - expected).abs() < 1e-12, "{all:?}");
         };
         check(&[(1.0, 10.0), (2.0, 20.0), (3.0, 90.0)], 1.0);
         check(&[(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)], -1.0);
@@ -198,8 +218,11 @@ mod tests {
     #[test]
     fn regret_is_that_of_the_kernel_predicted_to_be_fastest() {
         let mut cases = BTreeMap::new();
-        cases.insert(("a", 1, "d"), vec![(0.5, 0.8), (0.6, 0.4)]);
-        cases.insert(("a", 2, "d"), vec![(1.5, 0.8), (1.6, 1.4)]);
+        cases.insert(("a", 1, "d"), pairs(&[(0.5, 0.8), (0.6, 0.4)]));
+        cases.insert(("a", 2, "d"), pairs(&[(1.5, 0.8), (1.6, 1.4)]));
+        // Lucky, and out early.
+        let lucky = Pair { predicted: 2.0, measured: 0.1, is_finalist: false };
+        cases.get_mut(&("a", 2, "d")).unwrap().push(lucky);
         let scores = Tally::of(&cases).scores().unwrap();
         assert_eq!((scores.num_cases, &*scores.worst_case), (2, "a rows 1"));
         assert!((scores.worst_regret - 1.0).abs() < 1e-12);

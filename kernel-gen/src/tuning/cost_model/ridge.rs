@@ -5,8 +5,10 @@
 /// What each coefficient's square costs, in mean weights of a sample.
 const PENALTY: f64 = 3.0;
 
-/// Residuals beyond so many deviations count as if they were that far off.
-const OUTLIER: f64 = 1.345;
+/// Residuals beyond so many deviations, or beyond this where those are small, count as if they
+/// were that far off.
+const OUTLIER: f64 = 3.0;
+const OUTLIER_MIN: f64 = 0.25;
 /// Fits, each with the weights that the residuals of the one before give.
 const NUM_FITS: usize = 6;
 
@@ -39,7 +41,7 @@ impl Ridge {
             let mut sorted = residuals.clone();
             sorted.sort_by(f64::total_cmp);
             // NOTE: the median of a normal distribution's absolute values is 1 / 1.4826.
-            let bound = OUTLIER * 1.4826 * sorted[sorted.len() / 2];
+            let bound = (OUTLIER * 1.4826 * sorted[sorted.len() / 2]).max(OUTLIER_MIN);
             for (weight, (residual, one)) in weights.iter_mut().zip(residuals.iter().zip(samples)) {
                 let share = if *residual > bound { bound / residual } else { 1.0 };
                 *weight = one.weight / mean * share;

@@ -166,6 +166,9 @@ fn what_nothing_is_known_about_is_not_predicted() {
         assert_eq!(model.predict(&parse(symbol), 4).is_some(), expected, "{symbol}");
     }
     assert_eq!(CostModel::fit(&Vec::new(), KEY), CostModel::default());
+    let few: Vec<Record> = all_records().into_iter().take(NUM_TIMES_MIN).collect();
+    let variant = parse("awq_gemm_n64_k64_g64_int8_few__avx512");
+    assert_eq!(CostModel::fit(&few, KEY).predict(&variant, 4), None, "some are the defaults'");
     let stranger = "avx512-intel-6-143-l2-2048-l3-32768-t2";
     assert_eq!(CostModel::fit(&all_records(), stranger), CostModel::default());
     assert_eq!(CostModel::fit(&all_records(), NEAR), model);

@@ -146,8 +146,8 @@ fn attention_is_decided_for_decoding_and_for_prompts() {
     let spec = shape().cuda_paged_attention(KvType::Rows);
     let of = |regime| spec.variant(regime, Arch::Sm90a);
     let other = |regime| {
-        let all = spec.candidates(regime, Arch::Sm90a).into_iter();
-        all.filter(|one| !one.is_default()).next().unwrap()
+        let mut all = spec.candidates(regime, Arch::Sm90a).into_iter();
+        all.find(|one| !one.is_default()).unwrap()
     };
     let (decode, prompts) = (other(Regime::Decode), of(Regime::Prefill));
     let case = Case::Decode { num_sequences: 8, context_len: 2048 };
