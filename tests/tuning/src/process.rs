@@ -1,5 +1,5 @@
-//! `bespoke` with the kernels that `BESPOKE_TEST_KERNELS` names: `planted`, `hanging`, `sound`; or a
-//! build script, where there are none.
+//! `bespoke` with the kernels that `BESPOKE_TEST_KERNELS` names: `planted`, `hanging`, `sound`; or
+//! a build script, where there are none.
 
 use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;

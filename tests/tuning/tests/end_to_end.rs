@@ -1,4 +1,4 @@
-//! `bespoke verify` where a lock has chosen: the logits have the bits that the default kernels give.
+//! `bespoke verify` where a lock has chosen: logits have the bits that the default kernels give.
 
 use bespoke::kernels::{Interval, KernelTable, Serving};
 use bespoke::verify::{Check, Report, cpu};
