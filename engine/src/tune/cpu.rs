@@ -13,6 +13,7 @@ use bespoke_kernel_gen::tuning::device::Device;
 use bespoke_kernel_gen::tuning::record::{Case, Outcome, Problem, Record, Time, VERSION, Variant};
 
 use super::isolation::Isolation;
+use super::known::Known;
 use super::operands::Operands;
 use super::race::{Field, Finish, RaceOptions, Track, race};
 use crate::backend::cpu::limits::Limits;
@@ -40,6 +41,11 @@ const LONG_SECONDS: f64 = 500e-6;
 const BATCH: usize = 16;
 /// Share of a problem's time for verification.
 const VERIFY_SHARE: f64 = 0.5;
+/// How often the fastest race, some time apart: a machine that others use as well is in one state
+/// for a minute and in another one later.
+const NUM_PASSES: usize = 5;
+/// Share of the time for the first pass, in which all kernels race.
+const FIRST_PASS_SHARE: f64 = 0.6;
 /// Share of the time that all problems have alike; the rest goes by their work.
 const EQUAL_SHARE: f64 = 0.4;
 
@@ -108,6 +114,8 @@ pub enum CpuProgress<'a> {
     },
     Racing {
         spec: &'a str,
+        /// How often the kernels race, with this time.
+        pass: usize,
         num_kernels: usize,
         seconds: f64,
     },
@@ -164,20 +172,40 @@ impl<'a> CpuTuning<'a> {
         budget: Duration,
         progress: &mut dyn FnMut(CpuProgress<'_>),
     ) -> Result<CpuSummary, Error> {
-        let end = Instant::now() + budget;
-        let shares: Vec<f64> = problems
-            .iter()
-            .map(|problem| {
-                EQUAL_SHARE / problems.len() as f64 + (1.0 - EQUAL_SHARE) * problem.share
-            })
-            .collect();
-        for (idx, problem) in problems.iter().enumerate() {
-            let left = end.saturating_duration_since(Instant::now()).as_secs_f64();
-            let share = shares[idx] / shares[idx..].iter().sum::<f64>();
-            let deadline = Instant::now() + Duration::from_secs_f64(left * share);
-            self.tune(problem, options, deadline, progress)?;
+        let start = Instant::now();
+        for pass in 1..=NUM_PASSES {
+            let share = if pass == 1 { FIRST_PASS_SHARE } else { 1.0 };
+            let end = start + budget.mul_f64(share);
+            if pass > 1 && Instant::now() >= end {
+                break;
+            }
+            self.pass(problems, options, (pass, end), progress)?;
         }
         Ok(self.summary)
+    }
+
+    fn pass(
+        &mut self,
+        problems: &[CpuProblem],
+        options: &RaceOptions,
+        (pass, end): (usize, Instant),
+        progress: &mut dyn FnMut(CpuProgress<'_>),
+    ) -> Result<(), Error> {
+        let share = |problem: &CpuProblem| {
+            EQUAL_SHARE / problems.len() as f64 + (1.0 - EQUAL_SHARE) * problem.share
+        };
+        let shares: Vec<f64> = problems.iter().map(share).collect();
+        for (idx, problem) in problems.iter().enumerate() {
+            let left = end.saturating_duration_since(Instant::now()).as_secs_f64();
+            // NOTE: the first pass begins with each problem, so that all defaults are verified.
+            if left == 0.0 && pass > 1 {
+                break;
+            }
+            let share = shares[idx] / shares[idx..].iter().sum::<f64>();
+            let deadline = Instant::now() + Duration::from_secs_f64(left * share);
+            self.tune(problem, options, (pass, deadline), progress)?;
+        }
+        Ok(())
     }
 
     /// All records of this device and these kernels.
@@ -189,7 +217,7 @@ impl<'a> CpuTuning<'a> {
         &mut self,
         problem: &CpuProblem,
         options: &RaceOptions,
-        deadline: Instant,
+        (pass, deadline): (usize, Instant),
         progress: &mut dyn FnMut(CpuProgress<'_>),
     ) -> Result<(), Error> {
         let (spec, target) = (problem.spec, self.setting.target);
@@ -197,6 +225,28 @@ impl<'a> CpuTuning<'a> {
         let of_problem = |kernel: &&Kernel| kernel.spec == spec && kernel.target == target;
         let kernels: Vec<&'static Kernel> =
             self.setting.table.kernels.iter().filter(of_problem).collect();
+        if pass == 1 {
+            self.verify_new(problem, &kernels, options, deadline, progress)?;
+        }
+        let verdicts = self.verdicts();
+        let is_certified = |kernel: &&Kernel| verdicts.get(kernel.symbol) == Some(&true);
+        let kernels: Vec<&'static Kernel> = kernels.into_iter().filter(is_certified).collect();
+        let seconds = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
+        progress(CpuProgress::Racing { spec: &name, pass, num_kernels: kernels.len(), seconds });
+        self.race(problem, &kernels, options, (pass, deadline))
+    }
+
+    /// Verifies the kernels that no run has verified, as many as there is time for.
+    fn verify_new(
+        &mut self,
+        problem: &CpuProblem,
+        kernels: &[&'static Kernel],
+        options: &RaceOptions,
+        deadline: Instant,
+        progress: &mut dyn FnMut(CpuProgress<'_>),
+    ) -> Result<(), Error> {
+        let (spec, target) = (problem.spec, self.setting.target);
+        let name = spec_name(&spec);
         let verdicts = self.verdicts();
         let is_new = |kernel: &&'static Kernel| !verdicts.contains_key(kernel.symbol);
         let new: Vec<&Kernel> = kernels.iter().copied().filter(is_new).collect();
@@ -219,12 +269,7 @@ impl<'a> CpuTuning<'a> {
             progress(CpuProgress::Verifying { spec: &name, num_kernels });
             self.verify(&name, batch, progress)?;
         }
-        let verdicts = self.verdicts();
-        let is_certified = |kernel: &&Kernel| verdicts.get(kernel.symbol) == Some(&true);
-        let kernels: Vec<&'static Kernel> = kernels.into_iter().filter(is_certified).collect();
-        let seconds = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
-        progress(CpuProgress::Racing { spec: &name, num_kernels: kernels.len(), seconds });
-        self.race(problem, &kernels, options, deadline)
+        Ok(())
     }
 
     /// Whether each kernel that was verified passed.
@@ -284,7 +329,7 @@ impl<'a> CpuTuning<'a> {
         problem: &CpuProblem,
         kernels: &[&'static Kernel],
         options: &RaceOptions,
-        deadline: Instant,
+        (pass, deadline): (usize, Instant),
     ) -> Result<(), Error> {
         let CpuTuning { setting, records, append, summary } = self;
         let (setting, spec) = (&*setting, problem.spec);
@@ -304,7 +349,12 @@ impl<'a> CpuTuning<'a> {
             ..options.clone()
         };
         let name = spec_name(&spec);
-        let known = known(records, &name, kernels);
+        let known = Known::new(records, &name, kernels);
+        let finalists = known.finalists(&options);
+        let is_in = |kernel: usize, rows: usize| {
+            let is_finalist = pass == 1 || finalists.contains(&(kernel, rows));
+            is_finalist && can_serve(kernels[kernel], rows)
+        };
         let model = CostModel::fit(records.iter(), &setting.device.key());
         let cost = |kernel: usize, rows: usize| expected(&model, kernels[kernel], rows);
         let operands = Operands::new(&spec, problem.rows_max)?;
@@ -321,10 +371,10 @@ impl<'a> CpuTuning<'a> {
             num_kernels: kernels.len(),
             // Rows without a default are not raced.
             default_of: &|rows| default_of(rows).unwrap_or(0),
-            can_serve: &|kernel, rows| can_serve(kernels[kernel], rows),
+            can_serve: &is_in,
             prior: &cost,
             limit: &limit,
-            known: &|kernel, rows| known.get(&(kernel, rows)).copied(),
+            known: &|kernel, rows| known.ratio(kernel, rows, pass),
         };
         let mut track = CpuTrack::new(trial, kernels);
         let mut result = Ok(());
@@ -374,17 +424,6 @@ impl CpuSetting<'_> {
         };
         Trial::new(problem.spec, self.target, &operands.rows, &operands.bias, options)
     }
-}
-
-/// Ratios to the default that earlier runs have measured, by index of the kernel and row count.
-fn known(records: &[Record], spec: &str, kernels: &[&Kernel]) -> BTreeMap<(usize, usize), f64> {
-    let ratio = |record: &Record| {
-        let time = record.time()?;
-        let Case::Rows(rows) = record.problem.case else { return None };
-        let kernel = kernels.iter().position(|kernel| kernel.symbol == record.variant.symbol)?;
-        (record.problem.spec == spec).then_some(((kernel, rows), time.vs_default))
-    };
-    records.iter().filter_map(ratio).collect()
 }
 
 /// Symbols, the defaults first, beside which nothing else is raced, then those that may win at some

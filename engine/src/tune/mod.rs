@@ -5,6 +5,7 @@ mod cases;
 pub mod cpu;
 pub mod cuda;
 pub mod isolation;
+mod known;
 pub mod ladder;
 mod operands;
 pub mod race;

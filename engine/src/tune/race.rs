@@ -147,6 +147,10 @@ pub fn race<T: Track>(
         let deadline = now + (first_end - now).max(0.0) / (num_first - idx) as f64 * 1.5;
         let deadline = deadline.min(first_end);
         let candidates = candidates(field, num_rows);
+        if candidates.is_empty() && field.is_known((field.default_of)(num_rows), num_rows) {
+            survivors.extend(fastest(field, &[], num_rows, options.num_survivors));
+            continue;
+        }
         let mut one = Race::new(track, field, num_rows, deadline, &candidates);
         one.warm_up(options.warmup_rounds);
         one.heats(options);
@@ -378,7 +382,7 @@ impl<'a, T: Track> Race<'a, T> {
 }
 
 /// Of unsorted numbers; the lower middle one of an even count.
-fn median(values: &[f64]) -> Option<f64> {
+pub(super) fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len().checked_sub(1)? / 2;

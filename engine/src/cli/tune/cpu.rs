@@ -197,9 +197,10 @@ fn line(progress: &CpuProgress<'_>) -> String {
         CpuProgress::Postponed { spec, num_kernels } => format!(
             "{spec}: no time to verify {num_kernels} kernels; call this again to go on with them\n"
         ),
-        CpuProgress::Racing { spec, num_kernels, seconds } => {
-            format!("{spec}: racing {num_kernels} kernels for {seconds:.0} s\n")
-        }
+        CpuProgress::Racing { spec, pass, num_kernels, seconds } => match pass {
+            1 => format!("{spec}: racing {num_kernels} kernels for {seconds:.0} s at most\n"),
+            _ => format!("{spec}: racing the fastest again, pass {pass}\n"),
+        },
     }
 }
 
