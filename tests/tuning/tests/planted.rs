@@ -229,7 +229,7 @@ fn check_plan(lock: &Lock) {
     let shape = presets::shape(&config.to_string_lossy(), &[std::path::PathBuf::new()]).unwrap();
     let plan = |lock: &Lock| {
         let options = PlanOptions { lock: Some(lock), tuner: None };
-        plan::plan(&[shape.clone()], &[planted::default_kernel().target], &options)
+        plan::plan(std::slice::from_ref(&shape), &[planted::default_kernel().target], &options)
     };
     let sound = planted::symbol(Fault::None);
     let planned = plan(lock).unwrap();
