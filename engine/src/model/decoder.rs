@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::{DType, LinearRole, ModelShape};
 
@@ -130,12 +129,10 @@ impl<B: Backend> Decoder<B> {
     pub fn load(
         backend: B,
         weights: &dyn ModelWeights,
-        config: &ModelConfig,
         shape: &ModelShape,
         limits: DecoderLimits,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Decoder<B>, Error> {
-        assert_eq!(config.num_layers, shape.num_layers);
         Decoder::load_parts(backend, &mut FromWeights(weights), shape, limits, progress)
     }
 

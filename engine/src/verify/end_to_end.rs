@@ -68,7 +68,7 @@ pub(super) fn check(
             let load = |device| {
                 let options = CpuOptions { device, ..options };
                 let backend = CpuBackend::new(table, &config(), &shape, &options)?;
-                Decoder::load(backend, &weights, &config(), &shape, limits, &mut |_| {})
+                Decoder::load(backend, &weights, &shape, limits, &mut |_| {})
             };
             let mut default = load(DeviceChoice::Any)?;
             let mut locked = load(DeviceChoice::Class(device))?;

@@ -65,8 +65,7 @@ fn check<B: Backend>(backend: B) {
     let batch_limits =
         BatchLimits { rows_max: 64, sequences_max: 1, context_max: 128, logit_rows_max: 1 };
     let limits = DecoderLimits { batch: batch_limits, num_pages: Some(NUM_PAGES) };
-    let mut decoder =
-        Decoder::load(backend, &weights, &config, &shape, limits, &mut |_| {}).unwrap();
+    let mut decoder = Decoder::load(backend, &weights, &shape, limits, &mut |_| {}).unwrap();
     let [first, second] = PAGES;
     let shared: Vec<u32> = (0..NUM_SHARED as u32).map(|token| token * 7 % 50).collect();
     decoder.forward(&batch(&config, page_size, &shared, 0, &PAGES));
