@@ -562,7 +562,9 @@ fn examines_the_machine() {
     let report = run_in(home.path(), &["doctor", "--json"]);
     assert_eq!(report.exit, Exit::Done, "{}", report.err);
     let report: Value = serde_json::from_str(&report.out).unwrap();
-    assert_eq!(keys(&report), ["version", "cpu", "memory", "gpu", "cache", "kernels"]);
+    let expected = ["version", "cpu", "memory", "gpu", "cache", "model", "kernels"];
+    assert_eq!(keys(&report), expected);
+    assert_eq!(report["model"], Value::Null, "this program brings none");
     assert!(report["cpu"]["threads"].as_u64().unwrap() >= 1);
     assert_eq!(report["cache"]["path"].as_str(), home.path().to_str());
     assert_eq!(report["cache"]["models"], serde_json::json!([]));
