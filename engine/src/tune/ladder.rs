@@ -3,12 +3,12 @@
 //! - V0: the kernel's symbol reads back as a variant that can exist, and its scratch memory is what
 //!   that says.
 //! - V1: products against float64, within a bound from the number formats.
-//! - V2: repeated calls with poisoned outputs and scratch, in another way each time, canaries around
-//!   both, by one thread, by three, and by as many as serve, give the same bits.
+//! - V2: repeated calls with poisoned outputs and scratch, in another way each time, canaries
+//!   around both, by one thread, by three, and by as many as serve, give the same bits.
 //! - V4: at all row counts, every row has the bits that the default kernel gives it.
 //!
-//! V3 is of GPUs; V5 holds by construction: a kernel gets pointers and numbers, and no allocator. V6
-//! is of what a lock makes of them: `verify` compares whole models.
+//! V3 is of GPUs; V5 holds by construction: a kernel gets pointers and numbers, and no allocator.
+//! V6 is of what a lock makes of them: `verify` compares whole models.
 
 use std::collections::BTreeMap;
 

@@ -32,8 +32,8 @@ pub use ladder::verify_all;
 const EQUAL_SHARE: f64 = 0.4;
 /// Share of the time for verification.
 const VERIFY_SHARE: f64 = 0.5;
-/// Kernels that are verified at a time; the time that is left is looked at in between. Each time the
-/// weights of the matmul are made and packed, which for the largest takes seconds.
+/// Kernels that are verified at a time; the time that is left is looked at in between. Each time
+/// the weights of the matmul are made and packed, which for the largest takes seconds.
 const BATCH: usize = 128;
 
 /// Takes the verdict on the kernel of a symbol.
