@@ -6,6 +6,7 @@ extern crate self as bespoke;
 pub mod answer;
 pub mod backend;
 pub mod batch;
+pub mod binding;
 pub mod bundle;
 pub mod cli;
 pub mod config;
@@ -42,6 +43,10 @@ pub mod startup;
 pub mod tokenizer;
 pub mod tune;
 pub mod verify;
+
+pub use backend::cpu::slices;
+/// Macros that generated code calls, and that bind it in other crates.
+pub use bespoke_macros::{bind, kernels};
 
 /// The generator, whose specs, targets and model shapes the engine shares.
 pub use bespoke_kernel_gen as kernel_gen;

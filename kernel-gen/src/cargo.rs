@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::binding_rs::binding_rs;
 use crate::cuda::cache::Cache;
 use crate::cuda::compile::{self, Compiler};
 use crate::cuda::jobs::Jobs;
@@ -34,32 +35,88 @@ use crate::tuning::lock::Lock;
 /// Where the package's feature `cuda` is on, the same models' CUDA kernels are compiled for the
 /// architectures of `BESPOKE_CUDA_TARGETS`, or for [`DEFAULT_ARCHS`].
 ///
+/// Without `BESPOKE_MODEL`, and without the package's feature `presets`, there are no kernels: those
+/// of a program that brings its own are made by [`build_model`].
+///
 /// A failure is printed for cargo and ends the process with exit code 1.
 pub fn build() {
     tell_compiler();
-    const VARIABLES: [&str; 6] = [
-        "BESPOKE_MODEL",
-        "BESPOKE_PAGE_SIZE",
-        "BESPOKE_TARGETS",
-        "BESPOKE_LOCK",
-        "BESPOKE_TUNER",
-        "BESPOKE_TUNER_TARGET",
-    ];
-    VARIABLES.into_iter().for_each(rerun_if_env_changed);
-    finish(page_size(&variable("BESPOKE_PAGE_SIZE")).and_then(|page_size| {
-        let shapes = with_pages(shapes(&variable("BESPOKE_MODEL"))?, page_size);
-        let folder = out_dir()?;
-        let lock = lock(&variable("BESPOKE_LOCK"))?;
-        let tuner = tuner(&variable("BESPOKE_TUNER"), &variable("BESPOKE_TUNER_TARGET"))?;
-        let options = PlanOptions { lock: lock.as_ref(), tuner: tuner.target() };
-        let targets = targets(&variable("BESPOKE_TARGETS"))?;
-        generate_into(&folder, &shapes, &targets, &options)?;
-        write_if_changed(&folder.join("models.rs"), models_rs(&shapes).as_bytes())?;
-        match std::env::var_os("CARGO_FEATURE_CUDA") {
-            Some(_) => generate_cuda_into(&folder, &shapes, lock.as_ref(), tuner),
-            None => Ok(()),
-        }
+    rerun_if_env_changed("BESPOKE_MODEL");
+    finish(Settings::from_environment().and_then(|settings| {
+        let models = variable("BESPOKE_MODEL");
+        let has_presets = std::env::var_os("CARGO_FEATURE_PRESETS").is_some();
+        let shapes = match models.trim().is_empty() && !has_presets {
+            true => Vec::new(),
+            false => shapes(&models)?,
+        };
+        settings.generate(&with_pages(shapes, settings.page_size)).map(|_| ())
     }));
+}
+
+/// Generates the kernels of one model into `OUT_DIR`, for a package that `bespoke::bind!` binds
+/// them in: its whole build script is
+///
+/// ```no_run
+/// fn main() {
+///     bespoke_kernel_gen::cargo::build_model("path/to/model");
+/// }
+/// ```
+///
+/// `model` is a model folder or a `config.json`, from the package's folder or the one above, or the
+/// name of a preset. All variables count that [`build`] reads, but `BESPOKE_MODEL`; GPU kernels are
+/// made where the package has a feature `cuda` and it is on.
+///
+/// A failure is printed for cargo and ends the process with exit code 1.
+pub fn build_model(model: &str) {
+    finish(Settings::from_environment().and_then(|settings| {
+        let shapes = with_pages(vec![shape(model, &folders())?], settings.page_size);
+        let has_cuda = settings.generate(&shapes)?;
+        let text = binding_rs(&shapes[0], has_cuda);
+        write_if_changed(&settings.folder.join("binding.rs"), text.as_bytes())
+    }));
+}
+
+/// What the environment says of a build, whatever its models are.
+struct Settings {
+    /// `OUT_DIR`.
+    folder: PathBuf,
+    page_size: usize,
+    lock: Option<Lock>,
+    tuner: Tuner,
+    targets: Vec<Target>,
+}
+
+impl Settings {
+    fn from_environment() -> Result<Settings, Error> {
+        const VARIABLES: [&str; 5] = [
+            "BESPOKE_PAGE_SIZE",
+            "BESPOKE_TARGETS",
+            "BESPOKE_LOCK",
+            "BESPOKE_TUNER",
+            "BESPOKE_TUNER_TARGET",
+        ];
+        VARIABLES.into_iter().for_each(rerun_if_env_changed);
+        Ok(Settings {
+            folder: out_dir()?,
+            page_size: page_size(&variable("BESPOKE_PAGE_SIZE"))?,
+            lock: lock(&variable("BESPOKE_LOCK"))?,
+            tuner: tuner(&variable("BESPOKE_TUNER"), &variable("BESPOKE_TUNER_TARGET"))?,
+            targets: targets(&variable("BESPOKE_TARGETS"))?,
+        })
+    }
+
+    /// Writes the kernels of `shapes`; whether there are some for GPUs.
+    fn generate(&self, shapes: &[ModelShape]) -> Result<bool, Error> {
+        let Settings { folder, lock, tuner, targets, .. } = self;
+        let options = PlanOptions { lock: lock.as_ref(), tuner: tuner.target() };
+        generate_into(folder, shapes, targets, &options)?;
+        write_if_changed(&folder.join("models.rs"), models_rs(shapes).as_bytes())?;
+        let has_cuda = std::env::var_os("CARGO_FEATURE_CUDA").is_some();
+        if has_cuda {
+            generate_cuda_into(folder, shapes, lock.as_ref(), *tuner)?;
+        }
+        Ok(has_cuda)
+    }
 }
 
 /// The compiler's version as `BESPOKE_COMPILER`: measurements say what made the kernels.
@@ -235,13 +292,15 @@ fn shapes(models: &str) -> Result<Vec<ModelShape>, Error> {
         return presets::default_shapes();
     }
     let folders = folders();
-    let shape = |name: &&str| {
-        if let Some(path) = presets::config_file(name, &folders) {
-            rerun_if_changed(&path);
-        }
-        presets::shape(name, &folders)
-    };
-    names.iter().map(shape).collect()
+    names.iter().map(|name| shape(name, &folders)).collect()
+}
+
+/// The shape of a model, whose file is watched.
+fn shape(model: &str, folders: &[PathBuf]) -> Result<ModelShape, Error> {
+    if let Some(path) = presets::config_file(model, folders) {
+        rerun_if_changed(&path);
+    }
+    presets::shape(model, folders)
 }
 
 /// Where relative paths may start.

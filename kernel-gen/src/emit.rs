@@ -9,7 +9,7 @@ use crate::plan::{Interval, Plan, Serving};
 /// What a build generates.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Generated {
-    /// Constants of the build, and a call of `bespoke_macros::kernels!` with one declaration a
+    /// Constants of the build, and a call of `bespoke::kernels!` with one declaration a
     /// kernel and a serving.
     pub kernels_rs: String,
     /// An array of objects, one a kernel.
@@ -47,7 +47,7 @@ pub fn emit(contents: &Contents<'_>) -> Generated {
     kernels_rs.push_str("/// What of the lock decided about the servings.\n");
     let lock = if plan.lock.problems.is_empty() { String::new() } else { plan.lock.print() };
     kernels_rs.push_str(&format!("pub(crate) const LOCK: &str = {lock:?};\n\n"));
-    kernels_rs.push_str("::bespoke_macros::kernels! {\n");
+    kernels_rs.push_str("::bespoke::kernels! {\n");
     for artifact in artifacts {
         kernels_rs.push_str(&artifact.source.declaration(&artifact.hash));
     }

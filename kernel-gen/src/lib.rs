@@ -18,6 +18,7 @@
 //! # Ok::<(), bespoke_kernel_gen::Error>(())
 //! ```
 
+pub mod binding_rs;
 pub mod cargo;
 pub mod compile;
 pub mod config;

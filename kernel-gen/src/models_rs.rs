@@ -6,8 +6,8 @@ use crate::spec::{LinearPlace, LinearShape, ModelShape, WeightFormat};
 pub fn models_rs(shapes: &[ModelShape]) -> String {
     let mut text = String::from(
         "/// The models that this build has kernels for.\n\
-         pub fn models() -> Vec<::bespoke_kernel_gen::spec::ModelShape> {\n    \
-         use ::bespoke_kernel_gen::spec::*;\n    vec![\n",
+         pub fn models() -> Vec<::bespoke::kernel_gen::spec::ModelShape> {\n    \
+         use ::bespoke::kernel_gen::spec::*;\n    vec![\n",
     );
     for shape in shapes {
         text.push_str(&format!("        {},\n", expression(shape)));
@@ -16,7 +16,8 @@ pub fn models_rs(shapes: &[ModelShape]) -> String {
     text
 }
 
-fn expression(shape: &ModelShape) -> String {
+/// The shape as an expression, where the names of `spec` are in scope.
+pub(crate) fn expression(shape: &ModelShape) -> String {
     // NOTE: every field is named here, so that a new one cannot be forgotten.
     let ModelShape {
         name,

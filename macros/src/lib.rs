@@ -1,5 +1,7 @@
 //! Binds generated kernels with their shapes checked by the compiler.
 //!
+//! [`bind!`] makes a module of the model that a build script has made kernels for.
+//!
 //! [`kernels!`] turns the declarations that `bespoke-kernel-gen` emits into functions, one a
 //! kernel, and the table `KERNELS` of all of them. A declaration looks like
 //!
@@ -26,6 +28,7 @@
 //! A serving says which kernels serve which row counts, up to a limit and above the one before; it
 //! becomes a row of the table `SERVINGS`. Without a `device` it is for any.
 
+mod binding;
 mod error;
 mod expand;
 mod model;
@@ -43,6 +46,37 @@ mod tests;
 #[proc_macro]
 pub fn kernels(input: proc_macro::TokenStream) -> proc_macro::TokenStream {
     kernels_tokens(input.into()).into()
+}
+
+/// Binds the kernels that a build script has made with `bespoke_kernel_gen::cargo::build_model`.
+///
+/// ```text
+/// bespoke::bind! {
+///     /// The model of this program.
+///     pub mod model {
+///         hidden_size: 576,
+///         group_size: 64,
+///         dtype: F16,
+///     }
+/// }
+/// ```
+///
+/// makes a module `model` with the model's sizes as constants (`HIDDEN_SIZE`, `NUM_HEADS`, …), the
+/// type `Kernels`, by which engines and `bespoke::slices` find its kernels, and a type for each op
+/// that runs on slices. What stands between the braces is optional (`pub mod model;`): sizes that
+/// the program relies on. Where the model has another, the program does not compile, and the
+/// message names both numbers. `group_size: Channel` is one group for all inputs, `group_size: 0`
+/// stands for dense weights.
+#[proc_macro]
+pub fn bind(input: proc_macro::TokenStream) -> proc_macro::TokenStream {
+    bind_tokens(input.into()).into()
+}
+
+fn bind_tokens(input: proc_macro2::TokenStream) -> proc_macro2::TokenStream {
+    let mut errors = error::Errors::default();
+    let mut tokens = binding::expand(input, &mut errors);
+    tokens.extend(errors.into_compile_errors());
+    tokens
 }
 
 fn kernels_tokens(input: proc_macro2::TokenStream) -> proc_macro2::TokenStream {

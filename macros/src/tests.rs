@@ -1,9 +1,10 @@
-//! Expansions and errors of `kernels!`, as text.
+//! Expansions and errors of the macros, as text.
 
 use proc_macro2::TokenStream;
 
+use crate::binding;
 use crate::error::Errors;
-use crate::{expand_all, kernels_tokens};
+use crate::{bind_tokens, expand_all, kernels_tokens};
 
 const GOOD: &str = r#"
 kernel awq_gemm_n960_k576_g64_int8_few__avx512 {
@@ -140,6 +141,55 @@ fn sizes_become_assertions() {
     assert!(expansion.contains(expected), "{expansion}");
     let expansion = kernels_tokens(tokens(&with("N = 960", "N = 961"))).to_string();
     assert!(expansion.contains("N 961 is not the spec's n 960"), "{expansion}");
+}
+
+const BINDING: &str = r#"
+/// The model of this program.
+pub(crate) mod model {
+    hidden_size: 576,
+    group_size: 64,
+    dtype: F16,
+}
+"#;
+
+/// The errors of `BINDING` with one piece of text replaced by another.
+fn binding_errors(old: &str, new: &str) -> String {
+    assert!(BINDING.contains(old), "{old} is not in the good case");
+    let mut errors = Errors::default();
+    binding::expand(tokens(&BINDING.replacen(old, new, 1)), &mut errors);
+    errors.print()
+}
+
+#[test]
+fn expansion_of_a_binding() {
+    let file = syn::parse2(bind_tokens(tokens(BINDING))).expect("the expansion is a file");
+    insta::assert_snapshot!(prettyplease::unparse(&file));
+}
+
+/// Claims are optional, and a group may be all inputs.
+#[test]
+fn bindings_without_claims_expand() {
+    let bare = bind_tokens(tokens("mod model;")).to_string();
+    assert!(bare.contains("mod model") && !bare.contains("check_size"), "{bare}");
+    assert_eq!(bare, bind_tokens(tokens("mod model {}")).to_string());
+    assert_eq!(binding_errors("64", "Channel"), "");
+}
+
+#[test]
+fn wrong_claims_are_reported_at_their_place() {
+    let cases = [
+        ("hidden_size", "hidden"),
+        ("576", "\"576\""),
+        ("576", "-576"),
+        ("64", "Row"),
+        ("F16", "I8"),
+        ("F16", "16"),
+        ("group_size", "hidden_size"),
+        ("mod model", "model"),
+        ("576,", "576"),
+    ];
+    let text: String = cases.iter().map(|(old, new)| binding_errors(old, new)).collect();
+    insta::assert_snapshot!(text);
 }
 
 /// What rustc says to wrong declarations, each at its place in the source.

@@ -27,7 +27,7 @@ const HEADER: &str = "\
 
 ";
 
-const TABLE: &str = "::bespoke_kernel_gen::cuda::table";
+const TABLE: &str = "::bespoke::kernel_gen::cuda::table";
 const PROVENANCE: &str = "::bespoke_kernel_gen::plan::Provenance";
 
 /// What is written.

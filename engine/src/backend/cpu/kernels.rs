@@ -78,6 +78,14 @@ pub(super) enum Matmul {
     AwqGemm(ByRows<AwqGemmArgs>),
 }
 
+/// What serves a matmul.
+pub(super) struct MatmulKernels {
+    pub(super) weights: Weights,
+    /// Tiles of a panel.
+    pub(super) cols: usize,
+    pub(super) matmul: Matmul,
+}
+
 /// What serves the linears of a role in one form.
 #[derive(Clone, Copy)]
 pub(super) struct LinearKernels {
@@ -148,13 +156,7 @@ impl Kernels {
         options: &CpuOptions,
     ) -> Result<Kernels, Error> {
         let target = choice.target;
-        let mut lookup = Lookup {
-            choice,
-            missing: Vec::new(),
-            scratch_bytes: 0,
-            used: Vec::new(),
-            provenances: Vec::new(),
-        };
+        let mut lookup = Lookup::new(choice);
         let mut linears = Vec::new();
         for role in LinearRole::ALL {
             for linear in shape.served_forms(role, options.activation) {
@@ -237,7 +239,7 @@ fn row_formats(
 
 /// A kernel and its place in [`Kernels::used`].
 #[derive(Clone, Copy)]
-struct Found {
+pub(super) struct Found {
     kernel: &'static Kernel,
     idx: usize,
 }
@@ -245,7 +247,7 @@ struct Found {
 /// Functions from a found kernel to its entry, typed by the op that each is named after.
 macro_rules! entries {
     ($($op:ident: $variant:ident($args:ty);)*) => {
-        $(fn $op(found: Found) -> Entry<$args> {
+        $(pub(super) fn $op(found: Found) -> Entry<$args> {
             match found.kernel.run {
                 KernelFn::$variant(run) => Entry { run, idx: found.idx },
                 _ => panic!(
@@ -270,26 +272,37 @@ entries! {
 }
 
 /// What serves a spec, by ascending row counts; at least one interval, the last without a limit.
-struct Served(Vec<(usize, Found)>);
+pub(super) struct Served(Vec<(usize, Found)>);
 
 impl Served {
-    fn of(&self, num_rows: usize) -> Found {
+    pub(super) fn of(&self, num_rows: usize) -> Found {
         let found = self.0.iter().find(|(rows_max, _)| num_rows <= *rows_max);
         found.expect("the last interval of a serving has no limit").1
     }
 }
 
 /// Finds kernels and remembers those that are missing.
-struct Lookup<'a> {
+pub(super) struct Lookup<'a> {
     choice: Choice<'a>,
     missing: Vec<String>,
-    scratch_bytes: usize,
+    /// Most that a found kernel wants.
+    pub(super) scratch_bytes: usize,
     used: Vec<&'static Kernel>,
     provenances: Vec<Provenance>,
 }
 
-impl Lookup<'_> {
-    fn served(&mut self, spec: KernelSpec) -> Option<Served> {
+impl<'a> Lookup<'a> {
+    pub(super) fn new(choice: Choice<'a>) -> Lookup<'a> {
+        Lookup {
+            choice,
+            missing: Vec::new(),
+            scratch_bytes: 0,
+            used: Vec::new(),
+            provenances: Vec::new(),
+        }
+    }
+
+    pub(super) fn served(&mut self, spec: KernelSpec) -> Option<Served> {
         let Some(chosen) = self.choice.serving(&spec) else {
             let serving = plan::Serving::default_for(&spec, self.choice.target);
             let intervals = serving.intervals.iter();
@@ -319,7 +332,7 @@ impl Lookup<'_> {
         Found { kernel, idx }
     }
 
-    fn any(&mut self, spec: KernelSpec) -> Option<Found> {
+    pub(super) fn any(&mut self, spec: KernelSpec) -> Option<Found> {
         self.served(spec).map(|served| served.of(1))
     }
 
@@ -329,6 +342,12 @@ impl Lookup<'_> {
         spec: KernelSpec,
         rows: RowFormat,
     ) -> Option<LinearKernels> {
+        let MatmulKernels { weights, cols, matmul } = self.matmul(spec)?;
+        Some(LinearKernels { role, weights, cols, rows, matmul })
+    }
+
+    /// What serves a matmul at all row counts.
+    pub(super) fn matmul(&mut self, spec: KernelSpec) -> Option<MatmulKernels> {
         let served = self.served(spec)?;
         let cols = served.of(1).kernel.cols;
         assert!(
@@ -345,10 +364,11 @@ impl Lookup<'_> {
             }
             _ => unreachable!("a linear is served by a matmul"),
         };
-        Some(LinearKernels { role, weights, cols, rows, matmul })
+        Some(MatmulKernels { weights, cols, matmul })
     }
 
-    fn finish(&self, shape: &ModelShape) -> Result<(), Error> {
+    /// Refuses what was not found.
+    pub(super) fn finish(&self, shape: &ModelShape) -> Result<(), Error> {
         if self.missing.is_empty() {
             return Ok(());
         }

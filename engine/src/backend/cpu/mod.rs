@@ -8,6 +8,7 @@ mod meter;
 mod ops;
 pub mod pack;
 pub mod packed;
+pub mod slices;
 pub mod team;
 pub mod trial;
 pub mod work;
@@ -80,6 +81,15 @@ pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
+/// The caller and as many threads more as there shall be.
+fn start_team(num_threads: usize) -> Result<Team, Error> {
+    if !(1..=1024).contains(&num_threads) {
+        return Err(Error::Request(format!("{num_threads} threads; choose 1 to 1024")));
+    }
+    Team::new(num_threads)
+        .map_err(|error| Error::Resources(format!("cannot start {num_threads} threads: {error}")))
+}
+
 /// Key of the device class whose servings count on `target`.
 pub fn device_key(choice: DeviceChoice, target: Target, num_threads: usize) -> Option<String> {
     match choice {
@@ -109,15 +119,10 @@ impl CpuBackend {
             None => best_target(table).unwrap_or(Target::Portable),
         };
         let num_threads = options.num_threads.unwrap_or_else(available_threads);
-        if !(1..=1024).contains(&num_threads) {
-            return Err(Error::Request(format!("{num_threads} threads; choose 1 to 1024")));
-        }
+        let team = start_team(num_threads)?;
         let device = device_key(options.device, target, num_threads);
         let choice = Choice { table, target, device: device.as_deref() };
         let kernels = Kernels::find(choice, shape, options)?;
-        let team = Team::new(num_threads).map_err(|error| {
-            Error::Resources(format!("cannot start {num_threads} threads: {error}"))
-        })?;
         let scratch = (0..num_threads)
             .map(|_| Memory::new(kernels.scratch_bytes, "kernel scratch"))
             .collect::<Result<_, _>>()?;
