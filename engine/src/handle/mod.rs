@@ -4,6 +4,7 @@
 //! the last, whatever happens: the end of the output, a cancel, a drain, the death of the engine.
 //! Deadlines and heartbeats are here because nothing below knows a clock.
 
+mod async_stream;
 mod shared;
 mod stream;
 mod worker;
@@ -21,6 +22,7 @@ use crate::request::Request;
 use shared::{Shared, Submitted};
 use worker::{Worker, panic_message};
 
+pub use async_stream::AsyncRequestStream;
 pub use shared::{EngineState, HandleLimits, HandleStats, StepTimes, WorkCounts};
 pub use stream::{Cancellation, Event, EventSink, RequestStream};
 
@@ -96,6 +98,13 @@ impl EngineHandle {
         let sink = Box::new(move |event| drop(sender.send(event)));
         let submission = self.submit_with(request, sink)?;
         Ok(submission.map(|cancellation| RequestStream::new(receiver, cancellation)))
+    }
+
+    /// As [`EngineHandle::submit`] with a stream for tasks: it blocks nobody, whatever executor polls
+    /// it. Tasks are woken on the engine's thread.
+    pub fn submit_async(&self, request: Request) -> Result<Submission<AsyncRequestStream>, Error> {
+        let (sink, stream) = async_stream::queue();
+        Ok(self.submit_with(request, sink)?.map(stream))
     }
 
     /// As [`EngineHandle::submit`] with events given to `sink` on the engine's thread. The sink

@@ -140,6 +140,6 @@ impl Drop for RequestStream {
 }
 
 /// The last event of a stream whose sender is gone; the engine's thread never lets that happen.
-fn lost() -> Event {
+pub(super) fn lost() -> Event {
     Event::Died("the engine's thread is gone".to_owned())
 }
