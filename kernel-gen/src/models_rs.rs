@@ -6,9 +6,14 @@ use crate::spec::{LinearPlace, LinearShape, ModelShape, WeightFormat};
 pub fn models_rs(shapes: &[ModelShape]) -> String {
     let mut text = String::from(
         "/// The models that this build has kernels for.\n\
-         pub fn models() -> Vec<::bespoke::kernel_gen::spec::ModelShape> {\n    \
-         use ::bespoke::kernel_gen::spec::*;\n    vec![\n",
+         pub fn models() -> Vec<::bespoke::kernel_gen::spec::ModelShape> {\n",
     );
+    if shapes.is_empty() {
+        // Without names to import: the compiler would warn.
+        text.push_str("    Vec::new()\n}\n");
+        return text;
+    }
+    text.push_str("    use ::bespoke::kernel_gen::spec::*;\n    vec![\n");
     for shape in shapes {
         text.push_str(&format!("        {},\n", expression(shape)));
     }

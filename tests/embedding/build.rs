@@ -1,0 +1,3 @@
+fn main() {
+    bespoke_kernel_gen::cargo::build_model("../golden/tiny/llama-awq-g32");
+}
