@@ -1,4 +1,64 @@
 //! LLM inference with kernels made to measure, at build time, for one model.
+//!
+//! - [`Engine`](engine::Engine) loads a model and answers [`Request`](request::Request)s, on the
+//!   thread that calls it. It also keeps [sessions](session).
+//! - [`EngineHandle`](handle::EngineHandle) gives an engine a thread of its own and many callers:
+//!   streams of events that block or can be awaited, callbacks, cancellation.
+//! - [`bind!`] makes a module of the model that a crate's build script has made kernels for, with
+//!   its sizes as constants.
+//! - [`slices`] has the kernels of matmuls and of attention alone.
+//!
+//! # A program with a model's kernels
+//!
+//! The `main` of a crate's build script names the model (`bespoke-kernel-gen` is a
+//! build-dependency):
+//!
+//! ```ignore
+//! bespoke_kernel_gen::cargo::build_model("path/to/model");
+//! ```
+//!
+//! and the crate, which has no other use for this one's own kernels (`bespoke = { version = "…",
+//! default-features = false }`), binds what was made:
+//!
+//! ```ignore
+//! bespoke::bind! {
+//!     mod model {
+//!         // Optional. Where the model has another size, this does not compile.
+//!         hidden_size: 576,
+//!         group_size: 64,
+//!     }
+//! }
+//!
+//! let options = model::Kernels::options();
+//! let engine = Engine::load(&dir, &options, &mut |_| {})?;
+//! ```
+//!
+//! `tests/embedding` in the repository is such a crate.
+//!
+//! # A first answer
+//!
+//! ```no_run
+//! use std::ops::ControlFlow;
+//! use std::path::Path;
+//!
+//! use bespoke::config::EngineOptions;
+//! use bespoke::engine::Engine;
+//! use bespoke::kernels::generated;
+//! use bespoke::request::Request;
+//! use bespoke::tokenizer::{SpecialTokens, Tokenizer};
+//!
+//! let dir = Path::new("path/to/model");
+//! let tokenizer = Tokenizer::load(dir)?;
+//! let mut engine = Engine::load(dir, &EngineOptions::new(generated::table()), &mut |_| {})?;
+//! let request = Request {
+//!     prompt_ids: tokenizer.encode("Once upon a time", SpecialTokens::Add)?,
+//!     max_tokens: 50,
+//!     ..Request::default()
+//! };
+//! let answer = engine.generate(request, &mut |_| ControlFlow::Continue(()))?;
+//! println!("{}", tokenizer.decode(&answer.output_ids)?);
+//! # Ok::<(), bespoke::Error>(())
+//! ```
 
 // NOTE: generated code names this crate `bespoke`, inside it as outside.
 extern crate self as bespoke;

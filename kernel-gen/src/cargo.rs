@@ -35,7 +35,7 @@ use crate::tuning::lock::Lock;
 /// Where the package's feature `cuda` is on, the same models' CUDA kernels are compiled for the
 /// architectures of `BESPOKE_CUDA_TARGETS`, or for [`DEFAULT_ARCHS`].
 ///
-/// Without `BESPOKE_MODEL`, and without the package's feature `presets`, there are no kernels: those
+/// Without `BESPOKE_MODEL` and without the package's feature `presets` there are no kernels: those
 /// of a program that brings its own are made by [`build_model`].
 ///
 /// A failure is printed for cargo and ends the process with exit code 1.
@@ -54,12 +54,10 @@ pub fn build() {
 }
 
 /// Generates the kernels of one model into `OUT_DIR`, for a package that `bespoke::bind!` binds
-/// them in: its whole build script is
+/// them in: all that the `main` of its build script does is
 ///
 /// ```no_run
-/// fn main() {
-///     bespoke_kernel_gen::cargo::build_model("path/to/model");
-/// }
+/// bespoke_kernel_gen::cargo::build_model("path/to/model");
 /// ```
 ///
 /// `model` is a model folder or a `config.json`, from the package's folder or the one above, or the

@@ -100,8 +100,8 @@ impl EngineHandle {
         Ok(submission.map(|cancellation| RequestStream::new(receiver, cancellation)))
     }
 
-    /// As [`EngineHandle::submit`] with a stream for tasks: it blocks nobody, whatever executor polls
-    /// it. Tasks are woken on the engine's thread.
+    /// As [`EngineHandle::submit`] with a stream for tasks of any executor. They are woken on the
+    /// engine's thread.
     pub fn submit_async(&self, request: Request) -> Result<Submission<AsyncRequestStream>, Error> {
         let (sink, stream) = async_stream::queue();
         Ok(self.submit_with(request, sink)?.map(stream))

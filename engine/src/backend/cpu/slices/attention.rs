@@ -68,14 +68,16 @@ impl Default for AttentionOptions<'_> {
     }
 }
 
-impl<B, const QKV: usize, const OUT: usize, const ROTARY: usize> Attention<B, QKV, OUT, ROTARY>
-where
-    B: Binding + Computes<PagedAttention<QKV, OUT, ROTARY>>,
+impl<B: Binding, const QKV: usize, const OUT: usize, const ROTARY: usize>
+    Attention<B, QKV, OUT, ROTARY>
 {
     /// # Errors
     /// QK-norm weights for a model without, or none for one with it, or of another size; a kernel
     /// that is not in the table.
-    pub fn new(runner: &Runner<B>, options: &AttentionOptions<'_>) -> Result<Self, Error> {
+    pub fn new(runner: &Runner<B>, options: &AttentionOptions<'_>) -> Result<Self, Error>
+    where
+        B: Computes<PagedAttention<QKV, OUT, ROTARY>>,
+    {
         let shape = ModelShape { page_size: runner.table.page_size, ..B::shape() };
         let ModelShape { num_heads, num_kv_heads, head_dim, rotary_dim, .. } = shape;
         let sizes = ((num_heads + 2 * num_kv_heads) * head_dim, num_heads * head_dim, rotary_dim);

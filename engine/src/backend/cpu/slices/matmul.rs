@@ -45,11 +45,7 @@ pub struct AwqWeights<'a, const N: usize, const K: usize, const GROUP: usize> {
     scales: &'a [f16],
 }
 
-impl<B, E, const N: usize, const K: usize> DenseMatmul<B, E, N, K>
-where
-    B: Binding + Computes<Gemm<E, N, K>>,
-    E: Element,
-{
+impl<B: Binding, E: Element, const N: usize, const K: usize> DenseMatmul<B, E, N, K> {
     /// Packs `weight`, an array of `K` inputs for each output.
     ///
     /// # Errors
@@ -58,7 +54,10 @@ where
         runner: &Runner<B>,
         weight: &[[E::Value; K]; N],
         bias: Option<&[f32; N]>,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, Error>
+    where
+        B: Computes<Gemm<E, N, K>>,
+    {
         let spec = KernelSpec::Gemm { n: N, k: K, weight: E::DTYPE };
         let (found, needs) = runner.find(|lookup| lookup.matmul(spec))?;
         let MatmulKernels { cols, matmul: Matmul::Gemm(kernels), .. } = found else {
@@ -103,10 +102,7 @@ where
     }
 }
 
-impl<B, const N: usize, const K: usize, const GROUP: usize> AwqMatmul<B, N, K, GROUP>
-where
-    B: Binding + Computes<AwqGemm<N, K, GROUP>>,
-{
+impl<B: Binding, const N: usize, const K: usize, const GROUP: usize> AwqMatmul<B, N, K, GROUP> {
     /// Packs `weights`.
     ///
     /// # Errors
@@ -115,7 +111,10 @@ where
         runner: &Runner<B>,
         weights: &AwqWeights<'_, N, K, GROUP>,
         bias: Option<&[f32; N]>,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, Error>
+    where
+        B: Computes<AwqGemm<N, K, GROUP>>,
+    {
         let activation = ActivationType::Float;
         let spec = |group| KernelSpec::AwqGemm { n: N, k: K, group, activation };
         // One group of all inputs has a spec of its own.
