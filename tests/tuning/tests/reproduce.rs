@@ -32,23 +32,21 @@ fn built(name: &str, extension: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Crates that kernels are compiled against.
+/// What kernels are compiled against.
 struct Crates {
     engine: PathBuf,
-    macros: PathBuf,
 }
 
 impl Crates {
     /// Those that this test has been built with.
     fn find(folder: &Path) -> Crates {
         std::fs::create_dir_all(folder).unwrap();
-        let text = "bespoke_macros::kernels! {}\npub use bespoke::kernels::Kernel;\n";
+        let text = "bespoke::kernels! {}\npub use bespoke::kernels::Kernel;\n";
         std::fs::write(folder.join("lib.rs"), text).unwrap();
-        let macros = &built("bespoke_macros", std::env::consts::DLL_EXTENSION)[0];
         let mut errors = String::new();
         // NOTE: builds with other features lie there as well, some of them of other sources.
         for engine in built("bespoke", "rlib").into_iter().take(8) {
-            let crates = Crates { engine, macros: macros.clone() };
+            let crates = Crates { engine };
             match crates.compile(folder) {
                 Ok(()) => return crates,
                 Err(error) => errors.push_str(&error),
@@ -66,7 +64,6 @@ impl Crates {
             .args(["--edition=2024", "--crate-type=lib", "--crate-name=kernels", "--emit=obj"])
             .args(["-Copt-level=3", "-Ccodegen-units=16", "-Cdebug-assertions=off"])
             .arg(format!("--extern=bespoke={}", self.engine.display()))
-            .arg(format!("--extern=bespoke_macros={}", self.macros.display()))
             .arg(format!("-Ldependency={}", self.engine.parent().unwrap().display()))
             .arg("--out-dir")
             .arg(folder.join("objects"))
