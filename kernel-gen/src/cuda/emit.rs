@@ -28,7 +28,7 @@ const HEADER: &str = "\
 ";
 
 const TABLE: &str = "::bespoke::kernel_gen::cuda::table";
-const PROVENANCE: &str = "::bespoke_kernel_gen::plan::Provenance";
+const PROVENANCE: &str = "::bespoke::kernel_gen::plan::Provenance";
 
 /// What is written.
 #[derive(Clone, Copy, Debug)]
@@ -58,7 +58,7 @@ pub fn emit(contents: &Contents<'_>) -> Generated {
         let servings: String = servings.map(serving_declaration).collect();
         targets.push_str(&format!(
             "        {TABLE}::EmbeddedTarget {{\n            \
-                 arch: ::bespoke_kernel_gen::cuda::Arch::{arch:?},\n            \
+                 arch: ::bespoke::kernel_gen::cuda::Arch::{arch:?},\n            \
                  kernels: &[\n{kernels}            ],\n            \
                  cubins: include_bytes!(\"{name}\"),\n            \
                  servings: &[\n{servings}            ],\n        \
@@ -235,11 +235,11 @@ mod tests {
         assert_eq!(name, "cuda_sm_90a.bin");
         assert!(blob.len() < 200);
         for part in [
-            "arch: ::bespoke_kernel_gen::cuda::Arch::Sm90a",
+            "arch: ::bespoke::kernel_gen::cuda::Arch::Sm90a",
             "cubin_len: 4000",
             "device: \"sm_90a-sms-132-mem-80\"",
             "(usize::MAX, \"silu_and_mul_i96_f16__sm_90a\", \
-             ::bespoke_kernel_gen::plan::Provenance::Default)",
+             ::bespoke::kernel_gen::plan::Provenance::Default)",
             "is_tuner: false",
         ] {
             assert!(generated.cuda_kernels_rs.contains(part), "{part}");
