@@ -59,6 +59,37 @@
 //! println!("{}", tokenizer.decode(&answer.output_ids)?);
 //! # Ok::<(), bespoke::Error>(())
 //! ```
+//!
+//! # Many callers
+//!
+//! ```
+//! use bespoke::backend::null::NullOptions;
+//! use bespoke::config::EngineOptions;
+//! use bespoke::engine::Engine;
+//! use bespoke::handle::{EngineHandle, Event, HandleLimits, Submission};
+//! use bespoke::kernels::generated;
+//! use bespoke::request::Request;
+//!
+//! // Hashes in the place of a model; `Engine::load` makes an engine of a real one.
+//! let load = || Engine::null(&NullOptions::default(), &EngineOptions::new(generated::table()));
+//! let engine = EngineHandle::start(load, HandleLimits::default())?;
+//!
+//! // A clone of the handle for each caller; all requests run in the same steps.
+//! let request = Request { prompt_ids: vec![1, 2, 3], max_tokens: 8, ..Request::default() };
+//! let Submission::Accepted(stream) = engine.clone().submit(request)? else {
+//!     panic!("too much waits already; try again later");
+//! };
+//! let (mut tokens, mut last) = (Vec::new(), None);
+//! for event in stream {
+//!     match event {
+//!         Event::Output(output) => tokens.extend(output.token),
+//!         event => last = Some(event),
+//!     }
+//! }
+//! assert_eq!(tokens.len(), 8);
+//! assert!(matches!(last, Some(Event::Finished)));
+//! # Ok::<(), bespoke::Error>(())
+//! ```
 
 // NOTE: generated code names this crate `bespoke`, inside it as outside.
 extern crate self as bespoke;

@@ -2,6 +2,29 @@
 //!
 //! A session owns its tokens. Their keys and values stay in the cache as long as nobody else needs
 //! the pages, and are computed again, unnoticed, where they are gone.
+//!
+//! ```
+//! use std::ops::ControlFlow;
+//!
+//! use bespoke::backend::null::NullOptions;
+//! use bespoke::config::EngineOptions;
+//! use bespoke::engine::Engine;
+//! use bespoke::kernels::generated;
+//! use bespoke::kv_cache::Namespace;
+//! use bespoke::request::Request;
+//! use bespoke::session::{SessionId, SessionTurn};
+//!
+//! let options = EngineOptions::new(generated::table());
+//! let mut engine = Engine::null(&NullOptions::default(), &options)?;
+//! let id = SessionId::new(Namespace::default(), "story")?;
+//! for (prompt_ids, start) in [(vec![1, 2, 3], true), (vec![4, 5], false)] {
+//!     let session = Some(SessionTurn { start, ..SessionTurn::of(id.clone()) });
+//!     let request = Request { prompt_ids, max_tokens: 4, session, ..Request::default() };
+//!     engine.generate(request, &mut |_| ControlFlow::Continue(()))?;
+//! }
+//! assert_eq!(engine.session_tokens(&id)?.len(), 3 + 4 + 2 + 4);
+//! # Ok::<(), bespoke::Error>(())
+//! ```
 
 use std::collections::BTreeMap;
 use std::fmt;

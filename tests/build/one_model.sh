@@ -28,19 +28,7 @@ if grep -a -o -F -e "$root" -e "$work" -e "$(realpath ~)/" "$work/one" | sort | 
 fi
 
 echo '== it answers in a folder that has nothing but the loader and libc, read-only, without /proc'
-mkdir "$work/root"
-cp "$work/one" "$work/root/one"
-ldd "$work/one" | grep -o '/[^ ]*' | while read -r library; do
-    mkdir -p "$work/root$(dirname "$library")"
-    cp "$library" "$work/root$library"
-done
-# shellcheck disable=SC2016 # expanded inside
-unshare --mount --net bash -c '
-    mount --bind -o ro "$1" "$1"
-    mount -o remount,bind,ro "$1"
-    env -i "$2" "$1" /one generate --prompt "The capital of France is" --max-tokens 8
-    env -i "$2" "$1" /one doctor
-' bash "$work/root" "$(PATH=$PATH:/usr/sbin command -v chroot)"
+tests/build/bare_root.sh "$work/one"
 
 echo '== a cut or changed file says so'
 size=$(stat -c %s "$work/one")
