@@ -1,18 +1,22 @@
 //! `bespoke tune`: which kernels are fastest on this machine, and records of it.
 
+mod child;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod gpu;
+mod output;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bespoke_kernel_gen::tuning::record::{Appender, Record};
+use bespoke_kernel_gen::spec::ModelShape;
+use bespoke_kernel_gen::tuning::record::{Appender, Record, Records};
 use clap::ValueEnum;
 
 use super::console::Console;
 use super::interrupt::Stop;
-use super::model::Activations;
+use super::model::{Activations, shape_of};
+use super::verify::shapes;
 use crate::error::Error;
 
 /// Verify and measure the kernels of this binary on this machine
@@ -135,6 +139,26 @@ fn run_gpu(_args: &Args, _console: &mut Console<'_>) -> anyhow::Result<()> {
         "this binary was built without CUDA; build it with `cargo build --release --features \
          cuda`, or tune the CPU with `--backend cpu`"
     )
+}
+
+/// The records of all runs so far, and the file that this one appends to.
+fn open_records(
+    args: &Args,
+    device: &str,
+    console: &mut Console<'_>,
+) -> anyhow::Result<(Vec<Record>, Keeper)> {
+    let (records, warnings) = Records::open(&args.records);
+    for warning in warnings {
+        console.report(&format!("warning: {warning}\n"));
+    }
+    let name = Path::new(device).join(format!("{}.jsonl", std::process::id()));
+    Ok((records.all, Keeper::open(args.records_file(&name))?))
+}
+
+/// The model that is named, or all that the binary was built for.
+fn shapes_of(args: &Args, console: &Console<'_>) -> anyhow::Result<Vec<ModelShape>> {
+    let Some(model) = &args.model else { return shapes(None) };
+    Ok(vec![shape_of(model, console)?])
 }
 
 /// `300`, `300s`, `5m` or `1h`, up to a day.

@@ -1,21 +1,23 @@
 //! Tuning of a model's CPU matmuls: verify, race, record.
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use bespoke_kernel_gen::name::spec_name;
 use bespoke_kernel_gen::plan::KernelVariant;
 use bespoke_kernel_gen::spec::{ActivationType, KernelSpec, LinearRole, ModelShape, RowRegime};
 use bespoke_kernel_gen::target::Target;
-use bespoke_kernel_gen::tuning::certificate::Certificate;
 use bespoke_kernel_gen::tuning::cost_model::CostModel;
 use bespoke_kernel_gen::tuning::device::Device;
-use bespoke_kernel_gen::tuning::record::{Case, Outcome, Problem, Record, Time, VERSION, Variant};
+use bespoke_kernel_gen::tuning::record::{Case, Record};
 
 use super::isolation::Isolation;
 use super::known::Known;
+use super::ledger::{
+    Append, Batches, Ledger, Origin, TakeVerdict, TuneProgress, TuneSummary, time,
+};
 use super::operands::Operands;
-use super::race::{Field, Finish, RaceOptions, Track, race};
+use super::race::{Field, RaceOptions, Track, race};
 use crate::backend::cpu::limits::Limits;
 use crate::backend::cpu::trial::{Trial, TrialOptions};
 use crate::backend::cpu::work::Work;
@@ -96,48 +98,10 @@ pub struct CpuSetting<'a> {
     pub isolation: Isolation<'a>,
 }
 
-/// How far a run is.
-#[derive(Clone, Debug, PartialEq)]
-pub enum CpuProgress<'a> {
-    Verifying {
-        spec: &'a str,
-        num_kernels: usize,
-    },
-    Refused {
-        symbol: &'a str,
-        reason: &'a str,
-    },
-    /// There is no time to verify these; another run will.
-    Postponed {
-        spec: &'a str,
-        num_kernels: usize,
-    },
-    Racing {
-        spec: &'a str,
-        /// How often the kernels race, with this time.
-        pass: usize,
-        num_kernels: usize,
-        seconds: f64,
-    },
-}
-
-/// How a run ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CpuSummary {
-    pub num_verified: usize,
-    pub num_failed: usize,
-    pub num_measured: usize,
-    /// Measurements of earlier runs.
-    pub num_known: usize,
-}
-
 /// A tuning run.
 pub struct CpuTuning<'a> {
     setting: CpuSetting<'a>,
-    /// Of this device, this compiler and kernels as they are.
-    records: Vec<Record>,
-    append: &'a mut dyn FnMut(&Record) -> Result<(), Error>,
-    summary: CpuSummary,
+    ledger: Ledger<'a>,
 }
 
 impl<'a> CpuTuning<'a> {
@@ -145,20 +109,20 @@ impl<'a> CpuTuning<'a> {
     pub fn new(
         setting: CpuSetting<'a>,
         records: Vec<Record>,
-        append: &'a mut dyn FnMut(&Record) -> Result<(), Error>,
+        append: &'a mut Append<'a>,
     ) -> CpuTuning<'a> {
-        let key = setting.device.key();
-        let is_current = |record: &Record| {
-            let Variant { symbol, source_hash, compiler, .. } = &record.variant;
-            let kernel = setting.table.kernel(symbol);
-            record.device.key() == key
-                && compiler == setting.compiler
-                && kernel.is_some_and(|kernel| kernel.source_hash == source_hash)
+        let CpuSetting { table, code_bytes, .. } = setting;
+        let made_from = move |symbol: &str| {
+            let source_hash = table.kernel(symbol)?.source_hash.to_owned();
+            Some((source_hash, code_bytes.get(symbol).map_or(0, |bytes| *bytes as usize)))
         };
-        let records: Vec<Record> = records.into_iter().filter(is_current).collect();
-        let num_known = records.iter().filter(|record| record.time().is_some()).count();
-        let summary = CpuSummary { num_known, ..CpuSummary::default() };
-        CpuTuning { setting, records, append, summary }
+        let origin = Origin {
+            device: setting.device.clone(),
+            target: setting.target.name().to_owned(),
+            compiler: setting.compiler.to_owned(),
+            made_from: Box::new(made_from),
+        };
+        CpuTuning { setting, ledger: Ledger::new(origin, records, append) }
     }
 
     /// Tunes all `problems` within `budget`, verification included.
@@ -170,8 +134,8 @@ impl<'a> CpuTuning<'a> {
         problems: &[CpuProblem],
         options: &RaceOptions,
         budget: Duration,
-        progress: &mut dyn FnMut(CpuProgress<'_>),
-    ) -> Result<CpuSummary, Error> {
+        progress: &mut dyn FnMut(TuneProgress<'_>),
+    ) -> Result<TuneSummary, Error> {
         let start = Instant::now();
         for pass in 1..=NUM_PASSES {
             let share = if pass == 1 { FIRST_PASS_SHARE } else { 1.0 };
@@ -181,7 +145,7 @@ impl<'a> CpuTuning<'a> {
             }
             self.pass(problems, options, (pass, end), progress)?;
         }
-        Ok(self.summary)
+        Ok(self.ledger.summary())
     }
 
     fn pass(
@@ -189,7 +153,7 @@ impl<'a> CpuTuning<'a> {
         problems: &[CpuProblem],
         options: &RaceOptions,
         (pass, end): (usize, Instant),
-        progress: &mut dyn FnMut(CpuProgress<'_>),
+        progress: &mut dyn FnMut(TuneProgress<'_>),
     ) -> Result<(), Error> {
         let share = |problem: &CpuProblem| {
             EQUAL_SHARE / problems.len() as f64 + (1.0 - EQUAL_SHARE) * problem.share
@@ -210,7 +174,7 @@ impl<'a> CpuTuning<'a> {
 
     /// All records of this device and these kernels.
     pub fn into_records(self) -> Vec<Record> {
-        self.records
+        self.ledger.into_records()
     }
 
     fn tune(
@@ -218,7 +182,7 @@ impl<'a> CpuTuning<'a> {
         problem: &CpuProblem,
         options: &RaceOptions,
         (pass, deadline): (usize, Instant),
-        progress: &mut dyn FnMut(CpuProgress<'_>),
+        progress: &mut dyn FnMut(TuneProgress<'_>),
     ) -> Result<(), Error> {
         let (spec, target) = (problem.spec, self.setting.target);
         let name = spec_name(&spec);
@@ -228,11 +192,11 @@ impl<'a> CpuTuning<'a> {
         if pass == 1 {
             self.verify_new(problem, &kernels, options, deadline, progress)?;
         }
-        let verdicts = self.verdicts();
+        let verdicts = self.ledger.verdicts();
         let is_certified = |kernel: &&Kernel| verdicts.get(kernel.symbol) == Some(&true);
         let kernels: Vec<&'static Kernel> = kernels.into_iter().filter(is_certified).collect();
         let seconds = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
-        progress(CpuProgress::Racing { spec: &name, pass, num_kernels: kernels.len(), seconds });
+        progress(TuneProgress::Racing { spec: &name, pass, num_kernels: kernels.len(), seconds });
         self.race(problem, &kernels, options, (pass, deadline))
     }
 
@@ -243,11 +207,11 @@ impl<'a> CpuTuning<'a> {
         kernels: &[&'static Kernel],
         options: &RaceOptions,
         deadline: Instant,
-        progress: &mut dyn FnMut(CpuProgress<'_>),
+        progress: &mut dyn FnMut(TuneProgress<'_>),
     ) -> Result<(), Error> {
         let (spec, target) = (problem.spec, self.setting.target);
         let name = spec_name(&spec);
-        let verdicts = self.verdicts();
+        let verdicts = self.ledger.verdicts();
         let is_new = |kernel: &&'static Kernel| !verdicts.contains_key(kernel.symbol);
         let new: Vec<&Kernel> = kernels.iter().copied().filter(is_new).collect();
         let is_default = |kernel: &Kernel| {
@@ -258,70 +222,13 @@ impl<'a> CpuTuning<'a> {
             defaults.any(|default| default.symbol == kernel.symbol)
         };
         let new = promising(&new, &options.first_rows, &is_default);
-        let start = Instant::now();
-        let verify_time = deadline.saturating_duration_since(start).mul_f64(VERIFY_SHARE);
-        for (idx, batch) in new.chunks(BATCH).enumerate() {
-            let num_kernels = new.len() - idx * BATCH;
-            if idx > 0 && start.elapsed() >= verify_time {
-                progress(CpuProgress::Postponed { spec: &name, num_kernels });
-                break;
-            }
-            progress(CpuProgress::Verifying { spec: &name, num_kernels });
-            self.verify(&name, batch, progress)?;
-        }
-        Ok(())
-    }
-
-    /// Whether each kernel that was verified passed.
-    fn verdicts(&self) -> BTreeMap<String, bool> {
-        let verdict = |record: &Record| {
-            let symbol = record.variant.symbol.clone();
-            match &record.outcome {
-                Outcome::Certificate(certificate) => Some((symbol, certificate.check().is_ok())),
-                Outcome::Failure(_) => Some((symbol, false)),
-                Outcome::Time(_) => None,
-            }
-        };
-        let mut all = BTreeMap::new();
-        for (symbol, passed) in self.records.iter().filter_map(verdict) {
-            // A failure counts, whatever passed at another time.
-            *all.entry(symbol).or_insert(true) &= passed;
-        }
-        all
-    }
-
-    fn verify(
-        &mut self,
-        spec: &str,
-        symbols: &[String],
-        progress: &mut dyn FnMut(CpuProgress<'_>),
-    ) -> Result<(), Error> {
-        let CpuTuning { setting, records, append, summary } = self;
-        let setting = &*setting;
-        setting.isolation.verify(symbols, &mut |symbol, verdict| {
-            let outcome = match verdict {
-                Ok(levels) => {
-                    summary.num_verified += 1;
-                    Outcome::Certificate(Certificate {
-                        symbol: symbol.to_owned(),
-                        source_hash: setting.source_hash(symbol),
-                        compiler: setting.compiler.to_owned(),
-                        device: setting.device.key(),
-                        levels,
-                    })
-                }
-                Err(failure) => {
-                    summary.num_failed += 1;
-                    let reason = format!("{}: {}", failure.reason, failure.message);
-                    progress(CpuProgress::Refused { symbol, reason: &reason });
-                    Outcome::Failure(failure)
-                }
-            };
-            let record = setting.record(spec, symbol, Case::All, outcome);
-            append(&record)?;
-            records.push(record);
-            Ok(())
-        })
+        let now = Instant::now();
+        let time = deadline.saturating_duration_since(now).mul_f64(VERIFY_SHARE);
+        let batches = Batches { len: BATCH, end: now + time };
+        let isolation = &self.setting.isolation;
+        let verify =
+            &mut |symbols: &[String], take: &mut TakeVerdict<'_>| isolation.verify(symbols, take);
+        self.ledger.verify(&name, &new, batches, verify, progress)
     }
 
     fn race(
@@ -331,7 +238,7 @@ impl<'a> CpuTuning<'a> {
         options: &RaceOptions,
         (pass, deadline): (usize, Instant),
     ) -> Result<(), Error> {
-        let CpuTuning { setting, records, append, summary } = self;
+        let CpuTuning { setting, ledger } = self;
         let (setting, spec) = (&*setting, problem.spec);
         let default_of = |rows: usize| {
             let default = setting.table.serving_kernel(&spec, rows, setting.target);
@@ -349,13 +256,13 @@ impl<'a> CpuTuning<'a> {
             ..options.clone()
         };
         let name = spec_name(&spec);
-        let known = Known::new(records, &name, kernels);
+        let known = Known::new(ledger.records(), &name, kernels);
         let finalists = known.finalists(&options);
         let is_in = |kernel: usize, rows: usize| {
             let is_finalist = pass == 1 || finalists.contains(&(kernel, rows));
             is_finalist && can_serve(kernels[kernel], rows)
         };
-        let model = CostModel::fit(records.iter(), &setting.device.key());
+        let model = CostModel::fit(ledger.records().iter(), &setting.device.key());
         let cost = |kernel: usize, rows: usize| expected(&model, kernels[kernel], rows);
         let operands = Operands::new(&spec, problem.rows_max)?;
         let mut trial = setting.trial(problem, &operands)?;
@@ -381,12 +288,9 @@ impl<'a> CpuTuning<'a> {
         let budget = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
         race(&mut track, &field, &options, budget, &mut |finish| {
             let default = kernels[(field.default_of)(finish.num_rows)].symbol;
-            let time = Outcome::Time(time(&finish, default, limit(finish.num_rows) * 1e6));
-            let symbol = kernels[finish.kernel].symbol;
-            let record = setting.record(&name, symbol, Case::Rows(finish.num_rows), time);
-            result = append(&record);
-            summary.num_measured += 1;
-            records.push(record);
+            let limit_us = limit(finish.num_rows) * 1e6;
+            let (symbol, case) = (kernels[finish.kernel].symbol, Case::Rows(finish.num_rows));
+            result = ledger.keep(&name, symbol, case, time(&finish, "backend", default, limit_us));
             result.is_ok()
         });
         result
@@ -394,28 +298,6 @@ impl<'a> CpuTuning<'a> {
 }
 
 impl CpuSetting<'_> {
-    fn source_hash(&self, symbol: &str) -> String {
-        self.table.kernel(symbol).map_or(String::new(), |kernel| kernel.source_hash.to_owned())
-    }
-
-    fn record(&self, spec: &str, symbol: &str, case: Case, outcome: Outcome) -> Record {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-        let target = self.target.name().to_owned();
-        Record {
-            v: VERSION,
-            problem: Problem { spec: spec.to_owned(), target, case },
-            device: self.device.clone(),
-            variant: Variant {
-                symbol: symbol.to_owned(),
-                source_hash: self.source_hash(symbol),
-                compiler: self.compiler.to_owned(),
-                code_bytes: self.code_bytes.get(symbol).map_or(0, |bytes| *bytes as usize),
-            },
-            outcome,
-            measured_at: now,
-        }
-    }
-
     fn trial(&self, problem: &CpuProblem, operands: &Operands) -> Result<Trial, Error> {
         let options = TrialOptions {
             num_threads: self.num_threads,
@@ -472,19 +354,6 @@ fn prior(kernel: &Kernel, rows: usize) -> f64 {
     let padded = rows.div_ceil(block) * block;
     let unpacking = if kernel.regime == RowRegime::Many { 4.0 } else { 0.0 };
     padded as f64 * (1.0 + 1.0 / block as f64) + unpacking
-}
-
-fn time(finish: &Finish, default: &str, limit_us: f64) -> Time {
-    Time {
-        mode: "backend".to_owned(),
-        cache: "cold".to_owned(),
-        us: finish.us,
-        num_samples: finish.num_samples,
-        default: default.to_owned(),
-        vs_default: finish.vs_default,
-        noise: finish.noise,
-        limit_us: (limit_us > 0.0).then_some(limit_us),
-    }
 }
 
 /// Calls on this machine.

@@ -13,7 +13,7 @@ use bespoke_kernel_gen::tuning::certificate::Level;
 use bespoke_kernel_gen::tuning::record::Failure;
 use serde::{Deserialize, Serialize};
 
-use super::ladder::Verdict;
+use super::ledger::TakeVerdict;
 use crate::error::Error;
 
 /// Bytes of a line at most.
@@ -43,11 +43,7 @@ impl Isolation<'_> {
     /// # Errors
     /// No process can be started, one ends before it has called any kernel or is ended by somebody
     /// else, or `take` fails.
-    pub fn verify(
-        &self,
-        symbols: &[String],
-        take: &mut dyn FnMut(&str, Verdict) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    pub fn verify(&self, symbols: &[String], take: &mut TakeVerdict<'_>) -> Result<(), Error> {
         let mut left = symbols.to_vec();
         // NOTE: every process takes at least one of them away.
         while !left.is_empty() {

@@ -18,6 +18,7 @@ use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::tuning::certificate::Level;
 use bespoke_kernel_gen::tuning::record::Failure;
 
+use super::ledger::{Begin, TakeVerdict};
 use super::operands::{Exact, Operands};
 use crate::backend::cpu::trial::{Trial, TrialOptions};
 use crate::error::Error;
@@ -237,8 +238,8 @@ pub fn verify_all(
     table: &KernelTable,
     symbols: &[String],
     num_threads: usize,
-    begin: &mut dyn FnMut(&str) -> Result<(), Error>,
-    end: &mut dyn FnMut(&str, Verdict) -> Result<(), Error>,
+    begin: &mut Begin<'_>,
+    end: &mut TakeVerdict<'_>,
 ) -> Result<(), Error> {
     let mut by_problem: BTreeMap<(KernelSpec, Target), Vec<&Kernel>> = BTreeMap::new();
     for symbol in symbols {

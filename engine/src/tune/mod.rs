@@ -7,8 +7,10 @@ pub mod cuda;
 pub mod isolation;
 mod known;
 pub mod ladder;
+mod ledger;
 mod operands;
 pub mod race;
 pub mod report;
 
 pub use cases::{Case, Cases, Cost};
+pub use ledger::{Append, Begin, TakeVerdict, TuneProgress, TuneSummary, Verify};

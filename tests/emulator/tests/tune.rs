@@ -6,12 +6,10 @@ use std::time::Duration;
 
 use bespoke::Error;
 use bespoke::backend::cuda::device::Device as _;
-use bespoke::tune::Cases;
-use bespoke::tune::cuda::{
-    BenchOptions, CudaProgress, CudaSetting, CudaSummary, CudaTuneOptions, CudaTuning, verify_all,
-};
+use bespoke::tune::cuda::{BenchOptions, CudaSetting, CudaTuneOptions, CudaTuning, verify_all};
 use bespoke::tune::ladder::Verdict;
 use bespoke::tune::race::RaceOptions;
+use bespoke::tune::{Cases, TakeVerdict, TuneProgress, TuneSummary};
 use bespoke_kernel_gen::cuda::compile::source_hash;
 use bespoke_kernel_gen::cuda::render::render;
 use bespoke_kernel_gen::cuda::{Arch, Regime, Spec, Variant};
@@ -72,7 +70,7 @@ fn verify(
     shape: &ModelShape,
     broken: Option<&str>,
     symbols: &[String],
-    take: &mut dyn FnMut(&str, Verdict) -> Result<(), Error>,
+    take: &mut TakeVerdict<'_>,
 ) -> Result<(), Error> {
     let mut begun = BTreeSet::new();
     let mut open = || {
@@ -95,7 +93,7 @@ fn tune(
     kv: KvDType,
     known: Vec<Record>,
     broken: Option<&str>,
-) -> (Vec<Record>, CudaSummary) {
+) -> (Vec<Record>, TuneSummary) {
     let device = Emulated::new(21).with_candidates(&candidates(shape));
     let mut kept = Vec::new();
     let mut append = |record: &Record| {
@@ -111,8 +109,8 @@ fn tune(
     let num_known = known.len();
     let mut tuning = CudaTuning::new(setting, known, &mut append);
     let mut refused = Vec::new();
-    let progress = &mut |progress: CudaProgress<'_>| {
-        if let CudaProgress::Refused { symbol, .. } = progress {
+    let progress = &mut |progress: TuneProgress<'_>| {
+        if let TuneProgress::Refused { symbol, .. } = progress {
             refused.push(symbol.to_owned());
         }
     };

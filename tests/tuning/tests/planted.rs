@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use bespoke::error::Error;
 use bespoke::kernels::{Kernel, KernelTable};
-use bespoke::tune::cpu::{CpuProblem, CpuSetting, CpuSummary, CpuTuning};
+use bespoke::tune::TuneSummary;
+use bespoke::tune::cpu::{CpuProblem, CpuSetting, CpuTuning};
 use bespoke::tune::isolation::Isolation;
 use bespoke::tune::race::RaceOptions;
 use bespoke_kernel_gen::name::spec_name;
@@ -37,7 +38,7 @@ fn tune(
     known: Vec<Record>,
     command: &dyn Fn(&[String]) -> Command,
     append: &mut dyn FnMut(&Record) -> Result<(), Error>,
-) -> CpuSummary {
+) -> TuneSummary {
     let setting = CpuSetting {
         table,
         target: planted::default_kernel().target,

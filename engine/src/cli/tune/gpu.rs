@@ -8,19 +8,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use bespoke_kernel_gen::spec::KvDType;
 use bespoke_kernel_gen::tuning::device::Device as AnyDevice;
-use bespoke_kernel_gen::tuning::record::{Record, Records};
+use bespoke_kernel_gen::tuning::record::Record;
 
-use super::cpu::{self, shapes_of};
-use super::{Args, Console, Keeper};
+use super::{Args, Console, child, open_records, output, shapes_of};
 use crate::backend::cuda::device::Device as _;
 use crate::backend::cuda::driver::Driver;
-use crate::error::Error;
 use crate::kernels::generated;
-use crate::tune::cuda::{
-    CudaProgress, CudaSetting, CudaSummary, CudaTuneOptions, CudaTuning, verify_all,
-};
-use crate::tune::isolation::{Isolation, Line};
+use crate::tune::cuda::{CudaSetting, CudaTuneOptions, CudaTuning, verify_all};
+use crate::tune::isolation::Isolation;
 use crate::tune::report::TuningReport;
+use crate::tune::{TuneProgress, TuneSummary};
 
 /// How long a process may say nothing: it makes and packs the weights of the largest matmul, and
 /// copies them, before the first kernel.
@@ -44,13 +41,8 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let shapes = shapes_of(args, console)?;
     let info = Driver::open(&table)?.info().clone();
     let device = info.class();
-    let (records, warnings) = Records::open(&args.records);
-    for warning in warnings {
-        console.report(&format!("warning: {warning}\n"));
-    }
-    let name = Path::new(&device.key()).join(format!("{}.jsonl", std::process::id()));
-    let path = args.records_file(&name);
-    let mut keeper = Keeper::open(path.clone())?;
+    let (records, mut keeper) = open_records(args, &device.key(), console)?;
+    let path = keeper.path.clone();
     let mut append = |record: &Record| keeper.keep(record);
     let program = console.program.clone().context("only the program itself can tune")?;
     let models = args.model.clone();
@@ -66,8 +58,8 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
         made_from: &|symbol| made_from.get(symbol).map(|(hash, len)| ((*hash).to_owned(), *len)),
         verify: &mut |symbols, take| isolation.verify(symbols, take),
     };
-    let mut tuning = CudaTuning::new(setting, records.all, &mut append);
-    let mut summary = CudaSummary::default();
+    let mut tuning = CudaTuning::new(setting, records, &mut append);
+    let mut summary = TuneSummary::default();
     for (idx, shape) in shapes.iter().enumerate() {
         let num_left = (shapes.len() - idx) as f64;
         let shape_end = Instant::now() + left(end).div_f64(num_left);
@@ -75,7 +67,8 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
             console.report(&format!("{}, {} KV cache\n", shape.name, kv_dtype.name()));
             let options = CudaTuneOptions::default();
             let budget = left(shape_end).mul_f64(share);
-            let progress = &mut |progress: CudaProgress<'_>| console.report(&line(&progress));
+            let progress =
+                &mut |progress: TuneProgress<'_>| console.report(&output::line(&progress));
             let opened = Driver::open(&table)?;
             summary = tuning.run(opened, shape, kv_dtype, &options, budget, progress)?;
         }
@@ -83,7 +76,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let names: Vec<&str> = shapes.iter().map(|shape| shape.name.as_str()).collect();
     let device = AnyDevice::Cuda(device);
     let report = TuningReport::new(&names.join(", "), &device, &tuning.into_records());
-    cpu::finish(args, &report, &summary, &path, console)
+    output::finish(args, &report, &summary, &path, console)
 }
 
 fn left(end: Instant) -> Duration {
@@ -100,43 +93,10 @@ fn verifier(program: &Path, model: Option<&str>, symbols: &[String]) -> Command 
 
 /// What the process does that may crash.
 pub(super) fn verify_candidates(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {
-    if args.end_with_input {
-        cpu::end_with_input()?;
-    }
     let table = generated::cuda_table();
     let shapes = shapes_of(args, console)?;
-    let out = std::cell::RefCell::new(console);
-    let print = |line: &Line| {
-        let printed = out.borrow_mut().print_json(line);
-        printed.map_err(|error| Error::Resources(error.to_string()))
-    };
-    verify_all(
-        &mut || Driver::open(&table),
-        &shapes,
-        &args.verify_candidates,
-        &mut |symbol| print(&Line::Begin(symbol.to_owned())),
-        &mut |symbol, verdict| {
-            let symbol = symbol.to_owned();
-            print(&match verdict {
-                Ok(levels) => Line::Passed(symbol, levels),
-                Err(failure) => Line::Failed(symbol, failure),
-            })
-        },
-    )?;
-    Ok(())
-}
-
-fn line(progress: &CudaProgress<'_>) -> String {
-    match progress {
-        CudaProgress::Verifying { spec, num_kernels } => {
-            format!("{spec}: verifying {num_kernels} kernels\n")
-        }
-        CudaProgress::Refused { symbol, reason } => format!("refused {symbol}: {reason}\n"),
-        CudaProgress::Postponed { spec, num_kernels } => {
-            format!("{spec}: no time to verify {num_kernels} kernels; another run will\n")
-        }
-        CudaProgress::Racing { spec, num_kernels, seconds } => {
-            format!("{spec}: racing {num_kernels} kernels for {seconds:.0} s\n")
-        }
-    }
+    let mut open = || Driver::open(&table);
+    child::run(args, console, |begin, take| {
+        verify_all(&mut open, &shapes, &args.verify_candidates, begin, take)
+    })
 }

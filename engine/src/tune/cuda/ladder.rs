@@ -20,6 +20,7 @@ use bespoke_kernel_gen::tuning::record::Failure;
 
 use super::super::cases::Case;
 use super::super::ladder::{Verdict, level, mismatch, note};
+use super::super::ledger::{Begin, TakeVerdict};
 use super::bench::{Bench, BenchOptions, shape_of};
 use crate::backend::cuda::device::Device;
 use crate::error::Error;
@@ -67,8 +68,8 @@ pub fn verify_all<D: Device>(
     open: &mut dyn FnMut() -> Result<D, Error>,
     shapes: &[ModelShape],
     symbols: &[String],
-    begin: &mut dyn FnMut(&str) -> Result<(), Error>,
-    end: &mut dyn FnMut(&str, Verdict) -> Result<(), Error>,
+    begin: &mut Begin<'_>,
+    end: &mut TakeVerdict<'_>,
 ) -> Result<(), Error> {
     let parse = |symbol: &String| {
         Variant::parse(symbol).ok_or_else(|| {

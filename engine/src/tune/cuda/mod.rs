@@ -6,20 +6,17 @@ mod bench;
 mod ladder;
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use bespoke_kernel_gen::cuda::compiler_name;
 use bespoke_kernel_gen::cuda::{KvType, Regime, Serving, Spec, Variant};
 use bespoke_kernel_gen::spec::{KvDType, ModelShape};
-use bespoke_kernel_gen::tuning::certificate::Certificate;
 use bespoke_kernel_gen::tuning::device::{CudaDevice, Device as AnyDevice};
-use bespoke_kernel_gen::tuning::record::{
-    self, Outcome, Problem, Record, Time, VERSION, Variant as RecordedVariant,
-};
+use bespoke_kernel_gen::tuning::record::{self, Record};
 
 use super::cases::{Case, Cases, rows_served, spec_of};
-use super::ladder::Verdict;
-use super::race::{Field, Finish, RaceOptions, Track, race};
+use super::ledger::{Append, Batches, Ledger, Origin, TuneProgress, TuneSummary, Verify, time};
+use super::race::{Field, RaceOptions, Track, race};
 use crate::backend::cuda::device::Device;
 use crate::batch::Batch;
 use crate::error::Error;
@@ -35,12 +32,6 @@ const VERIFY_SHARE: f64 = 0.5;
 /// Kernels that are verified at a time; the time that is left is looked at in between. Each time
 /// the weights of the matmul are made and packed, which for the largest takes seconds.
 const BATCH: usize = 128;
-
-/// Takes the verdict on the kernel of a symbol.
-pub type TakeVerdict<'a> = dyn FnMut(&str, Verdict) -> Result<(), Error> + 'a;
-
-/// Verifies kernels by their symbols, and says what came out, each at once.
-pub type Verify<'a> = dyn FnMut(&[String], &mut TakeVerdict<'_>) -> Result<(), Error> + 'a;
 
 /// What a run knows of the machine and the binary.
 pub struct CudaSetting<'a> {
@@ -61,39 +52,10 @@ pub struct CudaTuneOptions {
     pub race: RaceOptions,
 }
 
-/// How far a run is.
-#[derive(Clone, Debug, PartialEq)]
-pub enum CudaProgress<'a> {
-    Verifying {
-        spec: &'a str,
-        num_kernels: usize,
-    },
-    Refused {
-        symbol: &'a str,
-        reason: &'a str,
-    },
-    /// There is no time to verify these; another run will.
-    Postponed {
-        spec: &'a str,
-        num_kernels: usize,
-    },
-    Racing {
-        spec: &'a str,
-        num_kernels: usize,
-        seconds: f64,
-    },
-}
-
-/// How a run ended.
-pub type CudaSummary = super::cpu::CpuSummary;
-
 /// A tuning run.
 pub struct CudaTuning<'a> {
-    setting: CudaSetting<'a>,
-    /// Of this device, this compiler and kernels as they are.
-    records: Vec<Record>,
-    append: &'a mut dyn FnMut(&Record) -> Result<(), Error>,
-    summary: CudaSummary,
+    verify: &'a mut Verify<'a>,
+    ledger: Ledger<'a>,
     /// Bytes that a second moves, once it is known.
     bandwidth: f64,
 }
@@ -113,20 +75,16 @@ impl<'a> CudaTuning<'a> {
     pub fn new(
         setting: CudaSetting<'a>,
         records: Vec<Record>,
-        append: &'a mut dyn FnMut(&Record) -> Result<(), Error>,
+        append: &'a mut Append<'a>,
     ) -> CudaTuning<'a> {
-        let (key, compiler) = (setting.device.key(), compiler_name(setting.toolkit));
-        let is_current = |record: &Record| {
-            let RecordedVariant { symbol, source_hash, compiler: own, .. } = &record.variant;
-            let made_from = (setting.made_from)(symbol);
-            record.device.key() == key
-                && *own == compiler
-                && made_from.is_some_and(|(hash, _)| hash == *source_hash)
+        let CudaSetting { device, toolkit, made_from, verify } = setting;
+        let origin = Origin {
+            target: device.arch.clone(),
+            device: AnyDevice::Cuda(device),
+            compiler: compiler_name(toolkit),
+            made_from: Box::new(made_from),
         };
-        let records: Vec<Record> = records.into_iter().filter(is_current).collect();
-        let num_known = records.iter().filter(|record| record.time().is_some()).count();
-        let summary = CudaSummary { num_known, ..CudaSummary::default() };
-        CudaTuning { setting, records, append, summary, bandwidth: 0.0 }
+        CudaTuning { verify, ledger: Ledger::new(origin, records, append), bandwidth: 0.0 }
     }
 
     /// Tunes the kernels of `shape` with one type of KV cache within `budget`, verification
@@ -142,8 +100,8 @@ impl<'a> CudaTuning<'a> {
         kv_dtype: KvDType,
         options: &CudaTuneOptions,
         budget: Duration,
-        progress: &mut dyn FnMut(CudaProgress<'_>),
-    ) -> Result<CudaSummary, Error> {
+        progress: &mut dyn FnMut(TuneProgress<'_>),
+    ) -> Result<TuneSummary, Error> {
         let end = Instant::now() + budget;
         let kv = KvType::of(kv_dtype).ok_or_else(|| {
             Error::Request("a KV cache of float32 elements exists on the CPU only".into())
@@ -166,33 +124,15 @@ impl<'a> CudaTuning<'a> {
             let rest: f64 = problems[idx..].iter().map(|problem| problem.share).sum();
             let seconds = left * problem.share / rest;
             let (spec, num_kernels) = (problem.spec.name(), problem.kernels.len());
-            progress(CudaProgress::Racing { spec: &spec, num_kernels, seconds });
+            progress(TuneProgress::Racing { spec: &spec, pass: 1, num_kernels, seconds });
             self.race(&mut bench, problem, kv, options, seconds)?;
         }
-        Ok(self.summary)
+        Ok(self.ledger.summary())
     }
 
     /// All records of this device and these kernels.
     pub fn into_records(self) -> Vec<Record> {
-        self.records
-    }
-
-    /// Whether each kernel that was verified passed.
-    fn verdicts(&self) -> BTreeMap<String, bool> {
-        let verdict = |record: &Record| {
-            let symbol = record.variant.symbol.clone();
-            match &record.outcome {
-                Outcome::Certificate(certificate) => Some((symbol, certificate.check().is_ok())),
-                Outcome::Failure(_) => Some((symbol, false)),
-                Outcome::Time(_) => None,
-            }
-        };
-        let mut all = BTreeMap::new();
-        for (symbol, passed) in self.records.iter().filter_map(verdict) {
-            // A failure counts, whatever passed at another time.
-            *all.entry(symbol).or_insert(true) &= passed;
-        }
-        all
+        self.ledger.into_records()
     }
 
     /// Verifies what was not before, and leaves the problem those that passed.
@@ -200,61 +140,20 @@ impl<'a> CudaTuning<'a> {
         &mut self,
         problem: &mut CudaProblem,
         end: Instant,
-        progress: &mut dyn FnMut(CudaProgress<'_>),
+        progress: &mut dyn FnMut(TuneProgress<'_>),
     ) -> Result<(), Error> {
         let name = problem.spec.name();
-        let verdicts = self.verdicts();
+        let verdicts = self.ledger.verdicts();
         let mut new: Vec<Variant> = problem.kernels.clone();
         new.retain(|variant| !verdicts.contains_key(&variant.symbol()));
         // The defaults first, beside which all others are raced.
         new.sort_by_key(|variant| !variant.is_default());
         let symbols: Vec<String> = new.iter().map(Variant::symbol).collect();
-        for (idx, batch) in symbols.chunks(BATCH).enumerate() {
-            let num_kernels = symbols.len() - idx * BATCH;
-            if idx > 0 && Instant::now() >= end {
-                progress(CudaProgress::Postponed { spec: &name, num_kernels });
-                break;
-            }
-            progress(CudaProgress::Verifying { spec: &name, num_kernels });
-            self.verify_batch(&name, batch, progress)?;
-        }
-        let verdicts = self.verdicts();
+        let batches = Batches { len: BATCH, end };
+        self.ledger.verify(&name, &symbols, batches, self.verify, progress)?;
+        let verdicts = self.ledger.verdicts();
         problem.kernels.retain(|variant| verdicts.get(&variant.symbol()) == Some(&true));
         Ok(())
-    }
-
-    fn verify_batch(
-        &mut self,
-        spec: &str,
-        symbols: &[String],
-        progress: &mut dyn FnMut(CudaProgress<'_>),
-    ) -> Result<(), Error> {
-        let CudaTuning { setting, records, append, summary, .. } = self;
-        let CudaSetting { device, toolkit, made_from, verify } = setting;
-        verify(symbols, &mut |symbol, verdict| {
-            let mut record = record_of(device, toolkit, *made_from, spec, symbol);
-            record.outcome = match verdict {
-                Ok(levels) => {
-                    summary.num_verified += 1;
-                    Outcome::Certificate(Certificate {
-                        symbol: symbol.to_owned(),
-                        source_hash: record.variant.source_hash.clone(),
-                        compiler: record.variant.compiler.clone(),
-                        device: device.key(),
-                        levels,
-                    })
-                }
-                Err(failure) => {
-                    summary.num_failed += 1;
-                    let reason = format!("{}: {}", failure.reason, failure.message);
-                    progress(CudaProgress::Refused { symbol, reason: &reason });
-                    Outcome::Failure(failure)
-                }
-            };
-            append(&record)?;
-            records.push(record);
-            Ok(())
-        })
     }
 
     fn race<D: Device>(
@@ -265,7 +164,7 @@ impl<'a> CudaTuning<'a> {
         options: &CudaTuneOptions,
         budget: f64,
     ) -> Result<(), Error> {
-        let CudaTuning { setting, records, append, summary, bandwidth, .. } = self;
+        let CudaTuning { ledger, bandwidth, .. } = self;
         let CudaProblem { spec, cases, kernels, .. } = problem;
         let arch = kernels.first().map(|kernel| kernel.arch);
         let Some(arch) = arch else { return Ok(()) };
@@ -287,7 +186,7 @@ impl<'a> CudaTuning<'a> {
         };
         let race_options =
             RaceOptions { first_rows: idxs(true), other_rows: idxs(false), ..options.race.clone() };
-        let known = known(records, &spec.name(), kernels, cases);
+        let known = known(ledger.records(), &spec.name(), kernels, cases);
         let limit = |idx: usize| match *bandwidth > 0.0 {
             true => cases[idx].cost(&bench.shape, kv).bytes as f64 / *bandwidth,
             false => 0.0,
@@ -306,13 +205,9 @@ impl<'a> CudaTuning<'a> {
         race(&mut track, &field, &race_options, budget, &mut |finish| {
             let default = kernels[(field.default_of)(finish.num_rows)].symbol();
             let symbol = kernels[finish.kernel].symbol();
-            let CudaSetting { device, toolkit, made_from, .. } = &*setting;
-            let mut record = record_of(device, toolkit, *made_from, &spec.name(), &symbol);
-            record.problem.case = cases[finish.num_rows].into();
-            record.outcome = Outcome::Time(time(&finish, default, limits[finish.num_rows] * 1e6));
-            result = append(&record);
-            summary.num_measured += 1;
-            records.push(record);
+            let limit_us = limits[finish.num_rows] * 1e6;
+            let (case, time) = (cases[finish.num_rows], time(&finish, "graph", &default, limit_us));
+            result = ledger.keep(&spec.name(), &symbol, case.into(), time);
             result.is_ok()
         });
         let failed = track.failed.take();
@@ -373,49 +268,6 @@ fn is_made_for(variant: &Variant, case: &Case) -> bool {
         (_, Regime::Any) => true,
         (Case::Linear { rows, .. }, regime) => Regime::of_rows(*rows) == regime,
         _ => variant.serves(rows_served(case)),
-    }
-}
-
-/// A record without its case and outcome.
-fn record_of(
-    device: &CudaDevice,
-    toolkit: &str,
-    made_from: &dyn Fn(&str) -> Option<(String, usize)>,
-    spec: &str,
-    symbol: &str,
-) -> Record {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-    let (source_hash, code_bytes) = made_from(symbol).unwrap_or_default();
-    let failure = record::Failure { reason: String::new(), message: String::new() };
-    Record {
-        v: VERSION,
-        problem: Problem {
-            spec: spec.to_owned(),
-            target: device.arch.clone(),
-            case: record::Case::All,
-        },
-        device: AnyDevice::Cuda(device.clone()),
-        variant: RecordedVariant {
-            symbol: symbol.to_owned(),
-            source_hash,
-            compiler: compiler_name(toolkit),
-            code_bytes,
-        },
-        outcome: Outcome::Failure(failure),
-        measured_at: now,
-    }
-}
-
-fn time(finish: &Finish, default: String, limit_us: f64) -> Time {
-    Time {
-        mode: "graph".to_owned(),
-        cache: "cold".to_owned(),
-        us: finish.us,
-        num_samples: finish.num_samples,
-        default,
-        vs_default: finish.vs_default,
-        noise: finish.noise,
-        limit_us: (limit_us > 0.0).then_some(limit_us),
     }
 }
 
