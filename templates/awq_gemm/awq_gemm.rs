@@ -18,8 +18,8 @@
 
 use super::abi::{AwqGemmArgs, Share, int8_stride};
 use super::gemm::{
-    K_BLOCK, TileRun, add_bias, float_block, for_row_blocks, for_tile_runs, has_block, next_block,
-    split_many, store_block, tile_range, tile_unit,
+    K_BLOCK, TileRun, add_bias, ask_for_floats, ask_for_int8, float_block, for_row_blocks,
+    for_tile_runs, has_block, next_block, split_many, store_block, tile_range, tile_unit,
 };
 use super::simd::{Element, F16, Simd};
 
@@ -48,6 +48,7 @@ pub unsafe fn int8_one<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: the runs lie within the panels, the row is the only one.
     unsafe {
+        ask_for_int8::<S, K, GROUP>(&args.x, 1);
         for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             int8_stream::<S, N, K, GROUP, UNROLL, PREFETCH, 1, C>(args, 0, run)
         });
@@ -79,6 +80,7 @@ pub unsafe fn int8_few<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_one`; row + R never exceeds the rows.
     unsafe {
+        ask_for_int8::<S, K, GROUP>(&args.x, args.rows);
         for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             for_row_blocks!(0, args.rows, |row, R| {
                 int8_stream::<S, N, K, GROUP, UNROLL, PREFETCH, R, C>(args, row, run)
@@ -149,6 +151,7 @@ pub unsafe fn float_one<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_one`.
     unsafe {
+        ask_for_floats::<S, K>(&args.x, 1);
         for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             float_stream::<S, N, K, GROUP, PREFETCH, 1, C>(args, 0, run)
         });
@@ -180,6 +183,7 @@ pub unsafe fn float_few<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_few`.
     unsafe {
+        ask_for_floats::<S, K>(&args.x, args.rows);
         for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             for_row_blocks!(0, args.rows, |row, R| {
                 float_stream::<S, N, K, GROUP, PREFETCH, R, C>(args, row, run)

@@ -12,7 +12,7 @@
 //! Every output is one chain over k in order, so its bits depend neither on the number of rows nor
 //! on how columns and rows are split over threads.
 
-use super::abi::{GemmArgs, Share, int8_stride};
+use super::abi::{GemmArgs, RowsIn, Share, int8_stride};
 use super::simd::{Element, Simd};
 
 /// Inputs of a weight panel that are unpacked at a time: 512 · 64 columns · 4 bytes fit in L2.
@@ -149,6 +149,46 @@ pub fn split_many<S: Simd, const N: usize, const SPLIT: usize>(
     }
 }
 
+/// Bytes of rows that are asked for ahead: half of a small first-level cache.
+const AHEAD_BYTES: usize = 16 << 10;
+
+/// Asks for `bytes` from `first` on, all at once. Other threads have just written parts of a call's
+/// rows: read line by line, each would wait for another core's cache.
+#[inline(always)]
+unsafe fn ask_for<S: Simd>(first: *const u8, bytes: usize) {
+    let bytes = if bytes < AHEAD_BYTES { bytes } else { AHEAD_BYTES };
+    let mut at = 0;
+    while at < bytes {
+        // SAFETY: the rows are there.
+        unsafe { S::prefetch(first.add(at)) };
+        at += 64;
+    }
+}
+
+/// Asks for the first of `rows` float32 rows of `K` inputs.
+///
+/// # Safety
+/// `x` holds them; the instruction set of `S`.
+#[inline(always)]
+pub unsafe fn ask_for_floats<S: Simd, const K: usize>(x: &RowsIn, rows: usize) {
+    // SAFETY: as the caller promises.
+    unsafe { ask_for::<S>(x.f32.cast(), rows * K * 4) }
+}
+
+/// Asks for the first of `rows` int8 rows of `K` inputs in groups of `GROUP`.
+///
+/// # Safety
+/// `x` holds them; the instruction set of `S`.
+#[inline(always)]
+pub unsafe fn ask_for_int8<S: Simd, const K: usize, const GROUP: usize>(x: &RowsIn, rows: usize) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        ask_for::<S>(x.q.cast(), rows * int8_stride(K));
+        ask_for::<S>(x.scales.cast(), rows * (K / GROUP) * 4);
+        ask_for::<S>(x.sums.cast(), rows * (K / GROUP) * 4);
+    }
+}
+
 /// One row of float activations.
 ///
 /// # Safety
@@ -174,6 +214,7 @@ pub unsafe fn one<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: the runs lie within the panels, the row is the only one.
     unsafe {
+        ask_for_floats::<S, K>(&args.x, 1);
         for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             stream::<S, E, N, K, PREFETCH, 1, C>(args, 0, run)
         });
@@ -205,6 +246,7 @@ pub unsafe fn few<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `one`; row + R never exceeds the rows.
     unsafe {
+        ask_for_floats::<S, K>(&args.x, args.rows);
         for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             for_row_blocks!(0, args.rows, |row, R| {
                 stream::<S, E, N, K, PREFETCH, R, C>(args, row, run)
@@ -492,6 +534,7 @@ pub unsafe fn int8_one<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: the runs lie within the panels, the row is the only one.
     unsafe {
+        ask_for_int8::<S, K, GROUP>(&args.x, 1);
         for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             int8_block::<S, N, K, GROUP, UNROLL, PREFETCH, 1, C>(args, 0, run)
         });
@@ -523,6 +566,7 @@ pub unsafe fn int8_few<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `int8_one`; row + R never exceeds the rows.
     unsafe {
+        ask_for_int8::<S, K, GROUP>(&args.x, args.rows);
         for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             for_row_blocks!(0, args.rows, |row, R| {
                 int8_block::<S, N, K, GROUP, UNROLL, PREFETCH, R, C>(args, row, run)

@@ -6,8 +6,8 @@
 
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
 /// Turns of the wait loop before a thread parks: some tens of microseconds.
@@ -16,22 +16,29 @@ const SPIN_TURNS: u32 = 2000;
 type Job = *const (dyn Fn(usize) + Sync);
 
 struct Shared {
+    region: Region,
+    panicked: AtomicBool,
+    stop: AtomicBool,
+    /// One per worker: whether it parks or is about to.
+    parked: Vec<AtomicBool>,
+    caller_parked: AtomicBool,
+    /// Written before it parks: a handle is a counter that all threads would change in each region.
+    caller: Mutex<Option<Thread>>,
+}
+
+/// What threads hand to each other in each region, in one cache line.
+#[repr(align(64))]
+struct Region {
     /// Counts regions; a change is the signal to start.
     generation: AtomicU32,
     /// The region's work; written before `generation` changes, read after.
     job: UnsafeCell<Option<Job>>,
     /// Workers that have not finished the region.
     num_running: AtomicUsize,
-    panicked: AtomicBool,
-    stop: AtomicBool,
-    /// One per worker: whether it parks or is about to.
-    parked: Vec<AtomicBool>,
-    caller_parked: AtomicBool,
-    caller: UnsafeCell<Option<Thread>>,
 }
 
-// SAFETY: `job` and `caller` are written only by the caller between regions, while no worker runs,
-// and the release store of `generation` orders the writes before the workers' reads.
+// SAFETY: `job` is written only by the caller between regions, while no worker runs, and the release
+// store of `generation` orders the write before the workers' reads.
 unsafe impl Sync for Shared {}
 // SAFETY: the job pointer is only followed while the region's caller waits in `run`.
 unsafe impl Send for Shared {}
@@ -47,14 +54,16 @@ impl Team {
     pub fn new(len: usize) -> std::io::Result<Team> {
         assert!(len > 0);
         let shared = Arc::new(Shared {
-            generation: AtomicU32::new(0),
-            job: UnsafeCell::new(None),
-            num_running: AtomicUsize::new(0),
+            region: Region {
+                generation: AtomicU32::new(0),
+                job: UnsafeCell::new(None),
+                num_running: AtomicUsize::new(0),
+            },
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             parked: (1..len).map(|_| AtomicBool::new(false)).collect(),
             caller_parked: AtomicBool::new(false),
-            caller: UnsafeCell::new(None),
+            caller: Mutex::new(None),
         });
         let mut team = Team { shared, workers: Vec::new() };
         for worker_idx in 0..len - 1 {
@@ -80,24 +89,25 @@ impl Team {
             return job(0);
         }
         let shared = &*self.shared;
-        // SAFETY: no worker runs between regions, so nobody else touches `job` and `caller`. The
-        // lifetime is erased because this function does not return before the last use.
+        let region = &shared.region;
+        // SAFETY: no worker runs between regions, so nobody else touches `job`. The lifetime is
+        // erased because this function does not return before the last use.
         unsafe {
-            *shared.job.get() =
+            *region.job.get() =
                 Some(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(job));
-            *shared.caller.get() = Some(thread::current());
         }
-        shared.num_running.store(self.workers.len(), Ordering::Relaxed);
+        region.num_running.store(self.workers.len(), Ordering::Relaxed);
         // NOTE: SeqCst pairs with the worker's store of `parked` and second look at `generation`:
         // either it sees the new generation or we see it parked.
-        shared.generation.fetch_add(1, Ordering::SeqCst);
+        region.generation.fetch_add(1, Ordering::SeqCst);
         for (worker, parked) in self.workers.iter().zip(&shared.parked) {
             if parked.load(Ordering::SeqCst) {
                 worker.thread().unpark();
             }
         }
         let own = catch_unwind(AssertUnwindSafe(|| job(0)));
-        wait(&shared.caller_parked, || shared.num_running.load(Ordering::SeqCst) == 0);
+        let is_done = || region.num_running.load(Ordering::SeqCst) == 0;
+        wait(&shared.caller_parked, is_done, || shared.set_caller(thread::current()));
         let worker_panicked = shared.panicked.swap(false, Ordering::Relaxed);
         if let Err(payload) = own {
             std::panic::resume_unwind(payload);
@@ -109,7 +119,7 @@ impl Team {
 impl Drop for Team {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
-        self.shared.generation.fetch_add(1, Ordering::SeqCst);
+        self.shared.region.generation.fetch_add(1, Ordering::SeqCst);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
             // A worker catches the panics of its jobs, so joining cannot fail.
@@ -118,14 +128,27 @@ impl Drop for Team {
     }
 }
 
-/// Returns once `ready()`: spins first, then parks with `parked` set.
-fn wait(parked: &AtomicBool, ready: impl Fn() -> bool) {
+impl Shared {
+    fn set_caller(&self, caller: Thread) {
+        *self.caller.lock().unwrap_or_else(PoisonError::into_inner) = Some(caller);
+    }
+
+    fn unpark_caller(&self) {
+        if let Some(caller) = &*self.caller.lock().unwrap_or_else(PoisonError::into_inner) {
+            caller.unpark();
+        }
+    }
+}
+
+/// Returns once `ready()`: spins first, then parks with `parked` set, after `before_parking()`.
+fn wait(parked: &AtomicBool, ready: impl Fn() -> bool, before_parking: impl FnOnce()) {
     for _ in 0..SPIN_TURNS {
         if ready() {
             return;
         }
         std::hint::spin_loop();
     }
+    before_parking();
     parked.store(true, Ordering::SeqCst);
     while !ready() {
         thread::park();
@@ -134,27 +157,28 @@ fn wait(parked: &AtomicBool, ready: impl Fn() -> bool) {
 }
 
 fn work(shared: &Shared, worker_idx: usize) {
+    let region = &shared.region;
     let mut seen = 0;
     loop {
-        wait(&shared.parked[worker_idx], || shared.generation.load(Ordering::SeqCst) != seen);
-        seen = shared.generation.load(Ordering::SeqCst);
+        let has_begun = || region.generation.load(Ordering::SeqCst) != seen;
+        wait(&shared.parked[worker_idx], has_begun, || ());
+        seen = region.generation.load(Ordering::SeqCst);
         if shared.stop.load(Ordering::Relaxed) {
             return;
         }
         // SAFETY: the caller wrote `job` before the generation changed and waits for us in `run`.
-        let job = unsafe { (*shared.job.get()).map(|job| &*job) };
+        let job = unsafe { (*region.job.get()).map(|job| &*job) };
         if let Some(job) = job
             && catch_unwind(AssertUnwindSafe(|| job(worker_idx + 1))).is_err()
         {
             shared.panicked.store(true, Ordering::Relaxed);
         }
-        // SAFETY: as above; the clone outlives the caller's wait, which ends with the next line.
-        let caller = unsafe { (*shared.caller.get()).clone() };
-        if shared.num_running.fetch_sub(1, Ordering::SeqCst) == 1
+        // NOTE: whoever finds the caller parked finds its handle, or an older one's, which is woken
+        // for nothing while the caller itself looks once more before it parks.
+        if region.num_running.fetch_sub(1, Ordering::SeqCst) == 1
             && shared.caller_parked.load(Ordering::SeqCst)
-            && let Some(caller) = caller
         {
-            caller.unpark();
+            shared.unpark_caller();
         }
     }
 }
