@@ -68,18 +68,18 @@ impl<'a> Loader<'a> {
         let mut startup = self.startup.borrow_mut();
         let num_threads = backend.num_threads();
         if let Some(file) = self.packed {
-            startup.time("check packed weights", || file.check(num_threads))?;
-            return startup.time("map weights", || self.load_packed(backend, file, progress));
+            startup.time("read packed weights", || file.check(num_threads))?;
+            return startup.time("set up layers", || self.load_packed(backend, file, progress));
         }
         let Some(Kept { cache, fingerprint, files }) = &self.kept else {
             let parts = &mut FromWeights(weights);
             return startup.time("pack weights", || self.load(backend, parts, progress));
         };
         let key = PackedCache::key(files, fingerprint, &backend.layout_name())?;
-        match startup.time("check packed weights", || cache.open(&key, num_threads)) {
+        match startup.time("read packed weights", || cache.open(&key, num_threads)) {
             Ok(Some(file)) => {
                 let load = || self.load_packed(backend, &file, progress);
-                match startup.time("map weights", load) {
+                match startup.time("set up layers", load) {
                     Ok(loaded) => return Ok(loaded),
                     Err(error) => {
                         startup.warnings.push(error.to_string());

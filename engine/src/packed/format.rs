@@ -85,9 +85,12 @@ enum Format {
 pub struct PackedFile {
     path: PathBuf,
     header: Arc<Header>,
+    file: Arc<File>,
+    /// Where the packed weights begin in it.
+    offset: u64,
     map: Arc<MappedFile>,
-    /// What is wrong with the arrays, once they were checked.
-    checked: Arc<OnceLock<Result<(), String>>>,
+    /// The bytes that the kernels read, or what is wrong with them, once they were checked.
+    checked: Arc<OnceLock<Result<Arc<MappedFile>, String>>>,
 }
 
 impl Linear {
@@ -139,25 +142,35 @@ impl PackedFile {
             Error::Resources(format!("{len} bytes of packed weights do not fit an address space"))
         })?;
         let map = Arc::new(MappedFile::open(file, path, offset, map_len)?);
+        let file = Arc::new(file.try_clone().map_err(|error| Error::io(path, error))?);
         let (header, checked) = (Arc::new(header), Arc::default());
-        Ok(PackedFile { path: path.to_owned(), header, map, checked })
+        Ok(PackedFile { path: path.to_owned(), header, file, offset, map, checked })
     }
 
-    /// Compares every array with its checksum, on `num_threads` threads, or waits for whoever does.
-    /// Afterwards all of the file is in memory.
+    /// Brings all of the file into memory and compares every array with its checksum, on
+    /// `num_threads` threads, or waits for whoever does.
     pub fn check(&self, num_threads: usize) -> Result<(), Error> {
-        let checked = self.checked.get_or_init(|| self.compare(num_threads));
-        checked.as_ref().map_err(|what| self.damaged(what)).copied()
+        let checked = self.checked.get_or_init(|| self.load(num_threads));
+        checked.as_ref().map(|_| ()).map_err(|what| self.damaged(what))
     }
 
-    fn compare(&self, num_threads: usize) -> Result<(), String> {
+    fn load(&self, num_threads: usize) -> Result<Arc<MappedFile>, String> {
+        let len = self.map.bytes().len();
+        let read = MappedFile::read(&self.file, self.offset, len, num_threads);
+        let read = read.map_err(|error| format!("reading them: {error}"))?;
+        let bytes = read.map_or_else(|| Arc::clone(&self.map), Arc::new);
+        self.compare(bytes.bytes(), num_threads)?;
+        Ok(bytes)
+    }
+
+    fn compare(&self, bytes: &[u8], num_threads: usize) -> Result<(), String> {
         let mut arrays: Vec<(&String, &Array)> = self.header.arrays.iter().collect();
         // The largest first, so that no thread is left with one while the others have ended.
         arrays.sort_by_key(|(_, array)| std::cmp::Reverse(array.len));
         let next = AtomicUsize::new(0);
         let work = || {
             while let Some((name, array)) = arrays.get(next.fetch_add(1, Ordering::Relaxed)) {
-                if checksum(self.bytes_of(array)) != array.checksum {
+                if checksum(array.of(bytes)) != array.checksum {
                     return Err(format!("'{name}' has another checksum"));
                 }
             }
@@ -200,13 +213,13 @@ impl PackedFile {
     /// The array `name`, which must have `len` bytes.
     pub(super) fn array(&self, name: &str, len: usize) -> Result<Memory, Error> {
         let array = self.find(name, len)?;
-        Ok(Memory::mapped(&self.map, array.offset as usize, len))
+        Ok(Memory::mapped(self.bytes(), array.offset as usize, len))
     }
 
     /// As [`PackedFile::array`], of `len` float32 values that are copied.
     pub(super) fn floats(&self, name: &str, len: usize) -> Result<Vec<f32>, Error> {
         let array = self.find(name, len.saturating_mul(4))?;
-        let (words, _) = self.bytes_of(&array).as_chunks::<4>();
+        let (words, _) = array.of(self.bytes().bytes()).as_chunks::<4>();
         Ok(words.iter().map(|word| f32::from_le_bytes(*word)).collect())
     }
 
@@ -221,13 +234,20 @@ impl PackedFile {
         }
     }
 
-    fn bytes_of(&self, array: &Array) -> &[u8] {
-        // Both were compared with the length of the map.
-        &self.map.bytes()[array.offset as usize..(array.offset + array.len) as usize]
+    /// What was checked, or may still be.
+    fn bytes(&self) -> &Arc<MappedFile> {
+        self.checked.get().and_then(|checked| checked.as_ref().ok()).unwrap_or(&self.map)
     }
 
     pub(super) fn damaged(&self, what: &str) -> Error {
         damaged(&self.path, what)
+    }
+}
+
+impl Array {
+    /// Its part of the file's bytes, with whose length it was compared.
+    fn of<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
+        &bytes[self.offset as usize..(self.offset + self.len) as usize]
     }
 }
 

@@ -53,11 +53,11 @@ fn load_cached(source: &ModelSource, options: &EngineOptions) -> Engine {
     load(source, options).unwrap()
 }
 
-/// Whether the weights were mapped, and not packed.
+/// Whether packed weights were found, and none packed.
 fn is_hit(engine: &Engine) -> bool {
     let stages: Vec<&str> = engine.startup().stages.iter().map(|stage| stage.name).collect();
-    assert_ne!(stages.contains(&"pack weights"), stages.contains(&"map weights"), "{stages:?}");
-    stages.contains(&"map weights")
+    assert_ne!(stages.contains(&"pack weights"), stages.contains(&"set up layers"), "{stages:?}");
+    stages.contains(&"set up layers")
 }
 
 fn set_age(path: &Path, seconds: u64) {
