@@ -108,7 +108,7 @@ impl Console<'_> {
 
     /// The folder of a model given as a path, a cached name or a preset.
     pub(super) fn resolve(&self, model: &str) -> Result<PathBuf, Error> {
-        cache::resolve(model, &self.cache()?)
+        cache::resolve(model, || self.cache())
     }
 
     /// Runs `command` and reports its error.

@@ -85,8 +85,12 @@ pub fn is_model_dir(path: &Path) -> bool {
     path.join("config.json").is_file()
 }
 
-/// Finds the folder of a model given as a path, a cached name or a preset. Fetches nothing.
-pub fn resolve(name_or_path: &str, cache: &Cache) -> Result<PathBuf, Error> {
+/// Finds the folder of a model given as a path, a cached name or a preset. Fetches nothing, and asks
+/// for the cache where the path is no model folder.
+pub fn resolve(
+    name_or_path: &str,
+    cache: impl FnOnce() -> Result<Cache, Error>,
+) -> Result<PathBuf, Error> {
     let path = Path::new(name_or_path);
     if is_model_dir(path) {
         return Ok(path.to_owned());
@@ -97,6 +101,7 @@ pub fn resolve(name_or_path: &str, cache: &Cache) -> Result<PathBuf, Error> {
              {name_or_path} -o DIR"
         )));
     }
+    let cache = cache()?;
     let name = ModelName::parse(name_or_path).ok();
     if let Some(name) = &name {
         let dir = cache.model_dir(name);

@@ -21,5 +21,5 @@ pub fn pull(name: &str, report: Report) -> Result<PathBuf, Error> {
 
 /// [`cache::resolve`] in the cache of the environment.
 pub fn resolve_model(name_or_path: &str) -> Result<PathBuf, Error> {
-    cache::resolve(name_or_path, &environment::cache()?)
+    cache::resolve(name_or_path, environment::cache)
 }

@@ -174,30 +174,19 @@ fn from_cpuinfo(text: &str) -> CpuDevice {
 /// chosen for its family.
 #[cfg(target_arch = "x86_64")]
 fn from_cpuid() -> CpuDevice {
-    use std::arch::x86_64::__cpuid;
-    #[allow(unused_unsafe, reason = "only older compilers want it")]
-    // SAFETY: all processors of this architecture have the instruction.
-    let (vendor, version) = unsafe { (__cpuid(0), __cpuid(1)) };
-    from_leaves([vendor.ebx, vendor.edx, vendor.ecx], version.eax)
+    let cpuid = raw_cpuid::CpuId::new();
+    let (vendor, version) = (cpuid.get_vendor_info(), cpuid.get_feature_info());
+    CpuDevice {
+        vendor: short_vendor(vendor.as_ref().map_or("", |vendor| vendor.as_str())),
+        family: version.as_ref().map_or(0, |version| version.family_id().into()),
+        model: version.as_ref().map_or(0, |version| version.model_id().into()),
+        ..from_cpuinfo("")
+    }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 fn from_cpuid() -> CpuDevice {
     from_cpuinfo("")
-}
-
-/// The twelve letters of the vendor, and family and model as CPUID packs them.
-#[cfg(target_arch = "x86_64")]
-fn from_leaves(vendor: [u32; 3], version: u32) -> CpuDevice {
-    let bits = |first: u32, num: u32| version >> first & ((1 << num) - 1);
-    let (family, model) = (bits(8, 4), bits(4, 4));
-    let vendor = vendor.map(u32::to_le_bytes).concat();
-    CpuDevice {
-        vendor: short_vendor(&String::from_utf8_lossy(&vendor)),
-        family: if family == 15 { family + bits(20, 8) } else { family },
-        model: if family >= 6 { model + (bits(16, 4) << 4) } else { model },
-        ..from_cpuinfo("")
-    }
 }
 
 fn short_vendor(vendor: &str) -> String {
@@ -294,18 +283,7 @@ mod tests {
 
     #[cfg(target_arch = "x86_64")]
     #[test]
-    fn processors_name_themselves() {
-        let words = |name: &[u8; 12]| {
-            [0, 4, 8].map(|at| u32::from_le_bytes(std::array::from_fn(|idx| name[at + idx])))
-        };
-        let found = |name, version| {
-            let CpuDevice { vendor, family, model, .. } = from_leaves(words(name), version);
-            (vendor, family, model)
-        };
-        // Zen 4, Sapphire Rapids, and one from before there were families above 15.
-        assert_eq!(found(b"AuthenticAMD", 0x00a1_0f11), ("amd".to_string(), 25, 17));
-        assert_eq!(found(b"GenuineIntel", 0x000c_06f2), ("intel".to_string(), 6, 207));
-        assert_eq!(found(b"GenuineIntel", 0x0000_0543), ("intel".to_string(), 5, 4));
+    fn the_processor_says_what_the_system_says() {
         if let Ok(text) = std::fs::read_to_string("/proc/cpuinfo") {
             let CpuDevice { name, .. } = from_cpuinfo(&text);
             assert_eq!(CpuDevice { name, ..from_cpuid() }, from_cpuinfo(&text));

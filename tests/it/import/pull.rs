@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use bespoke::Error;
-use bespoke::import::cache::{Cache, resolve};
+use bespoke::import::cache::{self, Cache};
 use bespoke::import::hub::HubOptions;
 use bespoke::import::package::PipOptions;
 use bespoke::import::pull::{PullOptions, pull};
@@ -25,6 +25,10 @@ fn options(root: &Path, endpoint: &str) -> PullOptions {
         hub: HubOptions { endpoint: Some(endpoint.to_owned()), ..HubOptions::default() },
         pip: PipOptions { commands: Vec::new(), time_limit: Duration::from_secs(60) },
     }
+}
+
+fn resolve(name: &str, cache: &Cache) -> Result<PathBuf, Error> {
+    cache::resolve(name, || Ok(cache.clone()))
 }
 
 /// A safetensors file of about 400 kB.
@@ -265,6 +269,16 @@ fn only_names_name_models() {
     for path in ["no/such/folder/here", "unknown", "../x"] {
         assert!(resolve(path, &options.cache).is_err(), "{path}");
     }
+}
+
+#[test]
+fn a_folder_is_found_without_a_cache() {
+    let dir = TempDir::new().expect("a folder");
+    let path = dir.path().to_str().expect("a path");
+    let resolve = |path| cache::resolve(path, || Err(Error::Resources("no home".to_owned())));
+    assert_eq!(resolve(path).expect_err("no model folder").to_string(), "no home");
+    fs::write(dir.path().join("config.json"), "{}").expect("room");
+    assert_eq!(resolve(path).expect("a model folder"), dir.path());
 }
 
 /// CRC-32 as zip files have it.
