@@ -85,8 +85,8 @@ pub fn is_model_dir(path: &Path) -> bool {
     path.join("config.json").is_file()
 }
 
-/// Finds the folder of a model given as a path, a cached name or a preset. Fetches nothing, and asks
-/// for the cache where the path is no model folder.
+/// Finds the folder of a model given as a path, a cached name or a preset. Fetches nothing, and
+/// asks for the cache where the path is no model folder.
 pub fn resolve(
     name_or_path: &str,
     cache: impl FnOnce() -> Result<Cache, Error>,
