@@ -35,10 +35,11 @@ pub enum Step {
 }
 
 /// What a kernel has done in a sample of the steps so far, and what the machine could do.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct KernelUsage {
     pub symbol: &'static str,
     pub op: &'static str,
+    #[serde(rename = "calls")]
     pub num_calls: u64,
     /// Of all the calls.
     pub seconds: f64,

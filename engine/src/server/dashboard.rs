@@ -81,7 +81,7 @@ struct EngineData {
     page_size: usize,
     weights_bytes: usize,
     kv_cache_bytes: usize,
-    kernels: Vec<Kernel>,
+    kernels: Vec<KernelUsage>,
 }
 
 #[derive(Debug, Serialize)]
@@ -90,21 +90,6 @@ struct Pages {
     free: usize,
     active: usize,
     cached: usize,
-}
-
-/// What a kernel has done in the steps that were timed.
-#[derive(Clone, Debug, Serialize)]
-struct Kernel {
-    symbol: &'static str,
-    op: &'static str,
-    calls: u64,
-    seconds: f64,
-    /// The least that the machine's limits allow.
-    limit_seconds: f64,
-    /// Which limit that is.
-    bound: &'static str,
-    bytes: u64,
-    ops: u64,
 }
 
 /// The engine's last answer.
@@ -208,22 +193,7 @@ impl EngineData {
             page_size: engine.shape().page_size,
             weights_bytes: memory.weights_bytes,
             kv_cache_bytes: memory.kv_cache_bytes,
-            kernels: kernels.iter().map(Kernel::of).collect(),
-        }
-    }
-}
-
-impl Kernel {
-    fn of(usage: &KernelUsage) -> Kernel {
-        Kernel {
-            symbol: usage.symbol,
-            op: usage.op,
-            calls: usage.num_calls,
-            seconds: usage.seconds,
-            limit_seconds: usage.limit_seconds,
-            bound: usage.bound,
-            bytes: usage.bytes,
-            ops: usage.ops,
+            kernels,
         }
     }
 }

@@ -99,6 +99,28 @@ fn leaves_out_what_does_not_fit() {
 }
 
 #[test]
+fn tells_the_time_of_kernels() {
+    let model = ["bench", "--model", "smollm2-135m-awq", "--load-format", "dummy"];
+    let lengths = ["--prompt-tokens", "1", "--max-tokens", "2", "--rounds", "1"];
+    let report =
+        run_json(&[&model[..], &lengths, &["--concurrency", "1", "--kernels", "--json"]].concat());
+    let kernels = report["points"][0]["kernels"].as_array().unwrap();
+    let calls = |op: &str| {
+        let of_op = kernels.iter().filter(|kernel| kernel["op"] == op);
+        of_op.map(|kernel| count(kernel, "calls")).sum::<u64>()
+    };
+    // The first of the steps, four in all, is timed: thirty layers of four linears.
+    assert_eq!(["embed", "paged_attention", "awq_gemm", "gemm"].map(calls), [1, 30, 120, 1]);
+    for kernel in kernels {
+        let [seconds, limit] =
+            ["seconds", "limit_seconds"].map(|key| kernel[key].as_f64().unwrap());
+        assert!(seconds > 0.0 && limit > 0.0, "{kernel}");
+        let bounds = ["memory", "cache", "int8 dot", "f32 fma"];
+        assert!(bounds.contains(&kernel["bound"].as_str().unwrap()), "{kernel}");
+    }
+}
+
+#[test]
 fn one_token_has_no_gap() {
     let report = bench(&LATENCY, &["--concurrency", "2", "--max-tokens", "1", "--rounds", "1"]);
     assert_eq!(count(&report, "total_output_tokens"), 2);

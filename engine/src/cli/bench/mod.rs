@@ -88,6 +88,10 @@ pub(super) struct Args {
     /// --from-trace`
     #[arg(long, value_name = "FILE")]
     trace_shapes: Option<PathBuf>,
+    /// latency, throughput: also tell the time of each kernel, beside what this machine's limits,
+    /// measured afterwards, allow
+    #[arg(long)]
+    kernels: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -116,6 +120,8 @@ ttft: from handing a request over to its first token. tpot: between two tokens o
 serving, between two pieces of its text; request_tpot is the mean of one request behind its first
 token, e2e the time of a whole request).
 Percentiles are measured values (nearest rank), beyond a million values those of a fair choice.
+--kernels times every eighth step, warm-up included; limit is the time that the machine's memory, caches
+or arithmetic would need at least.
 The JSON has the values of each point in `points`, and those of the last point at the top as well;
 prompt_tokens and max_tokens are means where lengths differ.";
 
@@ -214,6 +220,7 @@ impl Args {
             ("--max-batch-tokens", self.max_batch_tokens.is_some(), ENGINE),
             ("--chunk-tokens", self.chunk_tokens.is_some(), ENGINE),
             ("--trace-shapes", self.trace_shapes.is_some(), ENGINE),
+            ("--kernels", self.kernels, ENGINE),
         ];
         #[cfg(feature = "server")]
         let options = {
@@ -380,7 +387,8 @@ impl Bench<'_> {
         }
         rows.merge(&engine.row_histogram());
         let setting = Setting { mode, source: source.name(), concurrency };
-        Ok(Point::new(setting, &measurement, &engine))
+        let kernels = if args.kernels { engine.kernel_usage()? } else { Vec::new() };
+        Ok(Point::new(setting, &measurement, &engine).with_kernels(kernels))
     }
 }
 

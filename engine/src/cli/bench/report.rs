@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::Mode;
 use super::measurement::Measurement;
 use super::samples::Summary;
+use crate::backend::KernelUsage;
 use crate::cli::generate::{Memory, round};
 use crate::engine::Engine;
 use crate::files::human_bytes;
@@ -52,6 +53,9 @@ pub(super) struct Point {
     cached_tokens: usize,
     preemptions: u64,
     memory: Memory,
+    /// Of a sample of steps; empty unless it was asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    kernels: Vec<KernelUsage>,
 }
 
 /// What a point is called.
@@ -101,7 +105,14 @@ impl Point {
             cached_tokens: measured.num_cached,
             preemptions: engine.status().num_preemptions,
             memory: Memory::of(engine),
+            kernels: Vec::new(),
         }
+    }
+
+    /// The same with the times of kernels, of which the slowest come first.
+    pub(super) fn with_kernels(self, mut kernels: Vec<KernelUsage>) -> Point {
+        kernels.sort_by(|left, right| right.seconds.total_cmp(&left.seconds));
+        Point { kernels, ..self }
     }
 
     /// The table of one point.
@@ -135,7 +146,28 @@ impl Point {
             human_bytes(memory.weights_bytes as u64),
             human_bytes(memory.kv_cache_bytes as u64),
             memory.peak_rss_bytes.map_or("-".to_owned(), human_bytes),
-        )
+        ) + &self.kernels_text()
+    }
+
+    /// A line for each kernel, with its share of the time; nothing where there are none.
+    fn kernels_text(&self) -> String {
+        if self.kernels.is_empty() {
+            return String::new();
+        }
+        let mut table = new_table(&["kernel", "calls", "us", "limit us", "bound", "of time"]);
+        let total: f64 = self.kernels.iter().map(|kernel| kernel.seconds).sum();
+        for kernel in &self.kernels {
+            let us = |seconds: f64| number(Some(seconds * 1e6 / kernel.num_calls as f64), 1);
+            table.add_row([
+                kernel.symbol.to_owned(),
+                kernel.num_calls.to_string(),
+                us(kernel.seconds),
+                us(kernel.limit_seconds),
+                kernel.bound.to_owned(),
+                format!("{:.1} %", 100.0 * kernel.seconds / total),
+            ]);
+        }
+        format!("{table}\n")
     }
 }
 
