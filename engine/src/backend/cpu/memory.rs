@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use memmap2::{Mmap, MmapMut, MmapOptions};
 
+#[cfg(target_os = "linux")]
+use super::numa;
 use crate::error::Error;
 use crate::memory;
 
@@ -66,6 +68,7 @@ impl MappedFile {
         let Ok(mut map) = MmapMut::map_anon(len) else { return Ok(None) };
         // NOTE: where it says no, the copy costs memory and is still right.
         let _ = map.advise(memmap2::Advice::HugePage);
+        numa::interleave(&mut map);
         let part = len.div_ceil(num_threads.clamp(1, 64)).next_multiple_of(LARGE_PAGE);
         std::thread::scope(|scope| {
             let read = |(idx, bytes): (usize, &mut [u8])| {
@@ -105,7 +108,8 @@ impl Memory {
     /// `len` zeroed bytes for `what`, which an error names.
     pub fn new(len: usize, what: &str) -> Result<Memory, Error> {
         // NOTE: a map of no bytes is refused by the system.
-        let map = MmapMut::map_anon(len.max(1)).map_err(|error| {
+        #[cfg_attr(not(target_os = "linux"), allow(unused_mut))]
+        let mut map = MmapMut::map_anon(len.max(1)).map_err(|error| {
             Error::Resources(format!(
                 "cannot allocate {len} bytes for {what}: {error}; free memory or choose a smaller \
                  context or batch"
@@ -115,6 +119,7 @@ impl Memory {
         #[cfg(target_os = "linux")]
         if len >= 2 * LARGE_PAGE {
             let _ = map.advise(memmap2::Advice::HugePage);
+            numa::interleave(&mut map);
         }
         Ok(Memory { store: Store::Own(map), len })
     }

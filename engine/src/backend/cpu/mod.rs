@@ -5,6 +5,8 @@ mod kernels;
 pub mod limits;
 pub mod memory;
 mod meter;
+#[cfg(target_os = "linux")]
+mod numa;
 mod ops;
 pub mod pack;
 pub mod packed;
