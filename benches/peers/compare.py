@@ -45,6 +45,7 @@ def arguments():
     parser.add_argument("--cases", default=",".join(CASES), help=f"of {','.join(CASES)}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--served-rounds", type=int, default=3)
+    parser.add_argument("--mistral-rs", action="store_true", help="once, too; it takes minutes")
     parser.add_argument("--cores", default="0,1", help="all programs run on these")
     parser.add_argument("-o", "--output", type=pathlib.Path, help="folder of the results")
     options = parser.parse_args()
@@ -292,6 +293,12 @@ def run_rounds(options, all_sides):
     return values
 
 
+def mistral_rs(file):
+    """Its rates as it tells them."""
+    text = text_of([sys.executable, HERE / "mistral_rs.py", file])
+    return json.loads(text.splitlines()[-1])
+
+
 def medians(rounds, key):
     """Of a value over rounds."""
     return statistics.median(value[key] for value in rounds)
@@ -350,6 +357,12 @@ def main():
     all_sides = sides(options, scratch)
     values = run_rounds(options, all_sides)
     text = table(values, all_sides)
+    if options.mistral_rs:
+        rates = values["mistral.rs"] = mistral_rs(scratch / "q4_1.gguf")
+        text += (
+            f"\nmistral.rs on the Q4_1 file, once: {rates['decode']:.1f} decoded tokens/s, "
+            f"{rates['prompt']:.1f} of a prompt of 512 words.\n"
+        )
     print(text, end="")
     folder = options.output or ROOT / f"benches/runs/{datetime.date.today()}-peers"
     folder.mkdir(parents=True, exist_ok=True)
