@@ -45,7 +45,7 @@ const BATCH: usize = 16;
 const VERIFY_SHARE: f64 = 0.5;
 /// How often the fastest race, some time apart: a machine that others use as well is in one state
 /// for a minute and in another one later.
-const NUM_PASSES: usize = 5;
+const NUM_PASSES: usize = 12;
 /// Share of the time for the first pass, in which all kernels race.
 const FIRST_PASS_SHARE: f64 = 0.6;
 /// Share of the time that all problems have alike; the rest goes by their work.
