@@ -28,6 +28,19 @@ OPTIONS = {
     "LLAMA_CURL": "OFF", "LLAMA_OPENSSL": "OFF", "LLAMA_BUILD_TESTS": "OFF",
     "LLAMA_BUILD_UI": "OFF", "LLAMA_BUILD_WEBUI": "OFF",
 }
+# Files that a source distribution lacks, below its sources.
+MISSING = {
+    "ik_llama.cpp": {
+        "common/cmake/build-info-gen-cpp.cmake": """\
+set(BUILD_NUMBER 0)
+set(BUILD_COMMIT unknown)
+set(BUILD_COMPILER unknown)
+set(BUILD_TARGET unknown)
+set(HERE ${CMAKE_CURRENT_LIST_DIR}/..)
+configure_file(${HERE}/build-info.cpp.in ${HERE}/build-info.cpp)
+""",
+    },
+}
 # What the environment of the scripts here needs.
 REQUIREMENTS = ["cmake==3.31.6", "ninja==1.11.1.4", "numpy==2.2.6", "safetensors==0.8.0"]
 
@@ -65,6 +78,9 @@ def install(peer):
         options = [f"-D{name}={value}" for name, value in OPTIONS.items()]
         cmake, ninja = (shutil.which(tool) for tool in ("cmake", "ninja"))
         sources = unpack(package, version) / source
+        for name, text in MISSING.get(peer, {}).items():
+            (sources / name).parent.mkdir(parents=True, exist_ok=True)
+            (sources / name).write_text(text, encoding="utf-8")
         run([cmake, "-S", sources, "-B", build, "-G", "Ninja", *options], log)
         run([ninja, "-C", build, *programs], log)
     return lambda program: paths[program]

@@ -5,14 +5,14 @@
 use super::abi::{EmbedArgs, Share};
 use super::simd::{Element, Simd};
 
-/// Copies rows `share.idx, share.idx + share.count, …`.
+/// Copies the rows of `share`.
 ///
 /// # Safety
 /// `args` as documented on its fields; the instruction set of `S`.
 #[inline(always)]
 pub unsafe fn run<S: Simd, E: Element, const HIDDEN: usize>(args: &EmbedArgs, share: Share) {
-    let mut row = share.idx;
-    while row < args.rows {
+    let (mut row, end) = share.range(args.rows);
+    while row < end {
         // SAFETY: row < rows, and every token lies below the vocabulary size.
         unsafe {
             let token = *args.tokens.add(row) as usize;
@@ -28,6 +28,6 @@ pub unsafe fn run<S: Simd, E: Element, const HIDDEN: usize>(args: &EmbedArgs, sh
                 i += 1;
             }
         }
-        row += share.count;
+        row += 1;
     }
 }

@@ -6,17 +6,17 @@
 use super::abi::{QuantizeArgs, RowsOut, Share, int8_stride};
 use super::simd::Simd;
 
-/// Quantizes rows `share.idx, share.idx + share.count, …` of `[rows, K]`.
+/// Quantizes the rows of `share` of `[rows, K]`.
 ///
 /// # Safety
 /// `args` as documented on its fields; the instruction set of `S`.
 #[inline(always)]
 pub unsafe fn run<S: Simd, const K: usize, const GROUP: usize>(args: &QuantizeArgs, share: Share) {
-    let mut row = share.idx;
-    while row < args.rows {
+    let (mut row, end) = share.range(args.rows);
+    while row < end {
         // SAFETY: row < rows, and rows belong to one thread each.
         unsafe { quantize_row::<S, K, GROUP>(args.x.add(row * K), row, &args.out) };
-        row += share.count;
+        row += 1;
     }
 }
 

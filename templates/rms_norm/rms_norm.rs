@@ -9,8 +9,7 @@ use super::abi::{RmsNormArgs, Share};
 use super::quantize::quantize_row;
 use super::simd::Simd;
 
-/// Normalizes rows `share.idx, share.idx + share.count, …`; `GROUP` 0 writes float32, else int8
-/// with that group.
+/// Normalizes the rows of `share`; `GROUP` 0 writes float32, else int8 with that group.
 ///
 /// # Safety
 /// `args` as documented on its fields; the instruction set of `S`.
@@ -20,8 +19,8 @@ pub unsafe fn run<S: Simd, const HIDDEN: usize, const GROUP: usize>(
     share: Share,
 ) {
     let mut buffer = MaybeUninit::<[f32; HIDDEN]>::uninit();
-    let mut i = share.idx;
-    while i < args.rows {
+    let (mut i, end) = share.range(args.rows);
+    while i < end {
         // SAFETY: i < rows, and rows belong to one thread each.
         unsafe {
             let src = if args.select.is_null() { i } else { *args.select.add(i) as usize };
@@ -39,7 +38,7 @@ pub unsafe fn run<S: Simd, const HIDDEN: usize, const GROUP: usize>(
                 quantize_row::<S, HIDDEN, GROUP>(buffer.as_ptr().cast(), i, &args.out);
             }
         }
-        i += share.count;
+        i += 1;
     }
 }
 

@@ -8,17 +8,17 @@ use super::simd::Simd;
 /// Vectors that go through one loop iteration.
 const UNROLL: usize = 4;
 
-/// Computes rows `share.idx, share.idx + share.count, …`.
+/// Computes the rows of `share`.
 ///
 /// # Safety
 /// `args` as documented on its fields; the instruction set of `S`.
 #[inline(always)]
 pub unsafe fn run<S: Simd, const VOCAB: usize>(args: &SampleArgs, share: Share) {
-    let mut row = share.idx;
-    while row < args.rows {
+    let (mut row, end) = share.range(args.rows);
+    while row < end {
         // SAFETY: row < rows, and rows belong to one thread each.
         unsafe { *args.out.add(row) = stats::<S, VOCAB>(args.logits.add(row * VOCAB)) };
-        row += share.count;
+        row += 1;
     }
 }
 

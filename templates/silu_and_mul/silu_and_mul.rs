@@ -9,8 +9,7 @@ use super::abi::{Share, SiluAndMulArgs};
 use super::quantize::quantize_row;
 use super::simd::Simd;
 
-/// Computes rows `share.idx, share.idx + share.count, …`; `GROUP` 0 writes float32, else int8 with
-/// that group.
+/// Computes the rows of `share`; `GROUP` 0 writes float32, else int8 with that group.
 ///
 /// # Safety
 /// `args` as documented on its fields; the instruction set of `S`.
@@ -20,8 +19,8 @@ pub unsafe fn run<S: Simd, const INTERMEDIATE: usize, const GROUP: usize>(
     share: Share,
 ) {
     let mut buffer = MaybeUninit::<[f32; INTERMEDIATE]>::uninit();
-    let mut row = share.idx;
-    while row < args.rows {
+    let (mut row, end) = share.range(args.rows);
+    while row < end {
         // SAFETY: row < rows, and rows belong to one thread each.
         unsafe {
             let gate = args.gate_up.add(row * 2 * INTERMEDIATE);
@@ -32,7 +31,7 @@ pub unsafe fn run<S: Simd, const INTERMEDIATE: usize, const GROUP: usize>(
                 quantize_row::<S, INTERMEDIATE, GROUP>(buffer.as_ptr().cast(), row, &args.out);
             }
         }
-        row += share.count;
+        row += 1;
     }
 }
 

@@ -20,6 +20,8 @@ use bespoke_kernel_gen::spec::DType;
 use serde::{Deserialize, Serialize};
 
 use super::checksum::checksum;
+#[cfg(unix)]
+use super::checksum::checksum_in_file;
 use crate::backend::cpu::memory::{ALIGNMENT, MappedFile, Memory};
 use crate::backend::cpu::pack::Panels;
 use crate::backend::cpu::packed::{LinearLayout, PanelFormat};
@@ -89,9 +91,16 @@ pub struct PackedFile {
     /// Where the packed weights begin in it.
     offset: u64,
     map: Arc<MappedFile>,
-    /// The bytes that the kernels read, or what is wrong with them, once they were checked.
-    checked: Arc<OnceLock<Result<Arc<MappedFile>, String>>>,
+    /// What the kernels read, or what is wrong with it, once that was checked.
+    checked: Arc<OnceLock<Result<Copied, String>>>,
 }
+
+/// The part of the file from [`PackedFile::table_end`] on, where there is a copy of it.
+type Copied = Option<Arc<MappedFile>>;
+
+/// The one array of which a step reads a few rows only. It stays where it is, and out of memory as
+/// far as nobody asks for it.
+pub(super) const TABLE: &str = "embedding";
 
 impl Linear {
     pub(super) fn of(layout: &LinearLayout) -> Linear {
@@ -147,30 +156,57 @@ impl PackedFile {
         Ok(PackedFile { path: path.to_owned(), header, file, offset, map, checked })
     }
 
-    /// Brings all of the file into memory and compares every array with its checksum, on
+    /// Brings what steps read as a whole into memory and compares every array with its checksum, on
     /// `num_threads` threads, or waits for whoever does.
     pub fn check(&self, num_threads: usize) -> Result<(), Error> {
         let checked = self.checked.get_or_init(|| self.load(num_threads));
         checked.as_ref().map(|_| ()).map_err(|what| self.damaged(what))
     }
 
-    fn load(&self, num_threads: usize) -> Result<Arc<MappedFile>, String> {
-        let len = self.map.bytes().len();
-        let read = MappedFile::read(&self.file, self.offset, len, num_threads);
-        let read = read.map_err(|error| format!("reading them: {error}"))?;
-        let bytes = read.map_or_else(|| Arc::clone(&self.map), Arc::new);
-        self.compare(bytes.bytes(), num_threads)?;
-        Ok(bytes)
+    /// Where the arrays that are read as a whole begin, as a multiple of a page: behind the table,
+    /// which is the first.
+    fn table_end(&self) -> u64 {
+        let table = self.header.arrays.get(TABLE);
+        table.map_or(0, |table| (table.offset + table.len) / PAGE * PAGE)
     }
 
-    fn compare(&self, bytes: &[u8], num_threads: usize) -> Result<(), String> {
+    fn load(&self, num_threads: usize) -> Result<Copied, String> {
+        let start = self.table_end();
+        let len = self.map.bytes().len() - start as usize;
+        let copied = MappedFile::read(&self.file, self.offset + start, len, num_threads);
+        let copied = copied.map_err(|error| format!("reading them: {error}"))?.map(Arc::new);
+        self.compare(&copied, num_threads)?;
+        Ok(copied)
+    }
+
+    /// The checksum of what an array has in the copy, or in the file. Without a copy the whole file
+    /// is mapped, and this brings it into memory.
+    fn checksum(&self, array: &Array, copied: &Copied) -> Result<u64, String> {
+        #[cfg(unix)]
+        if copied.is_some() && array.offset < self.table_end() {
+            let sum = checksum_in_file(&self.file, self.offset + array.offset, array.len);
+            return sum.map_err(|error| format!("reading them: {error}"));
+        }
+        let (map, start) = self.place(array, copied);
+        Ok(checksum(&map.bytes()[start..][..array.len as usize]))
+    }
+
+    /// Where an array lies in memory, and from which byte on.
+    fn place<'a>(&'a self, array: &Array, copied: &'a Copied) -> (&'a Arc<MappedFile>, usize) {
+        match (copied, array.offset.checked_sub(self.table_end())) {
+            (Some(copied), Some(start)) => (copied, start as usize),
+            _ => (&self.map, array.offset as usize),
+        }
+    }
+
+    fn compare(&self, copied: &Copied, num_threads: usize) -> Result<(), String> {
         let mut arrays: Vec<(&String, &Array)> = self.header.arrays.iter().collect();
         // The largest first, so that no thread is left with one while the others have ended.
         arrays.sort_by_key(|(_, array)| std::cmp::Reverse(array.len));
         let next = AtomicUsize::new(0);
         let work = || {
             while let Some((name, array)) = arrays.get(next.fetch_add(1, Ordering::Relaxed)) {
-                if checksum(array.of(bytes)) != array.checksum {
+                if self.checksum(array, copied)? != array.checksum {
                     return Err(format!("'{name}' has another checksum"));
                 }
             }
@@ -213,13 +249,16 @@ impl PackedFile {
     /// The array `name`, which must have `len` bytes.
     pub(super) fn array(&self, name: &str, len: usize) -> Result<Memory, Error> {
         let array = self.find(name, len)?;
-        Ok(Memory::mapped(self.bytes(), array.offset as usize, len))
+        let (map, start) = self.place(&array, self.copied());
+        Ok(Memory::mapped(map, start, len))
     }
 
     /// As [`PackedFile::array`], of `len` float32 values that are copied.
     pub(super) fn floats(&self, name: &str, len: usize) -> Result<Vec<f32>, Error> {
-        let array = self.find(name, len.saturating_mul(4))?;
-        let (words, _) = array.of(self.bytes().bytes()).as_chunks::<4>();
+        let len = len.saturating_mul(4);
+        let array = self.find(name, len)?;
+        let (map, start) = self.place(&array, self.copied());
+        let (words, _) = map.bytes()[start..][..len].as_chunks::<4>();
         Ok(words.iter().map(|word| f32::from_le_bytes(*word)).collect())
     }
 
@@ -234,20 +273,13 @@ impl PackedFile {
         }
     }
 
-    /// What was checked, or may still be.
-    fn bytes(&self) -> &Arc<MappedFile> {
-        self.checked.get().and_then(|checked| checked.as_ref().ok()).unwrap_or(&self.map)
+    /// The copy that was checked, if there is one yet.
+    fn copied(&self) -> &Copied {
+        self.checked.get().and_then(|checked| checked.as_ref().ok()).unwrap_or(&None)
     }
 
     pub(super) fn damaged(&self, what: &str) -> Error {
         damaged(&self.path, what)
-    }
-}
-
-impl Array {
-    /// Its part of the file's bytes, with whose length it was compared.
-    fn of<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
-        &bytes[self.offset as usize..(self.offset + self.len) as usize]
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bespoke_kernel_gen::spec::{DType, LinearRole, ModelShape};
 
 use super::PackedFile;
+use super::format::TABLE;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cpu::memory::Memory;
 use crate::backend::cpu::packed::{LinearLayout, PanelArray, PanelFormat};
@@ -49,7 +50,7 @@ impl<'a> PackedParts<'a> {
 
     fn table(&self) -> Result<Memory, Error> {
         let ModelShape { vocab_size, hidden_size, dtype, .. } = *self.shape;
-        self.file.array("embedding", vocab_size * hidden_size * dtype.size())
+        self.file.array(TABLE, vocab_size * hidden_size * dtype.size())
     }
 
     fn read_norms(&self, layer_idx: usize) -> Result<LayerNorms, Error> {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use super::checksum::checksum;
-use super::format::{Array, Header, Linear, MAGIC, PAGE, PREFIX_LEN, VERSION};
+use super::format::{Array, Header, Linear, MAGIC, PAGE, PREFIX_LEN, TABLE, VERSION};
 use super::parts::{array_name, linear_name, norm_name};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cpu::memory::ALIGNMENT;
@@ -75,7 +75,7 @@ fn collect(decoder: &Decoder<CpuBackend>) -> Collected<'_> {
     let (mut arrays, mut linears) = (Vec::new(), BTreeMap::new());
     for part in decoder.parts() {
         match part {
-            PartRef::Embedding(table) => arrays.push(("embedding".to_owned(), table.bytes())),
+            PartRef::Embedding(table) => arrays.push((TABLE.to_owned(), table.bytes())),
             PartRef::FinalNorm(norm) => arrays.push(("final_norm".to_owned(), norm.bytes())),
             PartRef::Norms { layer_idx, norms } => {
                 for (idx, norm) in norms.into_iter().enumerate() {

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use bespoke_kernel_gen::spec::{LinearRole, RowFormat};
 
+use super::ahead::Ahead;
 use super::memory::Memory;
 use super::pack::AwqPanels;
 use crate::error::Error;
@@ -33,6 +34,15 @@ impl CpuLinear {
             Packed::Awq(awq) => awq.weight.len() + awq.scales.len() + awq.zeros.len(),
         };
         packed + self.bias.as_ref().map_or(0, Memory::len)
+    }
+
+    /// The arrays that its kernel reads.
+    pub(super) fn ahead(&self) -> Ahead {
+        Ahead::new(match &self.packed {
+            Packed::Dense { weight } => [None, None, Some(weight)],
+            Packed::Int8 { weight, scales } => [Some(scales), None, Some(weight)],
+            Packed::Awq(awq) => [Some(&awq.scales), Some(&awq.zeros), Some(&awq.weight)],
+        })
     }
 
     pub(super) fn bias_ptr(&self) -> *const f32 {

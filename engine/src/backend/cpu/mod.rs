@@ -1,5 +1,6 @@
 //! Generated kernels on this machine's cores.
 
+mod ahead;
 mod buffers;
 mod kernels;
 pub mod limits;
@@ -20,6 +21,7 @@ use bespoke_kernel_gen::spec::{ActivationType, DType, KvDType, LinearRole, Model
 use bespoke_kernel_gen::target::Target;
 use bespoke_kernel_gen::tuning::device::{CpuDevice, this_cpu};
 
+use ahead::Order;
 use buffers::Packed;
 pub use buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows};
 use kernels::Kernels;
@@ -60,6 +62,7 @@ pub struct CpuBackend {
     scratch: Vec<Memory>,
     weights_bytes: usize,
     meter: Meter,
+    order: Order,
     /// Measured when they are first asked for.
     limits: Option<Limits>,
 }
@@ -138,6 +141,7 @@ impl CpuBackend {
             scratch,
             weights_bytes: 0,
             meter,
+            order: Order::new(shape.num_layers * 4 + 1),
             limits: None,
         })
     }

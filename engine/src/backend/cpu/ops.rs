@@ -5,6 +5,7 @@ use std::ops::Range;
 use bespoke_kernel_gen::plan::Provenance;
 use bespoke_kernel_gen::spec::{LinearRole, ModelShape, RowFormat};
 
+use super::ahead::{self, Ahead};
 use super::buffers::{CpuInput, CpuKvCache, CpuLinear, CpuRows, Packed};
 use super::kernels::{Entry, Matmul, Run};
 use super::memory::Memory;
@@ -49,10 +50,26 @@ pub(super) unsafe fn run_team<A>(
     run: Run<A>,
     args: &A,
 ) {
+    // SAFETY: as the caller vouches.
+    unsafe { run_team_before(Ahead::default(), team, scratch, offset, run, args) }
+}
+
+/// As [`run_team`], asking for what lies `ahead`.
+///
+/// # Safety
+/// As [`run_team`].
+unsafe fn run_team_before<A>(
+    ahead: Ahead,
+    team: &mut Team,
+    scratch: &mut [Memory],
+    offset: usize,
+    run: Run<A>,
+    args: &A,
+) {
     let count = team.len();
     let (args, scratch) = (Shared(args), ScratchPtrs(scratch));
     let (args, scratch) = (&args, &scratch);
-    team.run(&move |idx| {
+    team.run_before(ahead, &move |idx| {
         let share = Share { idx, count, scratch: scratch.get(idx, offset) };
         // SAFETY: the caller vouches for the arguments; the kernel's target was checked when the
         // backend was made.
@@ -82,10 +99,11 @@ impl CpuBackend {
     ///
     /// # Safety
     /// As [`run_team`].
-    unsafe fn run_matmul<A>(&mut self, num_rows: usize, entry: Entry<A>, args: &A) {
+    unsafe fn run_matmul<A>(&mut self, num_rows: usize, entry: Entry<A>, args: &A, ahead: Ahead) {
         let start = self.meter.start();
+        let CpuBackend { team, scratch, .. } = self;
         // SAFETY: as the caller vouches.
-        unsafe { run_team(&mut self.team, &mut self.scratch, 0, entry.run, args) }
+        unsafe { run_team_before(ahead, team, scratch, 0, entry.run, args) }
         self.meter.stop(start, entry.idx, |kernel| Work::of(kernel, num_rows));
     }
 
@@ -214,8 +232,13 @@ impl Backend for CpuBackend {
     }
 
     fn begin_step(&mut self, _: &Batch) -> Step {
+        self.order.begin();
         self.meter.begin_step();
         Step::Compute
+    }
+
+    fn begin_rows(&mut self, _: &Batch) {
+        self.order.begin();
     }
 
     fn end_step(&mut self) {
@@ -274,6 +297,8 @@ impl Backend for CpuBackend {
 
     fn linear(&mut self, num_rows: usize, weight: &CpuLinear, x: &CpuInput, out: &mut CpuRows) {
         let shape = self.shape.linear(weight.role);
+        let ahead = self.order.next(weight.ahead());
+        let ahead = if num_rows <= ahead::ROWS_MAX { ahead } else { Ahead::default() };
         let kernels = &self.kernels.linears[weight.kernels_idx];
         assert!(num_rows <= x.rows_max && num_rows <= out.rows_max);
         assert!(x.k == shape.k && x.format == kernels.rows && out.width == shape.n);
@@ -286,14 +311,14 @@ impl Backend for CpuBackend {
                 let args = GemmArgs { rows, x, weight, scales: std::ptr::null(), bias, out };
                 // SAFETY: sizes and formats were compared above, the weights packed for this
                 // kernel.
-                unsafe { self.run_matmul(rows, entry, &args) }
+                unsafe { self.run_matmul(rows, entry, &args, ahead) }
             }
             (Packed::Int8 { weight, scales }, Matmul::Gemm(kernels)) => {
                 let entry = kernels.of(rows);
                 let args =
                     GemmArgs { rows, x, weight: weight.ptr(), scales: scales.ptr(), bias, out };
                 // SAFETY: as above.
-                unsafe { self.run_matmul(rows, entry, &args) }
+                unsafe { self.run_matmul(rows, entry, &args, ahead) }
             }
             (Packed::Awq(awq), Matmul::AwqGemm(kernels)) => {
                 let entry = kernels.of(rows);
@@ -307,7 +332,7 @@ impl Backend for CpuBackend {
                     out,
                 };
                 // SAFETY: as above.
-                unsafe { self.run_matmul(rows, entry, &args) }
+                unsafe { self.run_matmul(rows, entry, &args, ahead) }
             }
             _ => unreachable!("weights are packed for the kernel of their role"),
         }

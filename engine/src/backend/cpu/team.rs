@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
+use super::ahead::{Ahead, Asking};
+
 /// Turns of the wait loop before a thread parks: some tens of microseconds.
 const SPIN_TURNS: u32 = 2000;
 
@@ -33,11 +35,13 @@ struct Region {
     generation: AtomicU32,
     /// The region's work; written before `generation` changes, read after.
     job: UnsafeCell<Option<Job>>,
+    /// What the threads ask for after the region; as `job`.
+    ahead: UnsafeCell<Ahead>,
     /// Workers that have not finished the region.
     num_running: AtomicUsize,
 }
 
-// SAFETY: `job` is written only by the caller between regions, while no worker runs, and the
+// SAFETY: `job` and `ahead` are written only by the caller between regions, while no worker runs, and the
 // release store of `generation` orders the write before the workers' reads.
 unsafe impl Sync for Shared {}
 // SAFETY: the job pointer is only followed while the region's caller waits in `run`.
@@ -57,6 +61,7 @@ impl Team {
             region: Region {
                 generation: AtomicU32::new(0),
                 job: UnsafeCell::new(None),
+                ahead: UnsafeCell::new(Ahead::default()),
                 num_running: AtomicUsize::new(0),
             },
             panicked: AtomicBool::new(false),
@@ -85,8 +90,15 @@ impl Team {
     /// Calls `job(idx)` once for every `idx` in `0..len()`, each on its own thread, `job(0)` here,
     /// and returns when all have returned. Panics if any of them did; the team stays usable.
     pub fn run(&mut self, job: &(dyn Fn(usize) + Sync)) {
+        self.run_before(Ahead::default(), job);
+    }
+
+    /// As [`Team::run`]; threads that wait afterwards ask for their shares of `ahead`.
+    pub(super) fn run_before(&mut self, ahead: Ahead, job: &(dyn Fn(usize) + Sync)) {
+        let mut asking = ahead.share(0, self.len());
         if self.workers.is_empty() {
-            return job(0);
+            job(0);
+            return asking.ask_least();
         }
         let shared = &*self.shared;
         let region = &shared.region;
@@ -95,6 +107,7 @@ impl Team {
         unsafe {
             *region.job.get() =
                 Some(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(job));
+            *region.ahead.get() = ahead;
         }
         region.num_running.store(self.workers.len(), Ordering::Relaxed);
         // NOTE: SeqCst pairs with the worker's store of `parked` and second look at `generation`:
@@ -107,7 +120,9 @@ impl Team {
         }
         let own = catch_unwind(AssertUnwindSafe(|| job(0)));
         let is_done = || region.num_running.load(Ordering::SeqCst) == 0;
-        wait(&shared.caller_parked, is_done, || shared.set_caller(thread::current()));
+        let set_caller = || shared.set_caller(thread::current());
+        wait(&shared.caller_parked, is_done, &mut asking, set_caller);
+        asking.ask_least();
         let worker_panicked = shared.panicked.swap(false, Ordering::Relaxed);
         if let Err(payload) = own {
             std::panic::resume_unwind(payload);
@@ -140,13 +155,21 @@ impl Shared {
     }
 }
 
-/// Returns once `ready()`: spins first, then parks with `parked` set, after `before_parking()`.
-fn wait(parked: &AtomicBool, ready: impl Fn() -> bool, before_parking: impl FnOnce()) {
+/// Returns once `ready()`: spins first, asking for what lies ahead, then parks with `parked` set,
+/// after `before_parking()`.
+fn wait(
+    parked: &AtomicBool,
+    ready: impl Fn() -> bool,
+    asking: &mut Asking,
+    before_parking: impl FnOnce(),
+) {
     for _ in 0..SPIN_TURNS {
         if ready() {
             return;
         }
-        std::hint::spin_loop();
+        if !asking.ask() {
+            std::hint::spin_loop();
+        }
     }
     before_parking();
     parked.store(true, Ordering::SeqCst);
@@ -158,18 +181,20 @@ fn wait(parked: &AtomicBool, ready: impl Fn() -> bool, before_parking: impl FnOn
 
 fn work(shared: &Shared, worker_idx: usize) {
     let region = &shared.region;
+    let (idx, count) = (worker_idx + 1, shared.parked.len() + 1);
     let mut seen = 0;
+    let mut asking = Asking::default();
     loop {
         let has_begun = || region.generation.load(Ordering::SeqCst) != seen;
-        wait(&shared.parked[worker_idx], has_begun, || ());
+        wait(&shared.parked[worker_idx], has_begun, &mut asking, || ());
         seen = region.generation.load(Ordering::SeqCst);
         if shared.stop.load(Ordering::Relaxed) {
             return;
         }
-        // SAFETY: the caller wrote `job` before the generation changed and waits for us in `run`.
-        let job = unsafe { (*region.job.get()).map(|job| &*job) };
+        // SAFETY: the caller wrote both before the generation changed and waits for us in `run`.
+        let (job, ahead) = unsafe { ((*region.job.get()).map(|job| &*job), *region.ahead.get()) };
         if let Some(job) = job
-            && catch_unwind(AssertUnwindSafe(|| job(worker_idx + 1))).is_err()
+            && catch_unwind(AssertUnwindSafe(|| job(idx))).is_err()
         {
             shared.panicked.store(true, Ordering::Relaxed);
         }
@@ -180,6 +205,7 @@ fn work(shared: &Shared, worker_idx: usize) {
         {
             shared.unpark_caller();
         }
+        asking = ahead.share(idx, count);
     }
 }
 
