@@ -1,7 +1,10 @@
 //! The forms in which one model holds a linear: quantized, and dense in the layers that are left
-//! out of quantization.
+//! out of quantization. And the forms of rows that its linears can read.
 
-use super::{ActivationType, LinearPlace, LinearRole, LinearShape, ModelShape, WeightFormat};
+use super::{
+    ActivationType, DType, LinearPlace, LinearRole, LinearShape, ModelShape, WeightFormat,
+};
+use crate::error::Error;
 
 impl ModelShape {
     /// The linear `role` of a layer; for the head `layer_idx` says nothing.
@@ -31,6 +34,32 @@ impl ModelShape {
         let head = (role == LinearRole::Head).then(|| self.head_for(activation));
         let others = (role != LinearRole::Head).then(|| self.linear_forms(role));
         head.into_iter().chain(others.into_iter().flatten())
+    }
+
+    /// The activations that make a difference to the model: rounding is for quantized linears, or for
+    /// bfloat16 where nothing else is.
+    pub fn activations(&self) -> &'static [ActivationType] {
+        let is_bf16 = |role| self.linear(role).format == WeightFormat::Dense(DType::BF16);
+        if self.is_quantized() {
+            &[ActivationType::Float, ActivationType::Int8]
+        } else if LinearRole::ALL.into_iter().all(is_bf16) {
+            &[ActivationType::Float, ActivationType::Bf16]
+        } else {
+            &[ActivationType::Float]
+        }
+    }
+
+    /// Refuses activations that the model cannot have. Those that make no difference are none.
+    ///
+    /// # Errors
+    /// bfloat16 activations, and a linear that has other weights.
+    pub fn check_activations(&self, activation: ActivationType) -> Result<(), Error> {
+        for role in LinearRole::ALL {
+            for linear in self.served_forms(role, activation) {
+                linear.kernel(activation)?;
+            }
+        }
+        Ok(())
     }
 
     /// Models of one layer that together have this one's linears in all forms.
