@@ -150,7 +150,7 @@ fn byte_operands(lanes: usize) -> Vec<[u8; 4]> {
 
 /// Pairs of the numbers that `float_operands` has.
 fn bf16_operands(lanes: usize) -> Vec<[u16; 2]> {
-    let pair = |i: usize| if i % 3 == 0 { [1.0, -0.25] } else { [-0.25, 1.0] };
+    let pair = |i: usize| if i.is_multiple_of(3) { [1.0, -0.25] } else { [-0.25, 1.0] };
     let bits = |value| half::bf16::from_f32(value).to_bits();
     (0..num_elements(lanes)).map(|i| pair(i).map(bits)).collect()
 }
@@ -366,8 +366,8 @@ mod tests {
                 for lane in 0..loops.lanes {
                     let row = (step + r) * loops.lanes + lane;
                     let column = (step + ROWS + c) * loops.lanes + lane;
-                    let pairs = bytes[row].iter().zip(bytes[column]);
-                    dot += pairs.map(|(a, b)| i64::from(*a) * i64::from(b)).sum::<i64>();
+                    let products = bytes[row].iter().zip(bytes[column]);
+                    dot += products.map(|(a, b)| i64::from(*a) * i64::from(b)).sum::<i64>();
                     let wide = |bits: u16| f64::from(half::bf16::from_bits(bits));
                     let products = pairs[row].iter().zip(pairs[column]);
                     bf16 += products.map(|(a, b)| wide(*a) * wide(b)).sum::<f64>();
