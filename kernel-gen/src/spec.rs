@@ -520,8 +520,8 @@ impl ModelShape {
 impl ModelShape {
     /// Every kernel the model needs, sorted, each once.
     ///
-    /// A model gets kernels for each of [`ModelShape::activations`]; a quantized one its head in the
-    /// checkpoint's type and in int8.
+    /// A model gets kernels for each of [`ModelShape::activations`]; a quantized one its head in
+    /// the checkpoint's type and in int8.
     pub fn kernel_specs(&self) -> Vec<KernelSpec> {
         let mut specs = BTreeSet::new();
         specs.insert(KernelSpec::Embed { hidden: self.hidden_size, dtype: self.dtype });

@@ -1,7 +1,7 @@
 //! Vectors that multiply pairs of bfloat16 and add in float32, and round to bfloat16.
 //!
-//! AVX-512 has an instruction for both. Elsewhere a pair is widened to float32 and multiplied by two
-//! multiply-adds. Results of different targets differ in their last bits: the instruction takes
+//! AVX-512 has an instruction for both. Elsewhere a pair is widened to float32 and multiplied by
+//! two multiply-adds. Results of different targets differ in their last bits: the instruction takes
 //! denormal numbers for zero, and adds its two products in an order of its own.
 
 use super::simd::Simd;

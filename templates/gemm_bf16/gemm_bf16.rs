@@ -8,8 +8,8 @@
 //! [panel][k / 2][tile][lane][2]                 an odd last input is paired with a zero
 //! ```
 //!
-//! Every output is one chain over pairs of inputs in order, so its bits depend neither on the number
-//! of rows nor on how columns and rows are split over threads.
+//! Every output is one chain over pairs of inputs in order, so its bits depend neither on the
+//! number of rows nor on how columns and rows are split over threads.
 
 use super::abi::{GemmBf16Args, Share, bf16_stride};
 use super::bf16::DotBf16;
@@ -18,7 +18,7 @@ use super::gemm::{
     tile_range, tile_unit,
 };
 
-/// Lines of a weight panel that all rows pass before the next: 512 · 64 columns · 4 bytes fit in L2.
+/// Lines of a weight panel that all rows pass before the next: 512 · 64 columns · 4 bytes fit L2.
 pub const LINE_BLOCK: usize = 512;
 
 /// Bytes of rows that are asked for ahead: half of a small first-level cache.

@@ -36,8 +36,8 @@ impl ModelShape {
         head.into_iter().chain(others.into_iter().flatten())
     }
 
-    /// The activations that make a difference to the model: rounding is for quantized linears, or for
-    /// bfloat16 where nothing else is.
+    /// The activations that make a difference to the model: rounding is for quantized linears, or
+    /// for bfloat16 weights where there are no others.
     pub fn activations(&self) -> &'static [ActivationType] {
         let is_bf16 = |role| self.linear(role).format == WeightFormat::Dense(DType::BF16);
         if self.is_quantized() {
@@ -139,6 +139,32 @@ mod tests {
         shape.dense_linears = vec![place(0, LinearRole::Down)];
         assert_eq!(rows(&shape, LinearRole::Down), [int8, RowFormat::F32]);
         assert_eq!(rows(&shape, LinearRole::Qkv), [int8]);
+    }
+
+    #[test]
+    fn bf16_activations_are_for_bf16_weights_alone() {
+        use ActivationType::{Bf16, Float, Int8};
+        let check = |shape: &ModelShape, activations: &[ActivationType], error: Option<&str>| {
+            assert_eq!(shape.activations(), activations);
+            for activation in [Float, Int8] {
+                shape.check_activations(activation).unwrap();
+            }
+            let found = shape.check_activations(Bf16).map_err(|error| error.to_string());
+            match error {
+                None => assert_eq!(found, Ok(())),
+                Some(part) => assert!(found.unwrap_err().contains(part), "{part}"),
+            }
+        };
+        let mut shape = presets::shape("smollm2-135m", &[]).unwrap();
+        check(&shape, &[Float, Bf16], None);
+        let rows = LinearRole::ALL.map(|role| shape.linear_rows(role, Bf16));
+        assert_eq!(rows, [RowFormat::Bf16; 5]);
+        let specs = shape.kernel_specs();
+        assert!(specs.contains(&KernelSpec::Quantize { k: 576, out: RowFormat::Bf16 }));
+        shape.head.format = WeightFormat::Dense(DType::F16);
+        check(&shape, &[Float], Some("has f16 weights; choose float activations"));
+        let quantized = presets::shape("smollm2-135m-awq", &[]).unwrap();
+        check(&quantized, &[Float, Int8], Some("has 4-bit weights; choose int8 or float"));
     }
 
     #[test]

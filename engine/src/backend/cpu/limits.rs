@@ -37,7 +37,7 @@ pub struct Limits {
     pub cache_gb_per_s: f64,
     /// Byte dot products (`vpdpbusd` where there is one), 2 operations a multiply-add.
     pub dot_gop_per_s: f64,
-    /// Dot products of bfloat16 pairs (`vdpbf16ps` where there is one), 2 operations a multiply-add.
+    /// Products of bfloat16 pairs (`vdpbf16ps` where there is one), 2 operations a multiply-add.
     pub bf16_gop_per_s: f64,
     /// float32 multiply-adds, 2 operations each.
     pub fma_gop_per_s: f64,

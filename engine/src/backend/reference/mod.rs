@@ -84,8 +84,8 @@ impl ReferenceBackend {
         }
     }
 
-    /// With rows as linears of these activations read them. int8 rows stay float32: they differ from
-    /// kernel to kernel by their groups.
+    /// With rows as linears of these activations read them. int8 rows stay float32: they differ
+    /// from linear to linear by their groups.
     pub fn with_activations(self, activation: ActivationType) -> ReferenceBackend {
         ReferenceBackend { rounds_to_bf16: activation == ActivationType::Bf16, ..self }
     }
