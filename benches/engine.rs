@@ -75,6 +75,7 @@ fn bench_model(
     let decode = Work {
         memory_bytes: step.memory_bytes * DECODE_TOKENS,
         dot_ops: step.dot_ops * DECODE_TOKENS,
+        bf16_ops: step.bf16_ops * DECODE_TOKENS,
         fma_ops: step.fma_ops * DECODE_TOKENS,
         ..step
     };
@@ -138,6 +139,7 @@ fn step_work(
     let mut add = |work: Work, times: usize| {
         total.memory_bytes += work.memory_bytes * times;
         total.dot_ops += work.dot_ops * times;
+        total.bf16_ops += work.bf16_ops * times;
         total.fma_ops += work.fma_ops * times;
     };
     let roles = [LinearRole::Qkv, LinearRole::O, LinearRole::GateUp, LinearRole::Down];

@@ -1,5 +1,5 @@
 //! Generates the kernels of the tiny golden models, of one of them with every page size, of another
-//! for every target, and of one with a lock.
+//! for every target, of one with a lock, and of one in bfloat16.
 
 use std::path::{Path, PathBuf};
 
@@ -44,9 +44,22 @@ fn main() {
     let one = [tiny.join("llama-gqa2/config.json")];
     let mixed = [tiny.join("llama-awq-mixed/config.json")];
     build_configs(&Configs { paths: &mixed, targets: &Target::ALL, ..all }, "targets");
+    let bf16 = [in_bf16(&tiny.join("llama-hd80-bias/config.json"))];
+    build_configs(&Configs { paths: &bf16, targets: &Target::ALL, ..all }, "bf16");
     for (page_size, folder) in [(16, "pages16"), (64, "pages64")] {
         build_configs(&Configs { paths: &one, page_size, ..all }, folder);
     }
+}
+
+/// The same model with bfloat16 weights, in a folder of the build.
+fn in_bf16(config: &Path) -> PathBuf {
+    let text = std::fs::read_to_string(config).expect("a config of a golden model");
+    let folder = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default()).join("tiny-bf16");
+    std::fs::create_dir_all(&folder).expect("a folder in OUT_DIR");
+    let path = folder.join("config.json");
+    let text = text.replace("\"float32\"", "\"bfloat16\"");
+    std::fs::write(&path, text).expect("a file in OUT_DIR");
+    path
 }
 
 /// A lock for two threads of this machine, as if kernels other than the default ones had been

@@ -7,8 +7,9 @@ use bespoke::backend::cpu::pack::Panels;
 use bespoke::backend::cpu::team::Team;
 use bespoke::backend::cpu::work::Work;
 use bespoke::kernels::abi::{
-    AwqGemmArgs, EmbedArgs, GemmArgs, PagedAttentionArgs, QuantizeArgs, RmsNormArgs, RopeArgs,
-    RowsIn, RowsOut, SampleArgs, SequenceSpan, Share, SiluAndMulArgs, int8_stride,
+    AwqGemmArgs, EmbedArgs, GemmArgs, GemmBf16Args, PagedAttentionArgs, QuantizeArgs, RmsNormArgs,
+    RopeArgs, RowsIn, RowsOut, SampleArgs, SequenceSpan, Share, SiluAndMulArgs, bf16_stride,
+    int8_stride,
 };
 use bespoke::kernels::pages::page_bytes;
 use bespoke::kernels::{Kernel, KernelFn};
@@ -46,6 +47,7 @@ impl Case {
             KernelFn::Embed(run) => embed(&mut setup, kernel, run, rows)?,
             KernelFn::RmsNorm(run) => rms_norm(&mut setup, kernel, run, rows)?,
             KernelFn::Gemm(run) => gemm(&mut setup, kernel, run, rows)?,
+            KernelFn::GemmBf16(run) => gemm_bf16(&mut setup, kernel, run, rows)?,
             KernelFn::AwqGemm(run) => awq_gemm(&mut setup, kernel, run, rows)?,
             KernelFn::Rope(run) => rope(&mut setup, kernel, run, rows)?,
             KernelFn::PagedAttention(run) => paged_attention(&mut setup, kernel, run, rows)?,
@@ -65,9 +67,10 @@ impl Case {
 }
 
 /// Bench groups are named by op.
-pub const OPS: [&str; 9] = [
+pub const OPS: [&str; 10] = [
     "awq_gemm",
     "gemm",
+    "gemm_bf16",
     "paged_attention",
     "embed",
     "rms_norm",
@@ -189,20 +192,23 @@ impl Setup {
 
     fn rows_out(&mut self, rows: usize, k: usize, format: RowFormat) -> Result<RowsOut, Error> {
         use std::ptr::null_mut;
-        Ok(match format {
-            RowFormat::F32 => RowsOut {
-                f32: self.floats(rows * k)?,
-                q: null_mut(),
-                scales: null_mut(),
-                sums: null_mut(),
-            },
-            RowFormat::I8 { group } => RowsOut {
-                f32: null_mut(),
-                q: self.bytes(rows * int8_stride(k))?.cast(),
-                scales: self.floats(rows * (k / group))?,
-                sums: self.indices(rows * (k / group), |_| 5)?.cast(),
-            },
-        })
+        let mut out = RowsOut {
+            f32: null_mut(),
+            bf16: null_mut(),
+            q: null_mut(),
+            scales: null_mut(),
+            sums: null_mut(),
+        };
+        match format {
+            RowFormat::F32 => out.f32 = self.floats(rows * k)?,
+            RowFormat::Bf16 => out.bf16 = self.bytes(rows * 2 * bf16_stride(k))?.cast(),
+            RowFormat::I8 { group } => {
+                out.q = self.bytes(rows * int8_stride(k))?.cast();
+                out.scales = self.floats(rows * (k / group))?;
+                out.sums = self.indices(rows * (k / group), |_| 5)?.cast();
+            }
+        }
+        Ok(out)
     }
 
     fn call<A: 'static>(&mut self, run: Run<A>, args: Vec<A>) -> Box<dyn Invoke> {
@@ -224,8 +230,8 @@ fn awq_gemm(setup: &mut Setup, kernel: &Kernel, run: Run<AwqGemmArgs>, rows: usi
     let KernelSpec::AwqGemm { n, k, group, activation } = kernel.spec else { wrong_spec(kernel) };
     let group = activation_group(k, group).expect("a plan has no group it cannot pack");
     let format = match activation {
-        ActivationType::Float => RowFormat::F32,
         ActivationType::Int8 => RowFormat::I8 { group },
+        _ => RowFormat::F32,
     };
     let panels = Panels { n, k, lanes: kernel.target.lanes(), cols: kernel.cols };
     let num_params = panels.padded_n() * (k / group);
@@ -263,6 +269,19 @@ fn gemm(setup: &mut Setup, kernel: &Kernel, run: Run<GemmArgs>, rows: usize) -> 
     for _ in 0..num_copies(work.memory_bytes) {
         let weight = setup.bytes(work.memory_bytes)?;
         args.push(GemmArgs { rows, x, weight, scales, bias: std::ptr::null(), out });
+    }
+    Ok((setup.call(run, args), work))
+}
+
+fn gemm_bf16(setup: &mut Setup, kernel: &Kernel, run: Run<GemmBf16Args>, rows: usize) -> Made {
+    let KernelSpec::GemmBf16 { n, k } = kernel.spec else { wrong_spec(kernel) };
+    let work = Work::of(kernel, rows);
+    let x = setup.rows_out(rows, k, RowFormat::Bf16)?.bf16;
+    let out = setup.floats(rows * n)?;
+    let mut args = Vec::new();
+    for _ in 0..num_copies(work.memory_bytes) {
+        let weight = setup.bytes(work.memory_bytes)?;
+        args.push(GemmBf16Args { rows, x, weight, bias: std::ptr::null(), out });
     }
     Ok((setup.call(run, args), work))
 }
@@ -376,8 +395,7 @@ fn silu_and_mul(setup: &mut Setup, kernel: &Kernel, run: Run<SiluAndMulArgs>, ro
 }
 
 fn quantize(setup: &mut Setup, kernel: &Kernel, run: Run<QuantizeArgs>, rows: usize) -> Made {
-    let KernelSpec::Quantize { k, group } = kernel.spec else { wrong_spec(kernel) };
-    let format = RowFormat::I8 { group };
+    let KernelSpec::Quantize { k, out: format } = kernel.spec else { wrong_spec(kernel) };
     let args =
         QuantizeArgs { rows, x: setup.floats(rows * k)?, out: setup.rows_out(rows, k, format)? };
     Ok((setup.call(run, vec![args]), Work::of(kernel, rows)))

@@ -188,6 +188,7 @@ mod tests {
             memory_gb_per_s: 25.0,
             cache_gb_per_s: 100.0,
             dot_gop_per_s: 900.0,
+            bf16_gop_per_s: 400.0,
             fma_gop_per_s: 200.0,
         };
         let entry = Entry {

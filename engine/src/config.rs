@@ -43,7 +43,8 @@ pub struct EngineOptions {
     pub load_format: LoadFormat,
     /// Element type of the KV cache. The reference backend keeps float32 whatever this says.
     pub kv_dtype: KvDType,
-    /// What quantized weights are multiplied with; float models ignore it.
+    /// What weights are multiplied with. int8 is for quantized weights, and others ignore it;
+    /// bfloat16 is for models whose weights are all bfloat16, and refused with others and on a GPU.
     pub activation: ActivationType,
     /// Instruction set of the kernels; `None`: the best that this machine and this build have.
     pub target: Option<Target>,

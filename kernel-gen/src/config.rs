@@ -130,7 +130,7 @@ impl KernelConfig {
         let group = form.group_lines(spec);
         let unrolls = form.unrolls() && !is_many;
         let split_max = if is_many { 1 << 20 } else { 0 };
-        // NOTE: a block of many float rows adds to what it finds, so it cannot be repeated.
+        // NOTE: a block of many float or bf16 rows adds to what it finds, so it cannot be repeated.
         let repeats = matches!(form, Form::AwqInt8 | Form::GemmInt8) || !is_many;
         let halves_max = usize::from(repeats && regime != RowRegime::One);
         if unroll != 0 && !group.is_multiple_of(unroll) {
@@ -191,7 +191,7 @@ impl KernelConfig {
             (KernelSpec::Gemm { k, .. }, RowRegime::Many) => unpacked_f32(k),
             (KernelSpec::AwqGemm { k, activation, .. }, RowRegime::Many) => match activation {
                 ActivationType::Int8 => unpacked_int8(k),
-                ActivationType::Float => unpacked_f32(k),
+                _ => unpacked_f32(k),
             },
             (KernelSpec::PagedAttention { .. }, RowRegime::One) => DECODE_SCRATCH_BYTES,
             (KernelSpec::PagedAttention { .. }, _) => 256 << 10,
@@ -207,6 +207,7 @@ pub(crate) const FIELDS: [&str; 7] = ["r", "c", "t", "u", "p", "s", "h"];
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
     GemmFloat,
+    GemmBf16,
     GemmInt8,
     AwqFloat,
     AwqInt8,
@@ -219,6 +220,7 @@ impl Form {
             KernelSpec::AwqGemm { activation: ActivationType::Int8, .. } => Form::AwqInt8,
             KernelSpec::AwqGemm { .. } => Form::AwqFloat,
             KernelSpec::Gemm { weight: DType::I8, .. } => Form::GemmInt8,
+            KernelSpec::GemmBf16 { .. } => Form::GemmBf16,
             _ => Form::GemmFloat,
         }
     }
@@ -311,9 +313,15 @@ fn check_spec(spec: &KernelSpec) -> Result<(), String> {
         KernelSpec::SiluAndMul { intermediate, out: RowFormat::I8 { group } } => {
             check_rows(intermediate, group)
         }
-        KernelSpec::Quantize { k, group } => check_rows(k, group),
+        KernelSpec::Quantize { k, out: RowFormat::I8 { group } } => check_rows(k, group),
+        KernelSpec::Quantize { out: RowFormat::F32, .. } => {
+            Err("float32 rows are what quantize reads".to_string())
+        }
         KernelSpec::Gemm { k, weight: DType::I8, .. } => {
             check_activation_group(k, GroupSize::Channel)
+        }
+        KernelSpec::AwqGemm { activation: ActivationType::Bf16, .. } => {
+            Err("4-bit weights are multiplied with float32 or int8 rows, not bf16".to_string())
         }
         KernelSpec::AwqGemm { k, group, .. } => check_activation_group(k, group),
         KernelSpec::Rope { num_heads, num_kv_heads, head_dim, rotary_dim, page_size, .. } => {

@@ -10,6 +10,8 @@ pub enum Error {
     Model { name: String, message: String },
     /// A group size that does not divide the input size of a linear.
     GroupSize { group: usize, k: usize },
+    /// bfloat16 activations for other weights, by their type.
+    Activations { weights: &'static str },
     /// A page size that is none of the possible ones.
     PageSize { value: String },
     /// A kernel that no configuration can serve.
@@ -39,6 +41,13 @@ impl fmt::Display for Error {
                 f,
                 "group size {group} does not divide the input size {k}; use a group size that \
                  divides {k}, or 'channel'"
+            ),
+            Error::Activations { weights } => write!(
+                f,
+                "bf16 activations are for models whose weights are all bf16, and this one has {} \
+                 weights; choose {}",
+                weights,
+                if *weights == "4-bit" { "int8 or float activations" } else { "float activations" }
             ),
             Error::PageSize { value } => {
                 write!(f, "BESPOKE_PAGE_SIZE is {value:?}; choose 16, 32 or 64, or leave it unset")

@@ -8,11 +8,11 @@
 //! - [`emit::Generated`] is the text a build includes.
 //!
 //! ```
-//! use bespoke_kernel_gen::{plan, presets, spec::KernelSpec, target::Target};
+//! use bespoke_kernel_gen::{plan, presets, spec::{KernelSpec, RowFormat}, target::Target};
 //!
 //! let shape = presets::shape("smollm2-135m-awq", &[])?;
 //! let plan = plan::plan(&[shape], &[Target::Avx512], &plan::PlanOptions::default())?;
-//! let quantize = KernelSpec::Quantize { k: 576, group: 64 };
+//! let quantize = KernelSpec::Quantize { k: 576, out: RowFormat::I8 { group: 64 } };
 //! assert!(plan.variants.iter().any(|variant| variant.spec == quantize));
 //! assert_eq!(plan.variants[0].symbol(), "embed_h576_f16__avx512");
 //! # Ok::<(), bespoke_kernel_gen::Error>(())

@@ -26,7 +26,7 @@ kernel-gen check  --measured [MODEL…]            what serves each layer by ker
                   [--lock FILE] [--target T]     it was not measured on the device (this one, or
                   [--device KEY]                 that of KEY), but for the specs or ops that are
                   [--allow SPEC]                 allowed
-                  [--activations float|int8] [--kv f32|f16|int8|int4]
+                  [--activations float|int8|bf16] [--kv f32|f16|int8|int4]
 kernel-gen select [MODEL…] [-o kernels.lock]     chooses kernels from the records of `bespoke tune`,
                   [--records DIR]                those in tuning/records, for the specs of the
                   [--from-trace FILE]            models, else for all; weighs row counts by traces

@@ -33,6 +33,7 @@ fn rows_name(out: RowFormat) -> String {
     match out {
         RowFormat::F32 => "f32".to_string(),
         RowFormat::I8 { group } => format!("int8_g{group}"),
+        RowFormat::Bf16 => "bf16".to_string(),
     }
 }
 
@@ -43,12 +44,9 @@ pub fn spec_name(spec: &KernelSpec) -> String {
         KernelSpec::Embed { hidden, dtype } => format!("{op}_h{hidden}_{}", dtype.name()),
         KernelSpec::RmsNorm { hidden, out } => format!("{op}_h{hidden}_{}", rows_name(out)),
         KernelSpec::Gemm { n, k, weight } => format!("{op}_n{n}_k{k}_{}", weight.name()),
+        KernelSpec::GemmBf16 { n, k } => format!("{op}_n{n}_k{k}"),
         KernelSpec::AwqGemm { n, k, group, activation } => {
-            let activation = match activation {
-                ActivationType::Float => "float",
-                ActivationType::Int8 => "int8",
-            };
-            format!("{op}_n{n}_k{k}_g{group}_{activation}")
+            format!("{op}_n{n}_k{k}_g{group}_{}", activation.name())
         }
         KernelSpec::Rope {
             num_heads,
@@ -70,7 +68,8 @@ pub fn spec_name(spec: &KernelSpec) -> String {
         KernelSpec::SiluAndMul { intermediate, out } => {
             format!("{op}_i{intermediate}_{}", rows_name(out))
         }
-        KernelSpec::Quantize { k, group } => format!("{op}_k{k}_g{group}"),
+        KernelSpec::Quantize { k, out: RowFormat::I8 { group } } => format!("{op}_k{k}_g{group}"),
+        KernelSpec::Quantize { k, out } => format!("{op}_k{k}_{}", rows_name(out)),
         KernelSpec::Sample { vocab } => format!("{op}_v{vocab}"),
     }
 }
@@ -126,7 +125,16 @@ impl<'a> Words<'a> {
         match self.0.next()? {
             "f32" => Some(RowFormat::F32),
             "int8" => Some(RowFormat::I8 { group: self.size("g")? }),
+            "bf16" => Some(RowFormat::Bf16),
             _ => None,
+        }
+    }
+
+    /// The rows that `quantize` makes: `g64` for int8.
+    fn quantized_rows(&mut self) -> Option<RowFormat> {
+        match self.take("bf16") {
+            true => Some(RowFormat::Bf16),
+            false => Some(RowFormat::I8 { group: self.size("g")? }),
         }
     }
 
@@ -138,11 +146,7 @@ impl<'a> Words<'a> {
     }
 
     fn activation(&mut self) -> Option<ActivationType> {
-        match self.0.next()? {
-            "float" => Some(ActivationType::Float),
-            "int8" => Some(ActivationType::Int8),
-            _ => None,
-        }
+        ActivationType::from_name(self.0.next()?)
     }
 
     fn regime(&mut self) -> RowRegime {
@@ -153,9 +157,11 @@ impl<'a> Words<'a> {
     }
 }
 
-const OPS: [&str; 9] = [
+/// A name that begins with another op's stands before it.
+const OPS: [&str; 10] = [
     "embed",
     "rms_norm",
+    "gemm_bf16",
     "gemm",
     "awq_gemm",
     "rope",
@@ -205,6 +211,7 @@ fn read_spec(op: &str, words: &mut Words<'_>) -> Option<KernelSpec> {
         "gemm" => {
             KernelSpec::Gemm { n: words.size("n")?, k: words.size("k")?, weight: words.dtype()? }
         }
+        "gemm_bf16" => KernelSpec::GemmBf16 { n: words.size("n")?, k: words.size("k")? },
         "awq_gemm" => KernelSpec::AwqGemm {
             n: words.size("n")?,
             k: words.size("k")?,
@@ -231,7 +238,7 @@ fn read_spec(op: &str, words: &mut Words<'_>) -> Option<KernelSpec> {
         "silu_and_mul" => {
             KernelSpec::SiluAndMul { intermediate: words.size("i")?, out: words.rows()? }
         }
-        "quantize" => KernelSpec::Quantize { k: words.size("k")?, group: words.size("g")? },
+        "quantize" => KernelSpec::Quantize { k: words.size("k")?, out: words.quantized_rows()? },
         _ => KernelSpec::Sample { vocab: words.size("v")? },
     })
 }
@@ -249,6 +256,10 @@ mod tests {
             "rope_h9_v3_d64_r64_p32_int8_qknorm",
             "paged_attention_h9_v3_d64_w0_p32_f16",
             "rms_norm_h576_int8_g64",
+            "rms_norm_h576_bf16",
+            "gemm_bf16_n960_k576",
+            "quantize_k576_g64",
+            "quantize_k576_bf16",
         ] {
             let spec = parse_spec(text).unwrap_or_else(|| panic!("{text}"));
             assert_eq!(spec_name(&spec), text);

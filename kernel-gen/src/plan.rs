@@ -41,10 +41,9 @@ impl KernelVariant {
     /// Kernels of one class give the same bits for a row, whatever the row count.
     pub fn reduction_class(&self) -> String {
         let form = match self.spec {
-            KernelSpec::AwqGemm { activation: ActivationType::Float, .. } => "_float",
             KernelSpec::AwqGemm { activation: ActivationType::Int8, .. }
             | KernelSpec::Gemm { weight: DType::I8, .. } => "_int8",
-            KernelSpec::Gemm { .. } => "_float",
+            KernelSpec::AwqGemm { .. } | KernelSpec::Gemm { .. } => "_float",
             _ => "",
         };
         format!("{}{form}.{}", self.spec.op(), self.target.name())

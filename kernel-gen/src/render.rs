@@ -117,7 +117,7 @@ fn entry(spec: &KernelSpec, regime: RowRegime) -> &'static str {
         | KernelSpec::AwqGemm { activation: ActivationType::Int8, .. } => {
             by_regime(["int8_one", "int8_few", "int8_many"])
         }
-        KernelSpec::Gemm { .. } => by_regime(["one", "few", "many"]),
+        KernelSpec::Gemm { .. } | KernelSpec::GemmBf16 { .. } => by_regime(["one", "few", "many"]),
         KernelSpec::AwqGemm { .. } => by_regime(["float_one", "float_few", "float_many"]),
         KernelSpec::PagedAttention { .. } => by_regime(["decode", "decode", "prefill"]),
         _ => "run",
@@ -148,9 +148,14 @@ fn size(parameter: &'static str, value: usize) -> Argument {
     Argument::Size { parameter, value }
 }
 
-/// 0 stands for float32 rows.
+/// 0 stands for float32 rows, 1 for bfloat16 ones: `BF16_GROUP` of `bf16.rs`.
 fn rows_group(out: RowFormat) -> Argument {
-    size("GROUP", if let RowFormat::I8 { group } = out { group } else { 0 })
+    let group = match out {
+        RowFormat::F32 => 0,
+        RowFormat::Bf16 => 1,
+        RowFormat::I8 { group } => group,
+    };
+    size("GROUP", group)
 }
 
 fn arguments_of(variant: &KernelVariant) -> Vec<Argument> {
@@ -177,6 +182,11 @@ fn arguments_of(variant: &KernelVariant) -> Vec<Argument> {
         KernelSpec::Gemm { n, k, weight: DType::I8 } => int8_matmul(n, k, GroupSize::Channel),
         KernelSpec::Gemm { n, k, weight } => {
             let mut arguments = vec![element(weight), size("N", n), size("K", k)];
+            arguments.extend(config.clone());
+            arguments
+        }
+        KernelSpec::GemmBf16 { n, k } => {
+            let mut arguments = vec![size("N", n), size("K", k)];
             arguments.extend(config.clone());
             arguments
         }
@@ -211,7 +221,7 @@ fn arguments_of(variant: &KernelVariant) -> Vec<Argument> {
         KernelSpec::SiluAndMul { intermediate, out } => {
             vec![size("INTERMEDIATE", intermediate), rows_group(out)]
         }
-        KernelSpec::Quantize { k, group } => vec![size("K", k), size("GROUP", group)],
+        KernelSpec::Quantize { k, out } => vec![size("K", k), rows_group(out)],
         KernelSpec::Sample { vocab } => vec![size("VOCAB", vocab)],
     }
 }

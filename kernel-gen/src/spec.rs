@@ -51,13 +51,32 @@ pub enum WeightFormat {
     Awq(GroupSize),
 }
 
-/// What a quantized matmul multiplies its weights with.
+/// What a matmul multiplies its weights with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ActivationType {
     /// float32 rows as they are.
     Float,
-    /// Rows rounded to signed bytes, one scale per row and group (absmax / 127).
+    /// Rows of quantized linears rounded to signed bytes, one scale per row and group
+    /// (absmax / 127); those of others as they are.
     Int8,
+    /// Rows of bfloat16 linears rounded to bfloat16. There are no others in such a model.
+    Bf16,
+}
+
+impl ActivationType {
+    /// Name in options and symbols.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ActivationType::Float => "float",
+            ActivationType::Int8 => "int8",
+            ActivationType::Bf16 => "bf16",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<ActivationType> {
+        let all = [ActivationType::Float, ActivationType::Int8, ActivationType::Bf16];
+        all.into_iter().find(|activation| activation.name() == name)
+    }
 }
 
 /// The form in which an op hands its rows to the next linear.
@@ -68,6 +87,8 @@ pub enum RowFormat {
     I8 {
         group: usize,
     },
+    /// bfloat16
+    Bf16,
 }
 
 /// One linear of the decoder, by its place.
@@ -162,6 +183,11 @@ pub enum KernelSpec {
         k: usize,
         weight: DType,
     },
+    /// Dense matmul of bfloat16 rows and weights.
+    GemmBf16 {
+        n: usize,
+        k: usize,
+    },
     /// Fused AWQ-dequant matmul.
     AwqGemm {
         n: usize,
@@ -192,10 +218,10 @@ pub enum KernelSpec {
         intermediate: usize,
         out: RowFormat,
     },
-    /// Float rows to int8 rows, where no other op can do it on its way.
+    /// Float rows to rows of another form, where no other op can do it on its way.
     Quantize {
         k: usize,
-        group: usize,
+        out: RowFormat,
     },
     /// Maximum, its index and log-sum-exp of a row of logits.
     Sample {
@@ -273,6 +299,16 @@ impl KvDType {
     }
 }
 
+impl WeightFormat {
+    /// Name in errors.
+    fn name(self) -> &'static str {
+        match self {
+            WeightFormat::Dense(dtype) => dtype.name(),
+            WeightFormat::Awq(_) => "4-bit",
+        }
+    }
+}
+
 impl GroupSize {
     /// Weights in a group of a linear with `k` inputs.
     pub fn of(self, k: usize) -> usize {
@@ -317,6 +353,7 @@ impl KernelSpec {
             KernelSpec::Embed { .. } => "embed",
             KernelSpec::RmsNorm { .. } => "rms_norm",
             KernelSpec::Gemm { .. } => "gemm",
+            KernelSpec::GemmBf16 { .. } => "gemm_bf16",
             KernelSpec::AwqGemm { .. } => "awq_gemm",
             KernelSpec::Rope { .. } => "rope",
             KernelSpec::PagedAttention { .. } => "paged_attention",
@@ -329,9 +366,7 @@ impl KernelSpec {
     /// The row counts the op has kernels for.
     pub fn regimes(&self) -> &'static [RowRegime] {
         match self {
-            KernelSpec::Gemm { .. } | KernelSpec::AwqGemm { .. } => {
-                &[RowRegime::One, RowRegime::Few, RowRegime::Many]
-            }
+            _ if self.is_matmul() => &[RowRegime::One, RowRegime::Few, RowRegime::Many],
             KernelSpec::PagedAttention { .. } => &[RowRegime::One, RowRegime::Many],
             _ => &[RowRegime::Any],
         }
@@ -343,9 +378,9 @@ impl KernelSpec {
             KernelSpec::Embed { hidden, .. } | KernelSpec::RmsNorm { hidden, .. } => {
                 vec![("hidden", hidden)]
             }
-            KernelSpec::Gemm { n, k, .. } | KernelSpec::AwqGemm { n, k, .. } => {
-                vec![("n", n), ("k", k)]
-            }
+            KernelSpec::Gemm { n, k, .. }
+            | KernelSpec::GemmBf16 { n, k }
+            | KernelSpec::AwqGemm { n, k, .. } => vec![("n", n), ("k", k)],
             KernelSpec::Rope {
                 num_heads, num_kv_heads, head_dim, rotary_dim, page_size, ..
             } => vec![
@@ -380,15 +415,18 @@ impl KernelSpec {
         let rows = |out| match out {
             RowFormat::F32 => "f32",
             RowFormat::I8 { .. } => "int8",
+            RowFormat::Bf16 => "bf16",
         };
         match *self {
             KernelSpec::Embed { dtype, .. } => dtype.name(),
             KernelSpec::Gemm { weight, .. } => weight.name(),
-            KernelSpec::AwqGemm { activation: ActivationType::Float, .. } => "int4",
+            KernelSpec::GemmBf16 { .. } => "bf16-bf16",
             KernelSpec::AwqGemm { activation: ActivationType::Int8, .. } => "int4-int8",
+            KernelSpec::AwqGemm { .. } => "int4",
             KernelSpec::Rope { kv, .. } | KernelSpec::PagedAttention { kv, .. } => kv.name(),
-            KernelSpec::RmsNorm { out, .. } | KernelSpec::SiluAndMul { out, .. } => rows(out),
-            KernelSpec::Quantize { .. } => "int8",
+            KernelSpec::RmsNorm { out, .. }
+            | KernelSpec::SiluAndMul { out, .. }
+            | KernelSpec::Quantize { out, .. } => rows(out),
             KernelSpec::Sample { .. } => "f32",
         }
     }
@@ -399,14 +437,17 @@ impl KernelSpec {
             KernelSpec::AwqGemm { k, group, .. } => Some(group.of(k)),
             KernelSpec::RmsNorm { out: RowFormat::I8 { group }, .. }
             | KernelSpec::SiluAndMul { out: RowFormat::I8 { group }, .. }
-            | KernelSpec::Quantize { group, .. } => Some(group),
+            | KernelSpec::Quantize { out: RowFormat::I8 { group }, .. } => Some(group),
             _ => None,
         }
     }
 
     /// Whether the op is a matmul with packed weights.
     pub fn is_matmul(&self) -> bool {
-        matches!(self, KernelSpec::Gemm { .. } | KernelSpec::AwqGemm { .. })
+        matches!(
+            self,
+            KernelSpec::Gemm { .. } | KernelSpec::GemmBf16 { .. } | KernelSpec::AwqGemm { .. }
+        )
     }
 }
 
@@ -479,18 +520,14 @@ impl ModelShape {
 impl ModelShape {
     /// Every kernel the model needs, sorted, each once.
     ///
-    /// A quantized model gets kernels for float and for int8 activations, and its head in the
-    /// checkpoint's type and in int8.
+    /// A model gets kernels for each of [`ModelShape::activations`]; a quantized one its head in
+    /// the checkpoint's type and in int8.
     pub fn kernel_specs(&self) -> Vec<KernelSpec> {
         let mut specs = BTreeSet::new();
         specs.insert(KernelSpec::Embed { hidden: self.hidden_size, dtype: self.dtype });
         specs.insert(KernelSpec::Sample { vocab: self.vocab_size });
         self.add_attention(&mut specs);
-        let activations: &[ActivationType] = match self.is_quantized() {
-            true => &[ActivationType::Float, ActivationType::Int8],
-            false => &[ActivationType::Float],
-        };
-        for activation in activations {
+        for activation in self.activations() {
             self.add_linears(*activation, &mut specs);
         }
         specs.into_iter().collect()
@@ -514,7 +551,7 @@ impl ModelShape {
     }
 
     /// The op that makes the rows which the linear `role` reads. Attention's are always float32,
-    /// and another op makes them int8.
+    /// and another op brings them into another form.
     pub(crate) fn input_kernel(&self, role: LinearRole, out: RowFormat) -> Option<KernelSpec> {
         match (role, out) {
             (LinearRole::Qkv | LinearRole::GateUp | LinearRole::Head, out) => {
@@ -523,11 +560,9 @@ impl ModelShape {
             (LinearRole::Down, out) => {
                 Some(KernelSpec::SiluAndMul { intermediate: self.intermediate_size, out })
             }
-            // NOTE: attention's threads see heads, not whole rows, so they cannot quantize.
-            (LinearRole::O, RowFormat::I8 { group }) => {
-                Some(KernelSpec::Quantize { k: self.o.k, group })
-            }
             (LinearRole::O, RowFormat::F32) => None,
+            // NOTE: attention's threads see heads, not whole rows, so they cannot quantize.
+            (LinearRole::O, out) => Some(KernelSpec::Quantize { k: self.o.k, out }),
         }
     }
 
@@ -544,9 +579,16 @@ impl ModelShape {
 }
 
 impl LinearShape {
+    fn is_bf16(&self) -> bool {
+        self.format == WeightFormat::Dense(DType::BF16)
+    }
+
     fn kernel_spec(&self, activation: ActivationType) -> KernelSpec {
         let LinearShape { n, k, .. } = *self;
         match self.format {
+            WeightFormat::Dense(DType::BF16) if activation == ActivationType::Bf16 => {
+                KernelSpec::GemmBf16 { n, k }
+            }
             WeightFormat::Dense(weight) => KernelSpec::Gemm { n, k, weight },
             WeightFormat::Awq(group) => KernelSpec::AwqGemm { n, k, group, activation },
         }
@@ -556,6 +598,9 @@ impl LinearShape {
     pub fn kernel(&self, activation: ActivationType) -> Result<KernelSpec, Error> {
         if let WeightFormat::Awq(group) = self.format {
             check_group(self.k, group)?;
+        }
+        if activation == ActivationType::Bf16 && !self.is_bf16() {
+            return Err(Error::Activations { weights: self.format.name() });
         }
         Ok(self.kernel_spec(activation))
     }
@@ -569,6 +614,7 @@ impl LinearShape {
         match (self.format, activation) {
             (WeightFormat::Awq(group), ActivationType::Int8) => int8(group),
             (WeightFormat::Dense(DType::I8), _) => int8(GroupSize::Channel),
+            (WeightFormat::Dense(DType::BF16), ActivationType::Bf16) => RowFormat::Bf16,
             _ => RowFormat::F32,
         }
     }

@@ -118,10 +118,12 @@ macro_rules! template {
 pub const SIMD: Template = template!("common/simd.rs");
 pub const SIMD_PORTABLE: Template = template!("common/simd_portable.rs");
 pub const SIMD_X86: Template = template!("common/simd_x86.rs");
+pub const BF16: Template = template!("common/bf16.rs");
 pub const PAGES: Template = template!("common/pages.rs");
 pub const EMBED: Template = template!("embed/embed.rs");
 pub const RMS_NORM: Template = template!("rms_norm/rms_norm.rs");
 pub const GEMM: Template = template!("gemm/gemm.rs");
+pub const GEMM_BF16: Template = template!("gemm_bf16/gemm_bf16.rs");
 pub const AWQ_GEMM: Template = template!("awq_gemm/awq_gemm.rs");
 pub const ROPE: Template = template!("rope/rope.rs");
 pub const PAGED_ATTENTION: Template = template!("paged_attention/paged_attention.rs");
@@ -135,6 +137,7 @@ pub fn body(spec: &KernelSpec) -> Template {
         KernelSpec::Embed { .. } => EMBED,
         KernelSpec::RmsNorm { .. } => RMS_NORM,
         KernelSpec::Gemm { .. } => GEMM,
+        KernelSpec::GemmBf16 { .. } => GEMM_BF16,
         KernelSpec::AwqGemm { .. } => AWQ_GEMM,
         KernelSpec::Rope { .. } => ROPE,
         KernelSpec::PagedAttention { .. } => PAGED_ATTENTION,
@@ -145,10 +148,12 @@ pub fn body(spec: &KernelSpec) -> Template {
 }
 
 /// Every template, by the name of its module.
-pub const ALL: [(&str, Template); 13] = [
+pub const ALL: [(&str, Template); 15] = [
     ("awq_gemm", AWQ_GEMM),
+    ("bf16", BF16),
     ("embed", EMBED),
     ("gemm", GEMM),
+    ("gemm_bf16", GEMM_BF16),
     ("pages", PAGES),
     ("paged_attention", PAGED_ATTENTION),
     ("quantize", QUANTIZE),
@@ -185,6 +190,7 @@ pub fn used(spec: &KernelSpec, target: Target) -> Vec<Template> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::DType;
 
     fn paths(spec: &KernelSpec, target: Target) -> Vec<&'static str> {
         used(spec, target).into_iter().map(|template| template.path).collect()
@@ -198,9 +204,14 @@ mod tests {
             paths(&spec, Target::Portable),
             portable.map(|path| format!("templates/{path}"))
         );
-        let quantize = KernelSpec::Quantize { k: 512, group: 64 };
-        let x86 = ["quantize/quantize.rs", "common/simd_x86.rs", "common/simd.rs"];
-        assert_eq!(paths(&quantize, Target::Avx512), x86.map(|path| format!("templates/{path}")));
+        let embed = KernelSpec::Embed { hidden: 512, dtype: DType::F16 };
+        let x86 = ["embed/embed.rs", "common/simd_x86.rs", "common/simd.rs"];
+        assert_eq!(paths(&embed, Target::Avx512), x86.map(|path| format!("templates/{path}")));
+        let gemm_bf16 = KernelSpec::GemmBf16 { n: 512, k: 512 };
+        let files = paths(&gemm_bf16, Target::Avx512);
+        for path in ["gemm_bf16/gemm_bf16.rs", "gemm/gemm.rs", "common/bf16.rs"] {
+            assert!(files.contains(&format!("templates/{path}").as_str()), "{path}");
+        }
     }
 
     /// Comments and layout are no code; everything else is.

@@ -178,8 +178,13 @@ fn assertions(kernel: &Kernel) -> Vec<TokenStream> {
                 ));
             }
             (Kind::RowFormat, _) => {
-                let what = format!("{parameter} {given} is not 0, which float32 rows have");
-                assertions.push(assertion(kernel, given.span(), quote! { #given == 0 }, &what));
+                let (wanted, rows) = match value.is_name("Bf16") {
+                    true => (1usize, "bfloat16"),
+                    false => (0, "float32"),
+                };
+                let what = format!("{parameter} {given} is not {wanted}, which {rows} rows have");
+                let is_right = quote! { #given == #wanted };
+                assertions.push(assertion(kernel, given.span(), is_right, &what));
             }
             (Kind::GroupSize, Value::Sized(_, group)) => {
                 assertions.extend(divides(kernel, (parameter, given), (field.name, group)));

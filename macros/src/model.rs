@@ -85,7 +85,7 @@ impl Value {
         }
     }
 
-    fn is_name(&self, expected: &str) -> bool {
+    pub(crate) fn is_name(&self, expected: &str) -> bool {
         matches!(self, Value::Name(name) | Value::Sized(name, _) if name == expected)
     }
 }
@@ -151,6 +151,13 @@ pub(crate) const OPS: &[Op] = &[
         fields: fields!(n: Size = N, k: Size = K, weight: DType = E),
     },
     Op {
+        name: "gemm_bf16",
+        spec: "GemmBf16",
+        args: "GemmBf16Args",
+        entries: matmul_entries!(One one<S, N, K>, Few few<S, N, K>, Many many<S, N, K>),
+        fields: fields!(n: Size = N, k: Size = K),
+    },
+    Op {
         name: "awq_gemm",
         spec: "AwqGemm",
         args: "AwqGemmArgs",
@@ -204,7 +211,7 @@ pub(crate) const OPS: &[Op] = &[
         spec: "Quantize",
         args: "QuantizeArgs",
         entries: entries!(Any run<S, K, GROUP>),
-        fields: fields!(k: Size = K, group: Size = GROUP),
+        fields: fields!(k: Size = K, out: RowFormat = GROUP),
     },
     Op {
         name: "sample",
@@ -448,8 +455,8 @@ fn is_of_kind(value: &Value, kind: Kind) -> bool {
         (Value::Name(_), Kind::KvDType) => one_of(&["F32", "F16", "I8", "I4"]),
         (Value::Name(_), Kind::GroupSize) => one_of(&["Channel"]),
         (Value::Sized(..), Kind::GroupSize) => one_of(&["Of"]),
-        (Value::Name(_), Kind::ActivationType) => one_of(&["Float", "Int8"]),
-        (Value::Name(_), Kind::RowFormat) => one_of(&["F32"]),
+        (Value::Name(_), Kind::ActivationType) => one_of(&["Float", "Int8", "Bf16"]),
+        (Value::Name(_), Kind::RowFormat) => one_of(&["F32", "Bf16"]),
         (Value::Sized(..), Kind::RowFormat) => one_of(&["I8"]),
         _ => false,
     }

@@ -1,17 +1,23 @@
-//! Rows to int8, one scale per group of a row: scale = absmax / 127, q = round(x / scale).
+//! Rows to int8, one scale per group of a row: scale = absmax / 127, q = round(x / scale). Or rows
+//! to bfloat16.
 //!
-//! Bound: reads 4 bytes and writes 1 byte an element, all in cache; fused into the op before the
-//! linear wherever that op sees whole rows.
+//! Bound: reads 4 bytes and writes 1 or 2 bytes an element, all in cache; fused into the op before
+//! the linear wherever that op sees whole rows.
 
-use super::abi::{QuantizeArgs, RowsOut, Share, int8_stride};
+use super::abi::{QuantizeArgs, RowsOut, Share, bf16_stride, int8_stride};
+use super::bf16::{BF16_GROUP, DotBf16, round_row};
 use super::simd::Simd;
 
-/// Quantizes the rows of `share` of `[rows, K]`.
+/// Quantizes the rows of `share` of `[rows, K]`;
+/// [`BF16_GROUP`] writes bfloat16, another `GROUP` int8 with that group.
 ///
 /// # Safety
 /// `args` as documented on its fields; the instruction set of `S`.
 #[inline(always)]
-pub unsafe fn run<S: Simd, const K: usize, const GROUP: usize>(args: &QuantizeArgs, share: Share) {
+pub unsafe fn run<S: DotBf16, const K: usize, const GROUP: usize>(
+    args: &QuantizeArgs,
+    share: Share,
+) {
     let (mut row, end) = share.range(args.rows);
     while row < end {
         // SAFETY: row < rows, and rows belong to one thread each.
@@ -20,21 +26,25 @@ pub unsafe fn run<S: Simd, const K: usize, const GROUP: usize>(args: &QuantizeAr
     }
 }
 
-/// Writes row `row` of `out` from `x`, `[K]`.
+/// Writes row `row` of `out` from `x`, `[K]`, in the form that `GROUP` stands for.
 ///
 /// # Safety
 /// `x` holds `K` values, `out` at least `row + 1` rows; the instruction set of `S`.
 #[inline(always)]
-pub unsafe fn quantize_row<S: Simd, const K: usize, const GROUP: usize>(
+pub unsafe fn quantize_row<S: DotBf16, const K: usize, const GROUP: usize>(
     x: *const f32,
     row: usize,
     out: &RowsOut,
 ) {
     // NOTE: callers that can also write float rows name this function with group 0, but do not
     // call it then.
-    const { assert!(GROUP == 0 || K.is_multiple_of(GROUP) && GROUP.is_multiple_of(8)) };
+    const { assert!(GROUP <= BF16_GROUP || K.is_multiple_of(GROUP) && GROUP.is_multiple_of(8)) };
     // SAFETY: all offsets are below K, K / GROUP and the row stride.
     unsafe {
+        if GROUP == BF16_GROUP {
+            round_row::<S, K>(x, out.bf16.add(row * bf16_stride(K)));
+            return;
+        }
         let q = out.q.add(row * int8_stride(K));
         let scales = out.scales.add(row * (K / GROUP));
         let sums = out.sums.add(row * (K / GROUP));

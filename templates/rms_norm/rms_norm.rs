@@ -6,15 +6,17 @@
 use std::mem::MaybeUninit;
 
 use super::abi::{RmsNormArgs, Share};
+use super::bf16::DotBf16;
 use super::quantize::quantize_row;
 use super::simd::Simd;
 
-/// Normalizes the rows of `share`; `GROUP` 0 writes float32, else int8 with that group.
+/// Normalizes the rows of `share`; `GROUP` 0 writes float32,
+/// [`BF16_GROUP`](super::bf16::BF16_GROUP) bfloat16, else int8 with that group.
 ///
 /// # Safety
 /// `args` as documented on its fields; the instruction set of `S`.
 #[inline(always)]
-pub unsafe fn run<S: Simd, const HIDDEN: usize, const GROUP: usize>(
+pub unsafe fn run<S: DotBf16, const HIDDEN: usize, const GROUP: usize>(
     args: &RmsNormArgs,
     share: Share,
 ) {

@@ -6,15 +6,17 @@
 use std::mem::MaybeUninit;
 
 use super::abi::{Share, SiluAndMulArgs};
+use super::bf16::DotBf16;
 use super::quantize::quantize_row;
 use super::simd::Simd;
 
-/// Computes the rows of `share`; `GROUP` 0 writes float32, else int8 with that group.
+/// Computes the rows of `share`; `GROUP` 0 writes float32,
+/// [`BF16_GROUP`](super::bf16::BF16_GROUP) bfloat16, else int8 with that group.
 ///
 /// # Safety
 /// `args` as documented on its fields; the instruction set of `S`.
 #[inline(always)]
-pub unsafe fn run<S: Simd, const INTERMEDIATE: usize, const GROUP: usize>(
+pub unsafe fn run<S: DotBf16, const INTERMEDIATE: usize, const GROUP: usize>(
     args: &SiluAndMulArgs,
     share: Share,
 ) {

@@ -556,6 +556,41 @@ fn names_missing_kernels() {
     check_error(&[&args[..], &["--backend", "cpu"]].concat(), Exit::Failed, "embed_h64_f32");
 }
 
+/// Who asks for bfloat16 activations with other weights hears what is possible.
+#[test]
+fn refuses_bf16_activations_of_other_weights() {
+    let check = |case: &str, backend: &str, expect: &str| {
+        let model = tiny(case);
+        let args = ["generate", "--model", model.to_str().unwrap(), "--prompt-ids", "1"];
+        let options = ["--activations", "bf16", "--backend", backend];
+        check_error(&[&args[..], &options].concat(), Exit::Failed, expect);
+    };
+    for backend in ["reference", "cpu", "auto"] {
+        check("llama-gqa2", backend, "has f32 weights; choose float activations");
+        check("llama-awq-g32", backend, "has 4-bit weights; choose int8 or float activations");
+        check("llama-awq-mixed", backend, "has 4-bit weights");
+    }
+    let args = ["explain", "smollm2-135m-awq", "--activations", "bf16"];
+    check_error(&args, Exit::Failed, "4-bit weights");
+    let args = ["generate", "--model", "m", "--prompt-ids", "1", "--activations", "fp8"];
+    check_error(&args, Exit::WrongUsage, "possible values: float, int8, bf16");
+}
+
+/// A model of bfloat16 weights has kernels for both forms of rows.
+#[test]
+fn runs_with_bf16_activations() {
+    let model = crate::golden::tiny::bf16_model();
+    let args = ["generate", "--model", model.path().to_str().unwrap(), "--prompt-ids", "5,6,7"];
+    let options = ["--activations", "bf16", "--max-tokens", "3", "--ignore-eos", "--json"];
+    let report = json(&[&args[..], &REFERENCE, &options].concat());
+    assert_eq!(report["backend"], "reference");
+    let explained = run(&["explain", "smollm2-135m", "--activations", "bf16"]);
+    assert_eq!(explained.exit, Exit::Done, "{}", explained.err);
+    for symbol in ["gemm_bf16_n960_k576_one", "gemm_bf16_n49152_k576", "quantize_k576_bf16"] {
+        assert!(explained.out.contains(symbol), "{symbol}: {}", explained.out);
+    }
+}
+
 #[test]
 fn examines_the_machine() {
     let home = tempfile::tempdir().unwrap();

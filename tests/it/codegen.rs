@@ -86,6 +86,7 @@ fn rendered_kernels() {
         "rms_norm_h576_int8_g64__x86_64_v3",
         "gemm_n49152_k576_f16_many__avx512",
         "gemm_n49152_k576_i8_one__avx512",
+        "gemm_bf16_n960_k576_few__avx512",
         "awq_gemm_n960_k576_g64_int8_few__avx512",
         "awq_gemm_n576_k1536_g64_float_many__x86_64_v3",
         "rope_h9_v3_d64_r64_p32_f16__avx512",
@@ -94,7 +95,7 @@ fn rendered_kernels() {
         "quantize_k576_g64__avx512",
         "sample_v49152__avx512",
     ];
-    let variants = variants(&[preset("smollm2-135m-awq")]);
+    let variants = variants(&[preset("smollm2-135m-awq"), preset("smollm2-135m")]);
     let declaration = |symbol: &str| {
         let variant = variants.iter().find(|variant| variant.symbol() == symbol);
         let variant = variant.unwrap_or_else(|| panic!("{symbol} is not planned"));
@@ -210,8 +211,9 @@ fn every_linear_has_its_kernels() {
         let shape = preset(name);
         let variants = variants(std::slice::from_ref(&shape));
         for role in [LinearRole::Qkv, LinearRole::O, LinearRole::GateUp, LinearRole::Down] {
-            for activation in [ActivationType::Float, ActivationType::Int8] {
-                let spec = shape.linear(role).kernel(activation);
+            let always = [ActivationType::Float, ActivationType::Int8];
+            for activation in always.iter().chain(shape.activations()) {
+                let spec = shape.linear(role).kernel(*activation);
                 let spec = spec.unwrap_or_else(|error| panic!("{name}: {error}"));
                 let num = variants.iter().filter(|variant| variant.spec == spec).count();
                 assert_eq!(num, spec.regimes().len() * Target::ALL.len(), "{name}: {spec:?}");

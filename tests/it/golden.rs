@@ -1,7 +1,7 @@
 //! Published results that the engine must reproduce: logits and greedy tokens of small models.
 
 pub(crate) mod smollm2;
-mod tiny;
+pub(crate) mod tiny;
 
 use std::path::PathBuf;
 

@@ -56,7 +56,11 @@ fn logits(engine: &mut Engine) -> Vec<u32> {
 
 /// The packed weights of a tiny model in a file.
 fn pack(case: &str, options: &EngineOptions) -> (TempDir, PathBuf) {
-    let engine = load(&ModelSource::folder(tiny(case)), options).unwrap();
+    pack_from(&ModelSource::folder(tiny(case)), options)
+}
+
+fn pack_from(source: &ModelSource, options: &EngineOptions) -> (TempDir, PathBuf) {
+    let engine = load(source, options).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("weights.bin");
     let mut bytes = Vec::new();
@@ -89,6 +93,36 @@ fn packed_weights_give_the_same_bits() {
             assert_eq!(packed.weights_name(), direct.weights_name(), "{case}");
             let (again, first) = (again(&packed), fs::read(&path).unwrap());
             assert!(again == first, "{case}: the same weights make the same file");
+        }
+    }
+}
+
+/// Weights in pairs of inputs serve float activations too, and the other way round.
+#[test]
+fn bf16_pairs_are_read_in_every_form() {
+    let model = crate::golden::tiny::bf16_model();
+    let targets: Vec<Target> = Target::ALL.into_iter().filter(|t| is_available(*t)).collect();
+    let of = |target, activation| EngineOptions {
+        target: Some(target),
+        activation,
+        ..options(bespoke_tests::bf16_kernels())
+    };
+    let forms = [ActivationType::Bf16, ActivationType::Float];
+    let all: Vec<EngineOptions> =
+        targets.iter().flat_map(|target| forms.map(|form| of(*target, form))).collect();
+    let folder = ModelSource::folder(model.path());
+    for from in &all {
+        let (_dir, path) = pack_from(&folder, from);
+        let packed = ModelSource {
+            files: ModelFolder::Disk(model.path().to_owned()),
+            weights: WeightsSource::Packed(PackedFile::open(&path).unwrap()),
+            packed_cache: None,
+        };
+        for to in &all {
+            let expected = logits(&mut load(&folder, to).unwrap());
+            let found = logits(&mut load(&packed, to).unwrap());
+            let what = [from, to].map(|options| (options.target, options.activation));
+            assert_eq!(found, expected, "{what:?}");
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use bespoke::backend::cpu::is_available;
 use bespoke::kernels::abi::{Share, SiluAndMulArgs};
 use bespoke::kernels::{Kernel, KernelFn, KernelTable};
 use bespoke::verify::{Report, cpu};
@@ -32,6 +33,24 @@ fn all_kernels_agree_with_the_reference() {
     for kernel in table.kernels {
         assert!(report.kernels.contains(kernel.symbol), "{} was not run", kernel.symbol);
     }
+}
+
+/// With float and with bfloat16 activations, on all targets of this machine.
+#[test]
+fn kernels_of_a_bf16_model_agree_with_the_reference() {
+    let table = bespoke_tests::bf16_kernels();
+    let model = crate::golden::tiny::bf16_model();
+    let config = ModelConfig::from_file(&model.path().join("config.json")).unwrap();
+    let mut report = Report::default();
+    cpu(&table, &[config.shape("bf16").unwrap()], &mut report, &mut |_| {}).unwrap();
+    let failures: Vec<_> = report.failures().collect();
+    assert!(failures.is_empty(), "{failures:#?}");
+    let kernels = table.kernels.iter().filter(|kernel| is_available(kernel.target));
+    for kernel in kernels {
+        assert!(report.kernels.contains(kernel.symbol), "{} was not run", kernel.symbol);
+    }
+    let num_pairs = report.kernels.iter().filter(|symbol| symbol.starts_with("gemm_bf16")).count();
+    assert!(num_pairs >= 3 * 5, "three row regimes of five linears, not {num_pairs}");
 }
 
 unsafe fn nothing(_: &SiluAndMulArgs, _: Share) {}

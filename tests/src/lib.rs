@@ -26,6 +26,7 @@ generated!(locked, "/locked/kernels.rs");
 generated!(pages16, "/pages16/kernels.rs");
 generated!(pages64, "/pages64/kernels.rs");
 generated!(targets, "/targets/kernels.rs");
+generated!(bf16, "/bf16/kernels.rs");
 
 /// The table of the tiny golden models' kernels.
 pub fn tiny_kernels() -> KernelTable {
@@ -48,4 +49,9 @@ pub fn tiny_kernels_with_pages(page_size: usize) -> KernelTable {
 /// Kernels of the tiny model `llama-awq-mixed` for every target.
 pub fn tiny_kernels_of_all_targets() -> KernelTable {
     targets::TABLE
+}
+
+/// Kernels of the tiny model `llama-hd80-bias` with bfloat16 weights, for every target.
+pub fn bf16_kernels() -> KernelTable {
+    bf16::TABLE
 }

@@ -172,7 +172,7 @@ typedef int32_t BespokeKvType;
 #endif // __cplusplus
 
 /*
- What 4-bit weights are multiplied with; other weights ignore it.
+ What weights are multiplied with.
  */
 enum BespokeActivations
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -188,9 +188,13 @@ enum BespokeActivations
      */
     BESPOKE_ACTIVATIONS_FLOAT = 1,
     /*
-     Rounded to 8 bits, with a scale per row and group.
+     Rounded to 8 bits, with a scale per row and group; for 4-bit weights, others ignore it.
      */
     BESPOKE_ACTIVATIONS_INT8 = 2,
+    /*
+     Rounded to bfloat16; for models whose weights are all bfloat16, on the CPU.
+     */
+    BESPOKE_ACTIVATIONS_BF16 = 3,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L

@@ -50,7 +50,7 @@ pub enum BespokeKvType {
     Int4 = 4,
 }
 
-/// What 4-bit weights are multiplied with; other weights ignore it.
+/// What weights are multiplied with.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BespokeActivations {
@@ -58,8 +58,10 @@ pub enum BespokeActivations {
     Default = 0,
     /// float32 as they are
     Float = 1,
-    /// Rounded to 8 bits, with a scale per row and group.
+    /// Rounded to 8 bits, with a scale per row and group; for 4-bit weights, others ignore it.
     Int8 = 2,
+    /// Rounded to bfloat16; for models whose weights are all bfloat16, on the CPU.
+    Bf16 = 3,
 }
 
 /// How an engine is set up. Zeros are the defaults.
@@ -301,10 +303,11 @@ fn kv_type(number: i32) -> Result<KvDType, Failure> {
 }
 
 fn activations(number: i32) -> Result<ActivationType, Failure> {
-    const TYPES: [(BespokeActivations, ActivationType); 3] = [
+    const TYPES: [(BespokeActivations, ActivationType); 4] = [
         (BespokeActivations::Default, ActivationType::Int8),
         (BespokeActivations::Float, ActivationType::Float),
         (BespokeActivations::Int8, ActivationType::Int8),
+        (BespokeActivations::Bf16, ActivationType::Bf16),
     ];
     let found = TYPES.iter().find(|(named, _)| *named as i32 == number);
     found.map(|(_, activations)| *activations).ok_or_else(|| unknown("activations", number))

@@ -33,7 +33,7 @@ pub(super) struct Args {
     /// Element type of the KV cache
     #[arg(long, value_enum, default_value_t = Kv::F16)]
     kv_dtype: Kv,
-    /// What 4-bit weights are multiplied with
+    /// What weights are multiplied with; int8 is for 4-bit weights, and others ignore it
     #[arg(long, value_enum, default_value_t = Activations::Int8)]
     activations: Activations,
     /// Threads to compute with [default: all cores]

@@ -42,7 +42,7 @@ pub(super) struct RunArgs {
     /// Element type of the KV cache (the reference backend keeps float32)
     #[arg(long, value_enum, default_value_t = Kv::F16)]
     pub(super) kv_dtype: Kv,
-    /// What 4-bit weights are multiplied with; other weights ignore it
+    /// What weights are multiplied with; int8 is for 4-bit weights, and others ignore it
     #[arg(long, value_enum, default_value_t = Activations::Int8)]
     pub(super) activations: Activations,
     /// Threads to compute with [default: all cores]
@@ -110,6 +110,8 @@ pub(super) enum Activations {
     Float,
     /// Rounded to 8 bits, a scale per row and group
     Int8,
+    /// Rounded to bfloat16, for models whose weights are all bfloat16, on the CPU
+    Bf16,
 }
 
 impl Kv {
@@ -128,6 +130,7 @@ impl Activations {
         match self {
             Activations::Float => ActivationType::Float,
             Activations::Int8 => ActivationType::Int8,
+            Activations::Bf16 => ActivationType::Bf16,
         }
     }
 }

@@ -39,7 +39,7 @@ pub(super) struct Args {
     /// What is tuned
     #[arg(long, value_enum, default_value_t = Which::Auto)]
     backend: Which,
-    /// Rows that quantized linears read
+    /// Rows that linears read; int8 is for 4-bit weights, and others ignore it
     #[arg(long, value_enum, default_value_t = Activations::Int8)]
     activations: Activations,
     /// Threads to compute with [default: all cores]

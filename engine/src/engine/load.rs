@@ -59,6 +59,8 @@ impl Engine {
                     None => ReferenceBackend::new(config, shape),
                     Some(num) => ReferenceBackend::with_threads(config, shape, num),
                 };
+                shape.check_activations(options.activation)?;
+                let backend = backend.with_activations(options.activation);
                 let parts = &mut FromWeights(weights);
                 let (decoder, max_context) = loader.load(backend, parts, progress)?;
                 Ok((Model::Reference(decoder), max_context))

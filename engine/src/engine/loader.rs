@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::path::PathBuf;
 
 use bespoke_kernel_gen::model::{ModelConfig, RopeScaling};
-use bespoke_kernel_gen::spec::ModelShape;
+use bespoke_kernel_gen::spec::{ActivationType, ModelShape};
 
 use super::LOGIT_ROWS;
 use crate::backend::Backend;
@@ -120,7 +120,14 @@ impl<'a> Loader<'a> {
     }
 
     pub(super) fn cuda<D: Device>(&self, device: D) -> Result<CudaBackend<D>, Error> {
-        let EngineOptions { kv_dtype, kv_memory, cuda_graphs, .. } = *self.options;
+        let EngineOptions { kv_dtype, kv_memory, cuda_graphs, activation, .. } = *self.options;
+        if activation == ActivationType::Bf16 {
+            return Err(Error::Unsupported(
+                "bf16 activations are a choice on the CPU; on a GPU rows have 16 bits anyway, so \
+                 leave the choice away, or run with `--backend cpu`"
+                    .into(),
+            ));
+        }
         let cuda_options = CudaOptions { kv_dtype, kv_memory, graphs: cuda_graphs };
         CudaBackend::new(device, self.config, self.shape, &cuda_options)
     }

@@ -22,7 +22,7 @@ impl Share {
     }
 }
 
-/// Rows a linear reads, in one of two forms (`RowFormat`): float32 `[rows, k]`, or int8.
+/// Rows a linear reads in float32, `[rows, k]`, or in int8; [`GemmBf16Args`] has those in bfloat16.
 #[derive(Clone, Copy, Debug)]
 pub struct RowsIn {
     /// `[rows, k]`, null in the int8 form.
@@ -35,10 +35,13 @@ pub struct RowsIn {
     pub sums: *const i32,
 }
 
-/// As [`RowsIn`], to be written.
+/// Rows to be written in one of three forms (`RowFormat`), as [`RowsIn`] and [`GemmBf16Args`] say.
+/// What belongs to the other forms is null.
 #[derive(Clone, Copy, Debug)]
 pub struct RowsOut {
     pub f32: *mut f32,
+    /// `[rows, bf16_stride(k)]`
+    pub bf16: *mut u16,
     pub q: *mut i8,
     pub scales: *mut f32,
     pub sums: *mut i32,
@@ -47,6 +50,11 @@ pub struct RowsOut {
 /// Bytes from one int8 row of `k` elements to the next; what lies beyond `k` is zero.
 pub const fn int8_stride(k: usize) -> usize {
     k.next_multiple_of(64)
+}
+
+/// Elements from one bfloat16 row of `k` elements to the next; what lies beyond `k` is zero.
+pub const fn bf16_stride(k: usize) -> usize {
+    k.next_multiple_of(32)
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -85,6 +93,19 @@ pub struct GemmArgs {
     pub weight: *const u8,
     /// int8 weights: `[n]` padded to whole panels; else null.
     pub scales: *const f32,
+    /// `[n]`, or null.
+    pub bias: *const f32,
+    /// `[rows, n]`
+    pub out: *mut f32,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct GemmBf16Args {
+    pub rows: usize,
+    /// `[rows, bf16_stride(k)]`
+    pub x: *const u16,
+    /// Packed panels, see `templates/gemm_bf16/gemm_bf16.rs`.
+    pub weight: *const u8,
     /// `[n]`, or null.
     pub bias: *const f32,
     /// `[rows, n]`

@@ -7,10 +7,14 @@ pub mod generated;
 
 #[path = "../../templates/awq_gemm/awq_gemm.rs"]
 pub mod awq_gemm;
+#[path = "../../templates/common/bf16.rs"]
+pub mod bf16;
 #[path = "../../templates/embed/embed.rs"]
 pub mod embed;
 #[path = "../../templates/gemm/gemm.rs"]
 pub mod gemm;
+#[path = "../../templates/gemm_bf16/gemm_bf16.rs"]
+pub mod gemm_bf16;
 #[path = "../../templates/paged_attention/paged_attention.rs"]
 pub mod paged_attention;
 #[path = "../../templates/common/pages.rs"]
@@ -45,6 +49,7 @@ pub enum KernelFn {
     Embed(unsafe fn(&abi::EmbedArgs, abi::Share)),
     RmsNorm(unsafe fn(&abi::RmsNormArgs, abi::Share)),
     Gemm(unsafe fn(&abi::GemmArgs, abi::Share)),
+    GemmBf16(unsafe fn(&abi::GemmBf16Args, abi::Share)),
     AwqGemm(unsafe fn(&abi::AwqGemmArgs, abi::Share)),
     Rope(unsafe fn(&abi::RopeArgs, abi::Share)),
     PagedAttention(unsafe fn(&abi::PagedAttentionArgs, abi::Share)),

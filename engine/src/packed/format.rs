@@ -78,8 +78,12 @@ enum Format {
     F32,
     F16,
     Bf16,
+    #[serde(rename = "bf16-pairs")]
+    Bf16Pairs,
     Int8,
-    Awq { group: usize },
+    Awq {
+        group: usize,
+    },
 }
 
 /// Packed weights, mapped from a file or from a part of one.
@@ -109,6 +113,7 @@ impl Linear {
             PanelFormat::Dense(DType::F32) => Format::F32,
             PanelFormat::Dense(DType::F16) => Format::F16,
             PanelFormat::Dense(DType::BF16) => Format::Bf16,
+            PanelFormat::Bf16Pairs => Format::Bf16Pairs,
             PanelFormat::Dense(DType::I8) | PanelFormat::Int8 => Format::Int8,
             PanelFormat::Awq { group } => Format::Awq { group },
         };
@@ -121,6 +126,7 @@ impl Linear {
             Format::F32 => PanelFormat::Dense(DType::F32),
             Format::F16 => PanelFormat::Dense(DType::F16),
             Format::Bf16 => PanelFormat::Dense(DType::BF16),
+            Format::Bf16Pairs => PanelFormat::Bf16Pairs,
             Format::Int8 => PanelFormat::Int8,
             Format::Awq { group } => PanelFormat::Awq { group },
         };

@@ -122,7 +122,7 @@ impl Parts<CpuBackend> for PackedParts<'_> {
         let bias = self.bias(role, &name)?;
         match backend.packed_linear(role, &layout, arrays, bias.as_deref())? {
             Some(linear) => Ok(linear),
-            // In another form than the kernels want: a head in int8 that is to be float.
+            // In another form than the kernels want: a head in int8 that is to be float, or pairs.
             None => {
                 let tensors = ModelWeights::linear(self, role, layer_idx)?;
                 crate::backend::Backend::load_linear(backend, role, &tensors.source())
@@ -170,20 +170,23 @@ impl ModelWeights for PackedParts<'_> {
             PanelFormat::Dense(dtype) => {
                 Ok(LinearTensors::dense(dense_tensor(&layout, dtype, bytes[0]), bias))
             }
+            PanelFormat::Bf16Pairs => {
+                Ok(LinearTensors::dense(dense_tensor(&layout, DType::BF16, bytes[0]), bias))
+            }
             PanelFormat::Int8 => unreachable!("int8 was answered above"),
         }
     }
 }
 
-/// Panels to rows.
+/// Panels to rows. A lane may hold several inputs, more than there are on the last line.
 fn dense_tensor(layout: &LinearLayout, dtype: DType, panels: &[u8]) -> DenseTensor {
     let (n, k, size) = (layout.panels.n, layout.panels.k, dtype.size());
     let array = layout.arrays()[0];
     let mut bytes = vec![0; n * k * size];
     for (row, out) in bytes.chunks_exact_mut(k * size).enumerate() {
-        for (line, out) in out.chunks_exact_mut(size).enumerate() {
+        for (line, out) in out.chunks_mut(array.unit).enumerate() {
             let at = array.offset(layout.panels, row, line);
-            out.copy_from_slice(&panels[at..at + size]);
+            out.copy_from_slice(&panels[at..at + out.len()]);
         }
     }
     DenseTensor::new(n, k, dtype, Arc::new(bytes))

@@ -49,6 +49,7 @@ impl Operands {
                 (n, k, awq(n, k, group.of(k), &mut random))
             }
             KernelSpec::Gemm { n, k, weight } => (n, k, dense(n, k, weight, &mut random)),
+            KernelSpec::GemmBf16 { n, k } => (n, k, dense(n, k, DType::BF16, &mut random)),
             _ => return Err(Error::Unsupported(format!("{} is no matmul", spec.op()))),
         };
         let bias = (0..n).map(|n| if n % 3 == 0 { 0.0 } else { (n % 17) as f32 / 8.0 }).collect();
@@ -103,6 +104,7 @@ impl Operands {
     fn element(&self, row: usize, k: usize) -> f64 {
         match &self.rows {
             Rows::Float(values) => f64::from(values[row * self.k + k]),
+            Rows::Bf16(values) => f64::from(bf16::from_bits(values[row * self.k + k])),
             Rows::Int8 { q, scales, group } => {
                 let scale = scales[row * (self.k / group) + k / group];
                 f64::from(q[row * self.k + k]) * f64::from(scale)
@@ -181,10 +183,12 @@ fn rows(format: RowFormat, rows_max: usize, k: usize, random: &mut Random) -> Ro
         7 => 2f32.powi(-20),
         _ => (1 + (row + idx) % 5) as f32 / 512.0,
     };
+    let value = |(idx, level): (usize, &i8)| f32::from(*level) * scale(idx / k, idx % k);
     match format {
-        RowFormat::F32 => {
-            let value = |(idx, level): (usize, &i8)| f32::from(*level) * scale(idx / k, idx % k);
-            Rows::Float(levels.iter().enumerate().map(value).collect())
+        RowFormat::F32 => Rows::Float(levels.iter().enumerate().map(value).collect()),
+        RowFormat::Bf16 => {
+            let values = levels.iter().enumerate().map(value);
+            Rows::Bf16(values.map(|value| bf16::from_f32(value).to_bits()).collect())
         }
         RowFormat::I8 { group } => {
             let groups = (0..rows_max).flat_map(|row| (0..k / group).map(move |idx| (row, idx)));

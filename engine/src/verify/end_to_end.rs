@@ -11,7 +11,7 @@ use bespoke_kernel_gen::target::Target;
 
 use super::kernels::cpu_kernels;
 use super::plan::Plan;
-use super::{Check, PARTS, Report, activations, config, cpu_rows};
+use super::{Check, PARTS, Report, config, cpu_rows};
 use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::batch::Batch;
 use crate::error::Error;
@@ -44,7 +44,7 @@ pub(super) fn check(
     let limits = DecoderLimits { batch: plan.limits, num_pages: Some(plan.num_pages) };
     let weights = RandomWeights::new(&shape, 1);
     let mut seen = BTreeSet::new();
-    for &activation in activations(&shape) {
+    for &activation in shape.activations() {
         for kv_dtype in KvDType::ALL {
             let options = CpuOptions {
                 kv_dtype,

@@ -36,8 +36,9 @@ pub(super) fn cpu_kernels(
         Part::Attention => {
             let rows = if is_decode { 1 } else { usize::MAX };
             let mut all = vec![(shape.paged_attention_kernel(kv_dtype), rows)];
-            if let RowFormat::I8 { group } = rows_of(LinearRole::O) {
-                all.extend(any(KernelSpec::Quantize { k: shape.o.k, group }));
+            let out = rows_of(LinearRole::O);
+            if out != RowFormat::F32 {
+                all.extend(any(KernelSpec::Quantize { k: shape.o.k, out }));
             }
             all
         }

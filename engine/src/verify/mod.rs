@@ -17,7 +17,7 @@ use std::collections::BTreeSet;
 use bespoke_kernel_gen::cuda::KvType;
 use bespoke_kernel_gen::model::ModelConfig;
 use bespoke_kernel_gen::presets::PRESETS;
-use bespoke_kernel_gen::spec::{ActivationType, KvDType, LinearRole, ModelShape};
+use bespoke_kernel_gen::spec::{KvDType, LinearRole, ModelShape};
 use bespoke_kernel_gen::target::Target;
 
 use crate::backend::Inspect;
@@ -137,7 +137,7 @@ fn cpu_shape(
 ) -> Result<(), Error> {
     let choice = Choice { table, target, device };
     let rows = cpu_rows(table);
-    for &activation in activations(shape) {
+    for &activation in shape.activations() {
         for kv_dtype in KvDType::ALL {
             let options = CpuOptions {
                 kv_dtype,
@@ -166,14 +166,6 @@ fn cpu_shape(
         }
     }
     Ok(())
-}
-
-/// The forms of rows that the linears of `shape` read.
-fn activations(shape: &ModelShape) -> &'static [ActivationType] {
-    match shape.is_quantized() {
-        true => &[ActivationType::Float, ActivationType::Int8],
-        false => &[ActivationType::Float],
-    }
 }
 
 /// Row counts around the limits of the table's intervals, as far as a sequence has rows.

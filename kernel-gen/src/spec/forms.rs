@@ -1,7 +1,10 @@
 //! The forms in which one model holds a linear: quantized, and dense in the layers that are left
-//! out of quantization.
+//! out of quantization. And the forms of rows that its linears can read.
 
-use super::{ActivationType, LinearPlace, LinearRole, LinearShape, ModelShape, WeightFormat};
+use super::{
+    ActivationType, DType, LinearPlace, LinearRole, LinearShape, ModelShape, WeightFormat,
+};
+use crate::error::Error;
 
 impl ModelShape {
     /// The linear `role` of a layer; for the head `layer_idx` says nothing.
@@ -31,6 +34,32 @@ impl ModelShape {
         let head = (role == LinearRole::Head).then(|| self.head_for(activation));
         let others = (role != LinearRole::Head).then(|| self.linear_forms(role));
         head.into_iter().chain(others.into_iter().flatten())
+    }
+
+    /// The activations that make a difference to the model: rounding is for quantized linears, or
+    /// for bfloat16 weights where there are no others.
+    pub fn activations(&self) -> &'static [ActivationType] {
+        let is_bf16 = |role| self.linear(role).format == WeightFormat::Dense(DType::BF16);
+        if self.is_quantized() {
+            &[ActivationType::Float, ActivationType::Int8]
+        } else if LinearRole::ALL.into_iter().all(is_bf16) {
+            &[ActivationType::Float, ActivationType::Bf16]
+        } else {
+            &[ActivationType::Float]
+        }
+    }
+
+    /// Refuses activations that the model cannot have. Those that make no difference are none.
+    ///
+    /// # Errors
+    /// bfloat16 activations, and a linear that has other weights.
+    pub fn check_activations(&self, activation: ActivationType) -> Result<(), Error> {
+        for role in LinearRole::ALL {
+            for linear in self.served_forms(role, activation) {
+                linear.kernel(activation)?;
+            }
+        }
+        Ok(())
     }
 
     /// Models of one layer that together have this one's linears in all forms.
@@ -110,6 +139,32 @@ mod tests {
         shape.dense_linears = vec![place(0, LinearRole::Down)];
         assert_eq!(rows(&shape, LinearRole::Down), [int8, RowFormat::F32]);
         assert_eq!(rows(&shape, LinearRole::Qkv), [int8]);
+    }
+
+    #[test]
+    fn bf16_activations_are_for_bf16_weights_alone() {
+        use ActivationType::{Bf16, Float, Int8};
+        let check = |shape: &ModelShape, activations: &[ActivationType], error: Option<&str>| {
+            assert_eq!(shape.activations(), activations);
+            for activation in [Float, Int8] {
+                shape.check_activations(activation).unwrap();
+            }
+            let found = shape.check_activations(Bf16).map_err(|error| error.to_string());
+            match error {
+                None => assert_eq!(found, Ok(())),
+                Some(part) => assert!(found.unwrap_err().contains(part), "{part}"),
+            }
+        };
+        let mut shape = presets::shape("smollm2-135m", &[]).unwrap();
+        check(&shape, &[Float, Bf16], None);
+        let rows = LinearRole::ALL.map(|role| shape.linear_rows(role, Bf16));
+        assert_eq!(rows, [RowFormat::Bf16; 5]);
+        let specs = shape.kernel_specs();
+        assert!(specs.contains(&KernelSpec::Quantize { k: 576, out: RowFormat::Bf16 }));
+        shape.head.format = WeightFormat::Dense(DType::F16);
+        check(&shape, &[Float], Some("has f16 weights; choose float activations"));
+        let quantized = presets::shape("smollm2-135m-awq", &[]).unwrap();
+        check(&quantized, &[Float, Int8], Some("has 4-bit weights; choose int8 or float"));
     }
 
     #[test]

@@ -129,11 +129,9 @@ impl Arguments {
             },
             "--device" => self.device = Some(value.to_string()),
             "--activations" => {
-                self.activation = match value {
-                    "float" => ActivationType::Float,
-                    "int8" => ActivationType::Int8,
-                    _ => return Err(wrong("form of activations: float, int8")),
-                };
+                let activation = ActivationType::from_name(value);
+                self.activation =
+                    activation.ok_or_else(|| wrong("form of activations: float, int8, bf16"))?;
             }
             _ => {
                 let kv = KvDType::ALL.into_iter().find(|kv| kv.name() == value);
@@ -146,10 +144,6 @@ impl Arguments {
     fn shapes(&self) -> Result<Vec<ModelShape>, Error> {
         let shape = |model: &String| presets::shape(model, &[PathBuf::new()]);
         self.words.iter().map(shape).collect()
-    }
-
-    fn is_int8(&self, shape: &ModelShape) -> bool {
-        self.activation == ActivationType::Int8 && shape.is_quantized()
     }
 }
 
@@ -332,10 +326,7 @@ fn check_cpu(
     let here = super::CpuDevice { target, ..this_cpu(num_threads) }.key();
     let device = arguments.device.clone().unwrap_or(here);
     for shape in shapes {
-        let activation = match arguments.is_int8(shape) {
-            true => ActivationType::Int8,
-            false => ActivationType::Float,
-        };
+        let activation = arguments.activation;
         let run = Run { activation, kv: arguments.kv, target, device: device.clone() };
         for covered in coverage::coverage(shape, lock, &run)? {
             let is_allowed = arguments.allowed.iter().any(|word| covered.is_named_by(word));

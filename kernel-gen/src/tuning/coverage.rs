@@ -164,7 +164,7 @@ fn layers_text(first: usize, end: usize) -> String {
     }
 }
 
-/// How often each spec is used by models, for float and for int8 activations.
+/// How often each spec is used by models, for all activations that they may have.
 pub fn uses(shapes: &[ModelShape]) -> Result<BTreeMap<String, usize>, Error> {
     let mut uses = BTreeMap::new();
     for shape in shapes {
@@ -175,7 +175,9 @@ pub fn uses(shapes: &[ModelShape]) -> Result<BTreeMap<String, usize>, Error> {
                 _ => shape.num_layers,
             };
         }
-        for activation in [ActivationType::Float, ActivationType::Int8] {
+        let bf16 = shape.activations().iter().filter(|one| **one == ActivationType::Bf16);
+        let all = [ActivationType::Float, ActivationType::Int8].iter().chain(bf16);
+        for activation in all.copied() {
             for role in LinearRole::ALL.into_iter().filter(|role| *role != LinearRole::Head) {
                 for layer_idx in 0..shape.num_layers {
                     let spec = shape.linear_in(role, layer_idx).kernel(activation)?;

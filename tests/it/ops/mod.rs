@@ -3,6 +3,7 @@
 mod awq_gemm;
 mod embed;
 mod gemm;
+mod gemm_bf16;
 mod matmul;
 mod paged_attention;
 mod quantize;
@@ -11,7 +12,9 @@ mod rope;
 mod sample;
 mod silu_and_mul;
 
-use bespoke::kernels::abi::{RowsOut, Share, int8_stride};
+use std::ptr::null_mut;
+
+use bespoke::kernels::abi::{RowsOut, Share, bf16_stride, int8_stride};
 use bespoke_kernel_gen::spec::KvDType;
 
 /// A kernel with its vector type's name.
@@ -46,6 +49,7 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("avx512bf16")
 }
 
 /// The instances of a kernel body, in which `S` stands for the vector type.
@@ -74,7 +78,7 @@ macro_rules! instances {
         #[cfg(target_arch = "x86_64")]
         if $crate::ops::has("avx512") {
             #[target_feature(
-                enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
+                enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c"
             )]
             unsafe fn avx512(args: &$args, share: bespoke::kernels::abi::Share) {
                 type S = bespoke::kernels::simd_x86::Avx512;
@@ -162,7 +166,8 @@ impl Int8Rows {
 
     pub(crate) fn out(&mut self) -> RowsOut {
         RowsOut {
-            f32: std::ptr::null_mut(),
+            f32: null_mut(),
+            bf16: null_mut(),
             q: self.q.as_mut_ptr(),
             scales: self.scales.as_mut_ptr(),
             sums: self.sums.as_mut_ptr(),
@@ -197,10 +202,50 @@ impl Int8Rows {
     }
 }
 
+/// Output rows in bfloat16, prefilled with zeros as the engine does.
+pub(crate) struct Bf16Rows {
+    k: usize,
+    bits: Vec<u16>,
+}
+
+impl Bf16Rows {
+    pub(crate) fn new(rows: usize, k: usize) -> Bf16Rows {
+        Bf16Rows { k, bits: vec![0; rows * bf16_stride(k)] }
+    }
+
+    pub(crate) fn out(&mut self) -> RowsOut {
+        let float = float_out(&mut []);
+        RowsOut { f32: null_mut(), bf16: self.bits.as_mut_ptr(), ..float }
+    }
+
+    /// Panics unless the rows are `expected`, `[rows, k]`, rounded to the nearest, where `expected`
+    /// itself may be off by `tolerance`. Tiny results may be zero, as AVX-512 has them.
+    pub(crate) fn check(&self, expected: &[f32], tolerance: f32, what: &str) {
+        for (row, expected) in expected.chunks(self.k).enumerate() {
+            let (bits, padding) =
+                self.bits[row * bf16_stride(self.k)..][..bf16_stride(self.k)].split_at(self.k);
+            assert!(padding.iter().all(|bits| *bits == 0), "{what}: row {row} has no zero padding");
+            for (bits, x) in bits.iter().zip(expected) {
+                let got = half::bf16::from_bits(*bits).to_f32();
+                let round = |x: f32| half::bf16::from_f32(x).to_f32();
+                let is_tiny = x.abs() < f32::MIN_POSITIVE && got == 0.0;
+                let is_near = got >= round(x - tolerance) && got <= round(x + tolerance);
+                let is_nan = x.is_nan() && got.is_nan();
+                assert!(is_near || is_tiny || is_nan, "{what}: row {row}: {got} for {x}");
+            }
+        }
+    }
+}
+
 /// Output rows in the float form.
 pub(crate) fn float_out(out: &mut [f32]) -> RowsOut {
-    use std::ptr::null_mut;
-    RowsOut { f32: out.as_mut_ptr(), q: null_mut(), scales: null_mut(), sums: null_mut() }
+    RowsOut {
+        f32: out.as_mut_ptr(),
+        bf16: null_mut(),
+        q: null_mut(),
+        scales: null_mut(),
+        sums: null_mut(),
+    }
 }
 
 /// Panics unless every value lies within `tolerance` of the expected one.

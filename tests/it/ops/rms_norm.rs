@@ -1,10 +1,11 @@
 //! `rms_norm` with fused residual and row selection.
 
 use bespoke::kernels::abi::RmsNormArgs;
+use bespoke::kernels::bf16::BF16_GROUP;
 use bespoke::kernels::rms_norm;
 
 use super::{
-    Instance, Int8Rows, Random, assert_close, assert_same_bits, float_out, instances, run,
+    Bf16Rows, Instance, Int8Rows, Random, assert_close, assert_same_bits, float_out, instances, run,
 };
 
 /// Outputs are of the order of 4; the sum of squares and two products round to 2⁻²⁴ each, in sums
@@ -63,6 +64,7 @@ fn check(instances: Vec<Instance<RmsNormArgs>>, hidden: usize, group: usize) {
             let what = format!("{vectors}, hidden {hidden}, group {group}, seed {seed}");
             let mut residual = input.residual.clone();
             let mut int8 = Int8Rows::new(rows, hidden, if group > 0 { group } else { hidden });
+            let mut bf16 = Bf16Rows::new(rows, hidden);
             let mut float = vec![f32::NAN; rows * hidden];
             let args = RmsNormArgs {
                 rows,
@@ -71,15 +73,19 @@ fn check(instances: Vec<Instance<RmsNormArgs>>, hidden: usize, group: usize) {
                 delta: input.delta.as_ref().map_or(std::ptr::null(), |x| x.as_ptr()),
                 weight: input.weight.as_ptr(),
                 eps: EPS,
-                out: if group > 0 { int8.out() } else { float_out(&mut float) },
+                out: match group {
+                    0 => float_out(&mut float),
+                    BF16_GROUP => bf16.out(),
+                    _ => int8.out(),
+                },
             };
             run(kernel, &args, 1 + seed as usize % 3, 0);
             assert_same_bits(&residual, &expected_residual, &what);
-            if group > 0 {
-                let expected: Vec<f32> = expected.iter().map(|x| *x as f32).collect();
-                int8.check(&expected, F32_TOLERANCE as f32, &what);
-            } else {
-                assert_close(&float, &expected, F32_TOLERANCE, &what);
+            let rounded: Vec<f32> = expected.iter().map(|x| *x as f32).collect();
+            match group {
+                0 => assert_close(&float, &expected, F32_TOLERANCE, &what),
+                BF16_GROUP => bf16.check(&rounded, F32_TOLERANCE as f32, &what),
+                _ => int8.check(&rounded, F32_TOLERANCE as f32, &what),
             }
         }
     }
@@ -98,4 +104,11 @@ fn rms_norm_to_int8() {
     check(instances!(RmsNormArgs, rms_norm::run::<S, 576, 64>), 576, 64);
     check(instances!(RmsNormArgs, rms_norm::run::<S, 96, 32>), 96, 32);
     check(instances!(RmsNormArgs, rms_norm::run::<S, 40, 8>), 40, 8);
+}
+
+#[test]
+fn rms_norm_to_bf16() {
+    check(instances!(RmsNormArgs, rms_norm::run::<S, 576, 1>), 576, BF16_GROUP);
+    check(instances!(RmsNormArgs, rms_norm::run::<S, 100, 1>), 100, BF16_GROUP);
+    check(instances!(RmsNormArgs, rms_norm::run::<S, 5, 1>), 5, BF16_GROUP);
 }

@@ -1,9 +1,10 @@
 //! `silu_and_mul`: the activation between gate, up and down.
 
 use bespoke::kernels::abi::SiluAndMulArgs;
+use bespoke::kernels::bf16::BF16_GROUP;
 use bespoke::kernels::silu_and_mul;
 
-use super::{Instance, Int8Rows, Random, assert_close, float_out, instances, run};
+use super::{Bf16Rows, Instance, Int8Rows, Random, assert_close, float_out, instances, run};
 
 /// Values of the order of 12: the exponential (2e-7), a sum, a quotient and a product (2⁻²⁴ each).
 const F32_TOLERANCE: f64 = 12.0 * 4e-7;
@@ -32,15 +33,20 @@ fn check(instances: Vec<Instance<SiluAndMulArgs>>, intermediate: usize, group: u
             gate_up[..6].copy_from_slice(&[-1000.0, -88.5, -87.0, -0.0, 12.0, 0.0]);
             let expected = silu_and_mul(&gate_up, intermediate);
             let mut int8 = Int8Rows::new(rows, intermediate, group.max(1));
+            let mut bf16 = Bf16Rows::new(rows, intermediate);
             let mut float = vec![f32::NAN; rows * intermediate];
-            let out = if group > 0 { int8.out() } else { float_out(&mut float) };
+            let out = match group {
+                0 => float_out(&mut float),
+                BF16_GROUP => bf16.out(),
+                _ => int8.out(),
+            };
             let args = SiluAndMulArgs { rows, gate_up: gate_up.as_ptr(), out };
             run(kernel, &args, 1 + seed as usize % 3, 0);
-            if group > 0 {
-                let expected: Vec<f32> = expected.iter().map(|x| *x as f32).collect();
-                int8.check(&expected, F32_TOLERANCE as f32, &what);
-            } else {
-                assert_close(&float, &expected, F32_TOLERANCE * 4.0, &what);
+            let rounded: Vec<f32> = expected.iter().map(|x| *x as f32).collect();
+            match group {
+                0 => assert_close(&float, &expected, F32_TOLERANCE * 4.0, &what),
+                BF16_GROUP => bf16.check(&rounded, F32_TOLERANCE as f32 * 4.0, &what),
+                _ => int8.check(&rounded, F32_TOLERANCE as f32, &what),
             }
         }
     }
@@ -57,4 +63,10 @@ fn silu_and_mul_to_float() {
 fn silu_and_mul_to_int8() {
     check(instances!(SiluAndMulArgs, silu_and_mul::run::<S, 1536, 64>), 1536, 64);
     check(instances!(SiluAndMulArgs, silu_and_mul::run::<S, 72, 24>), 72, 24);
+}
+
+#[test]
+fn silu_and_mul_to_bf16() {
+    check(instances!(SiluAndMulArgs, silu_and_mul::run::<S, 1536, 1>), 1536, BF16_GROUP);
+    check(instances!(SiluAndMulArgs, silu_and_mul::run::<S, 7, 1>), 7, BF16_GROUP);
 }

@@ -10,7 +10,19 @@ use kernels as kernel_gen;
 bespoke_macros::kernels! {
     kernel quantize_k576_g128__portable {
         run: quantize::run<S = Portable, K = 576, GROUP = 128>,
-        spec: Quantize { k: 576, group: 128 },
+        spec: Quantize { k: 576, out: I8 { group: 128 } },
+        regime: Any,
+        target: Portable,
+        features: "",
+        rows: 1,
+        cols: 0,
+        scratch_bytes: 0,
+        reduction_class: "quantize.portable",
+        source_hash: "0",
+    }
+    kernel quantize_k576_bf16__portable {
+        run: quantize::run<S = Portable, K = 576, GROUP = 8>,
+        spec: Quantize { k: 576, out: Bf16 },
         regime: Any,
         target: Portable,
         features: "",

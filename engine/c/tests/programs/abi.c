@@ -152,8 +152,8 @@ static void misuse_open(const char *model_dir) {
     options.kv_type = -1;
     ARGUMENT("kv_type is -1", bespoke_engine_open(model_dir, &options, &engine));
     options.kv_type = 0;
-    options.activations = 3;
-    ARGUMENT("activations is 3", bespoke_engine_open(model_dir, &options, &engine));
+    options.activations = 4;
+    ARGUMENT("activations is 4", bespoke_engine_open(model_dir, &options, &engine));
     options.activations = 0;
     options.num_threads = UINT32_MAX;
     ARGUMENT("num_threads is 4294967295", bespoke_engine_open(model_dir, &options, &engine));

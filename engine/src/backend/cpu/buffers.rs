@@ -8,7 +8,7 @@ use super::ahead::Ahead;
 use super::memory::Memory;
 use super::pack::AwqPanels;
 use crate::error::Error;
-use crate::kernels::abi::{RowsIn, RowsOut, int8_stride};
+use crate::kernels::abi::{RowsIn, RowsOut, bf16_stride, int8_stride};
 
 /// A linear's weights in the layout of its kernel.
 pub struct CpuLinear {
@@ -22,6 +22,7 @@ pub struct CpuLinear {
 
 pub(super) enum Packed {
     Dense { weight: Memory },
+    Bf16Pairs { weight: Memory },
     Int8 { weight: Memory, scales: Memory },
     Awq(AwqPanels),
 }
@@ -29,7 +30,7 @@ pub(super) enum Packed {
 impl CpuLinear {
     pub(super) fn bytes(&self) -> usize {
         let packed = match &self.packed {
-            Packed::Dense { weight } => weight.len(),
+            Packed::Dense { weight } | Packed::Bf16Pairs { weight } => weight.len(),
             Packed::Int8 { weight, scales } => weight.len() + scales.len(),
             Packed::Awq(awq) => awq.weight.len() + awq.scales.len() + awq.zeros.len(),
         };
@@ -72,6 +73,8 @@ pub struct CpuInput {
     pub(super) k: usize,
     /// `[rows_max, k]`: the rows themselves in the float form, where attention leaves them else.
     pub(super) float: Memory,
+    /// `[rows_max, bf16_stride(k)]` where there is room for this form.
+    bf16: Memory,
     /// Elements that share a scale in the int8 form; `None`: there is no room for it.
     group: Option<usize>,
     /// `[rows_max, int8_stride(k)]`
@@ -87,9 +90,11 @@ impl CpuInput {
     pub(super) fn new(rows_max: usize, k: usize, formats: &[RowFormat]) -> Result<CpuInput, Error> {
         let float = Memory::floats(checked_product(rows_max, k)?, "activations")?;
         let group = formats.iter().find_map(|format| match format {
-            RowFormat::F32 => None,
+            RowFormat::F32 | RowFormat::Bf16 => None,
             RowFormat::I8 { group } => Some(*group),
         });
+        let bf16_stride = if formats.contains(&RowFormat::Bf16) { bf16_stride(k) } else { 0 };
+        let bf16_bytes = checked_product(rows_max, 2 * bf16_stride)?;
         let (row_bytes, groups) = match group {
             None => (0, 0),
             Some(group) => (int8_stride(k), k / group),
@@ -100,6 +105,7 @@ impl CpuInput {
             rows_max,
             k,
             float,
+            bf16: Memory::new(bf16_bytes, "bf16 activations")?,
             group,
             q: Memory::new(checked_product(rows_max, row_bytes)?, "int8 activations")?,
             scales: Memory::floats(params, "activation scales")?,
@@ -109,34 +115,44 @@ impl CpuInput {
 
     /// The next rows are written in this form.
     pub(super) fn set_format(&mut self, format: RowFormat) {
-        if let RowFormat::I8 { group } = format {
-            assert_eq!(Some(group), self.group, "the buffer has room for these rows");
-        }
+        let has_room = match format {
+            RowFormat::F32 => true,
+            RowFormat::I8 { group } => self.group == Some(group),
+            RowFormat::Bf16 => self.bf16.len() >= 2 * self.rows_max * self.k,
+        };
+        assert!(has_room, "the buffer has room for these rows");
         self.format = format;
     }
 
-    /// The rows as a linear reads them.
+    /// The rows as a linear reads them, unless in bfloat16.
     pub(super) fn rows_in(&self) -> RowsIn {
         match self.format {
-            RowFormat::F32 => RowsIn {
-                f32: self.float.ptr(),
-                q: std::ptr::null(),
-                scales: std::ptr::null(),
-                sums: std::ptr::null(),
-            },
             RowFormat::I8 { .. } => RowsIn {
                 f32: std::ptr::null(),
                 q: self.q.ptr(),
                 scales: self.scales.ptr(),
                 sums: self.sums.ptr(),
             },
+            RowFormat::F32 | RowFormat::Bf16 => RowsIn {
+                f32: self.float.ptr(),
+                q: std::ptr::null(),
+                scales: std::ptr::null(),
+                sums: std::ptr::null(),
+            },
         }
+    }
+
+    /// `[rows_max, bf16_stride(k)]`
+    pub(super) fn bf16_rows(&self) -> *const u16 {
+        self.bf16.ptr()
     }
 
     /// What a linear makes of the first `num_rows` rows.
     pub(super) fn values(&self, num_rows: usize) -> Vec<f32> {
-        let RowFormat::I8 { group } = self.format else {
-            return self.float.as_f32()[..num_rows * self.k].to_vec();
+        let group = match self.format {
+            RowFormat::F32 => return self.float.as_f32()[..num_rows * self.k].to_vec(),
+            RowFormat::Bf16 => return self.bf16_values(num_rows),
+            RowFormat::I8 { group } => group,
         };
         let rows = self.q.bytes().chunks_exact(int8_stride(self.k)).take(num_rows);
         let levels = rows.flat_map(|row| &row[..self.k]).map(|level| f32::from(*level as i8));
@@ -144,22 +160,31 @@ impl CpuInput {
         levels.zip(scales).map(|(level, scale)| level * scale).collect()
     }
 
+    fn bf16_values(&self, num_rows: usize) -> Vec<f32> {
+        let rows = self.bf16.bytes().chunks_exact(2 * bf16_stride(self.k)).take(num_rows);
+        let elements = rows.flat_map(|row| row[..2 * self.k].as_chunks::<2>().0);
+        elements.map(|bytes| half::bf16::from_le_bytes(*bytes).to_f32()).collect()
+    }
+
     /// The rows as an op writes them.
     pub(super) fn rows_out(&mut self) -> RowsOut {
+        let mut out = RowsOut {
+            f32: std::ptr::null_mut(),
+            bf16: std::ptr::null_mut(),
+            q: std::ptr::null_mut(),
+            scales: std::ptr::null_mut(),
+            sums: std::ptr::null_mut(),
+        };
         match self.format {
-            RowFormat::F32 => RowsOut {
-                f32: self.float.ptr_mut(),
-                q: std::ptr::null_mut(),
-                scales: std::ptr::null_mut(),
-                sums: std::ptr::null_mut(),
-            },
-            RowFormat::I8 { .. } => RowsOut {
-                f32: std::ptr::null_mut(),
-                q: self.q.ptr_mut(),
-                scales: self.scales.ptr_mut(),
-                sums: self.sums.ptr_mut(),
-            },
+            RowFormat::F32 => out.f32 = self.float.ptr_mut(),
+            RowFormat::Bf16 => out.bf16 = self.bf16.ptr_mut(),
+            RowFormat::I8 { .. } => {
+                out.q = self.q.ptr_mut();
+                out.scales = self.scales.ptr_mut();
+                out.sums = self.sums.ptr_mut();
+            }
         }
+        out
     }
 }
 

@@ -9,8 +9,8 @@ use bespoke_kernel_gen::target::Target;
 use super::CpuOptions;
 use crate::error::Error;
 use crate::kernels::abi::{
-    AwqGemmArgs, EmbedArgs, GemmArgs, PagedAttentionArgs, QuantizeArgs, RmsNormArgs, RopeArgs,
-    SampleArgs, Share, SiluAndMulArgs,
+    AwqGemmArgs, EmbedArgs, GemmArgs, GemmBf16Args, PagedAttentionArgs, QuantizeArgs, RmsNormArgs,
+    RopeArgs, SampleArgs, Share, SiluAndMulArgs,
 };
 use crate::kernels::choice::Choice;
 use crate::kernels::{Kernel, KernelFn};
@@ -66,6 +66,7 @@ impl<A> ByRows<A> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Weights {
     Dense(DType),
+    Bf16Pairs,
     /// Inputs that share a packed scale and zero.
     Awq {
         group: usize,
@@ -75,6 +76,7 @@ pub(super) enum Weights {
 #[derive(Clone, Copy)]
 pub(super) enum Matmul {
     Gemm(ByRows<GemmArgs>),
+    GemmBf16(ByRows<GemmBf16Args>),
     AwqGemm(ByRows<AwqGemmArgs>),
 }
 
@@ -113,7 +115,7 @@ pub(super) struct Kernels {
     pub(super) rope: Entry<RopeArgs>,
     pub(super) decode: Entry<PagedAttentionArgs>,
     pub(super) prefill: Entry<PagedAttentionArgs>,
-    /// Where attention's rows must become int8.
+    /// Where attention's rows must take another form.
     pub(super) quantize: Option<Entry<QuantizeArgs>>,
     pub(super) sample: Entry<SampleArgs>,
 }
@@ -212,7 +214,7 @@ impl SmallOps {
         let o_rows = row_formats(shape, options, &[LinearRole::O]);
         let quantize_spec = o_rows.into_iter().find_map(|rows| match rows {
             RowFormat::F32 => None,
-            RowFormat::I8 { group } => Some(KernelSpec::Quantize { k: shape.o.k, group }),
+            out => Some(KernelSpec::Quantize { k: shape.o.k, out }),
         });
         let spec = KernelSpec::Embed { hidden: shape.hidden_size, dtype: shape.dtype };
         let sample_spec = KernelSpec::Sample { vocab: shape.vocab_size };
@@ -263,6 +265,7 @@ entries! {
     awq_gemm: AwqGemm(AwqGemmArgs);
     embed: Embed(EmbedArgs);
     gemm: Gemm(GemmArgs);
+    gemm_bf16: GemmBf16(GemmBf16Args);
     paged_attention: PagedAttention(PagedAttentionArgs);
     quantize: Quantize(QuantizeArgs);
     rms_norm: RmsNorm(RmsNormArgs);
@@ -361,6 +364,9 @@ impl<'a> Lookup<'a> {
             }
             KernelSpec::Gemm { weight, .. } => {
                 (Weights::Dense(weight), Matmul::Gemm(ByRows::new(&served, gemm)))
+            }
+            KernelSpec::GemmBf16 { .. } => {
+                (Weights::Bf16Pairs, Matmul::GemmBf16(ByRows::new(&served, gemm_bf16)))
             }
             _ => unreachable!("a linear is served by a matmul"),
         };

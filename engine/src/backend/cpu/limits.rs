@@ -9,6 +9,7 @@ use super::is_available;
 use super::memory::Memory;
 use super::team::Team;
 use crate::error::Error;
+use crate::kernels::bf16::DotBf16;
 use crate::kernels::simd::Simd;
 use crate::kernels::simd_portable::Portable;
 
@@ -36,6 +37,8 @@ pub struct Limits {
     pub cache_gb_per_s: f64,
     /// Byte dot products (`vpdpbusd` where there is one), 2 operations a multiply-add.
     pub dot_gop_per_s: f64,
+    /// Products of bfloat16 pairs (`vdpbf16ps` where there is one), 2 operations a multiply-add.
+    pub bf16_gop_per_s: f64,
     /// float32 multiply-adds, 2 operations each.
     pub fma_gop_per_s: f64,
 }
@@ -47,6 +50,7 @@ struct Loops {
     read: unsafe fn(*const u8, usize) -> i32,
     /// `NUM_STEPS` register blocks over `NUM_OPERANDS` vectors.
     dot: unsafe fn(*const u8) -> i32,
+    bf16: unsafe fn(*const u8) -> f32,
     fma: unsafe fn(*const u8) -> f32,
     lanes: usize,
 }
@@ -61,6 +65,7 @@ impl Limits {
         // A page that was never written is the one zero page, which no stream has to fetch.
         stream.bytes_mut().fill(1);
         let (bytes, floats) = (byte_operands(loops.lanes), float_operands(loops.lanes));
+        let pairs = bf16_operands(loops.lanes);
         let per_thread = stream_bytes / num_threads / 1024 * 1024;
         let parts: Vec<&[u8]> = stream.bytes_mut().chunks_exact(per_thread).collect();
         // SAFETY: `best_loops` checked the instructions, a slice holds its length.
@@ -75,6 +80,8 @@ impl Limits {
         // SAFETY: `best_loops` checked the instructions; the operands are as many as a loop reads.
         let dot_s = best_seconds(team, &|_| keep(unsafe { (loops.dot)(bytes.as_ptr().cast()) }));
         // SAFETY: as above.
+        let bf16_s = best_seconds(team, &|_| keep(unsafe { (loops.bf16)(pairs.as_ptr().cast()) }));
+        // SAFETY: as above.
         let fma_s = best_seconds(team, &|_| keep(unsafe { (loops.fma)(floats.as_ptr().cast()) }));
         let per_lane = (2 * NUM_STEPS * ROWS * COLS * num_threads) as f64;
         let giga = |amount: f64, seconds: f64| amount / seconds / 1e9;
@@ -84,6 +91,7 @@ impl Limits {
             memory_gb_per_s: giga((per_thread * num_threads) as f64, memory_s),
             cache_gb_per_s: giga((num_repeats * CACHE_BYTES * num_threads) as f64, cache_s),
             dot_gop_per_s: giga(per_lane * (loops.lanes * 4) as f64, dot_s),
+            bf16_gop_per_s: giga(per_lane * (loops.lanes * 2) as f64, bf16_s),
             fma_gop_per_s: giga(per_lane * loops.lanes as f64, fma_s),
         })
     }
@@ -92,12 +100,13 @@ impl Limits {
     pub fn line(&self) -> String {
         format!(
             "{} threads, {} limits: memory {:.1} GB/s, cache {:.1} GB/s, int8 dot {:.0} GOP/s, \
-             f32 fma {:.0} GOP/s",
+             bf16 dot {:.0} GOP/s, f32 fma {:.0} GOP/s",
             self.num_threads,
             self.target.name(),
             self.memory_gb_per_s,
             self.cache_gb_per_s,
             self.dot_gop_per_s,
+            self.bf16_gop_per_s,
             self.fma_gop_per_s
         )
     }
@@ -108,6 +117,7 @@ impl Limits {
             memory_gb_per_s: self.memory_gb_per_s.max(other.memory_gb_per_s),
             cache_gb_per_s: self.cache_gb_per_s.max(other.cache_gb_per_s),
             dot_gop_per_s: self.dot_gop_per_s.max(other.dot_gop_per_s),
+            bf16_gop_per_s: self.bf16_gop_per_s.max(other.bf16_gop_per_s),
             fma_gop_per_s: self.fma_gop_per_s.max(other.fma_gop_per_s),
             ..self
         }
@@ -136,6 +146,13 @@ fn num_elements(lanes: usize) -> usize {
 /// Four bytes an element, 0 and 1: no sum overflows.
 fn byte_operands(lanes: usize) -> Vec<[u8; 4]> {
     (0..num_elements(lanes)).map(|i| if i % 3 == 0 { [1, 0, 1, 0] } else { [0, 0, 0, 1] }).collect()
+}
+
+/// Pairs of the numbers that `float_operands` has.
+fn bf16_operands(lanes: usize) -> Vec<[u16; 2]> {
+    let pair = |i: usize| if i.is_multiple_of(3) { [1.0, -0.25] } else { [-0.25, 1.0] };
+    let bits = |value| half::bf16::from_f32(value).to_bits();
+    (0..num_elements(lanes)).map(|i| pair(i).map(bits)).collect()
 }
 
 /// Floats far from overflow and from the slow small numbers.
@@ -207,6 +224,34 @@ unsafe fn dot<S: Simd>(p: *const u8) -> i32 {
 /// # Safety
 /// As [`dot`].
 #[inline(always)]
+unsafe fn bf16<S: DotBf16>(p: *const u8) -> f32 {
+    // SAFETY: as in `dot`.
+    unsafe {
+        let vector = 4 * S::LANES;
+        let mut sums = [[S::zero(); COLS]; ROWS];
+        let mut step = 0;
+        while step < NUM_STEPS {
+            let a = p.add(step % NUM_OPERANDS * vector);
+            let mut r = 0;
+            while r < ROWS {
+                let row = S::load_i32(a.add(r * vector));
+                let mut c = 0;
+                while c < COLS {
+                    let column = S::load_i32(a.add((ROWS + c) * vector));
+                    sums[r][c] = S::dot_bf16(sums[r][c], column, row);
+                    c += 1;
+                }
+                r += 1;
+            }
+            step += 1;
+        }
+        total::<S>(&sums)
+    }
+}
+
+/// # Safety
+/// As [`dot`].
+#[inline(always)]
 unsafe fn fma<S: Simd>(p: *const u8) -> f32 {
     // SAFETY: as in `dot`.
     unsafe {
@@ -228,6 +273,16 @@ unsafe fn fma<S: Simd>(p: *const u8) -> f32 {
             }
             step += 1;
         }
+        total::<S>(&sums)
+    }
+}
+
+/// # Safety
+/// The instruction set of `S`.
+#[inline(always)]
+unsafe fn total<S: Simd>(sums: &[[S::F32; COLS]; ROWS]) -> f32 {
+    // SAFETY: as the caller promises.
+    unsafe {
         let mut total = S::zero();
         let mut i = 0;
         while i < ROWS * COLS {
@@ -252,11 +307,22 @@ macro_rules! loops {
             unsafe { dot::<$simd>(p) }
         }
         $(#[$attribute])?
+        unsafe fn bf16_shell(p: *const u8) -> f32 {
+            // SAFETY: as above.
+            unsafe { bf16::<$simd>(p) }
+        }
+        $(#[$attribute])?
         unsafe fn fma_shell(p: *const u8) -> f32 {
             // SAFETY: as above.
             unsafe { fma::<$simd>(p) }
         }
-        Loops { read: read_shell, dot: dot_shell, fma: fma_shell, lanes: <$simd as Simd>::LANES }
+        Loops {
+            read: read_shell,
+            dot: dot_shell,
+            bf16: bf16_shell,
+            fma: fma_shell,
+            lanes: <$simd as Simd>::LANES,
+        }
     }};
 }
 
@@ -266,7 +332,9 @@ fn best_loops() -> (Target, Loops) {
         use crate::kernels::simd_x86::{Avx512, V3};
         if is_available(Target::Avx512) {
             let features = loops!(
-                [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")],
+                [target_feature(
+                    enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16"
+                )],
                 Avx512
             );
             return (Target::Avx512, features);
@@ -291,14 +359,18 @@ mod tests {
         assert_eq!(unsafe { (loops.read)(bytes.as_ptr().cast(), 2048) }, expected as i32);
 
         let (bytes, floats) = (byte_operands(loops.lanes), float_operands(loops.lanes));
-        let (mut dot, mut fma) = (0i64, 0f64);
+        let pairs = bf16_operands(loops.lanes);
+        let (mut dot, mut bf16, mut fma) = (0i64, 0f64, 0f64);
         for step in 0..NUM_OPERANDS {
             for (r, c) in (0..ROWS * COLS).map(|i| (i / COLS, i % COLS)) {
                 for lane in 0..loops.lanes {
                     let row = (step + r) * loops.lanes + lane;
                     let column = (step + ROWS + c) * loops.lanes + lane;
-                    let pairs = bytes[row].iter().zip(bytes[column]);
-                    dot += pairs.map(|(a, b)| i64::from(*a) * i64::from(b)).sum::<i64>();
+                    let products = bytes[row].iter().zip(bytes[column]);
+                    dot += products.map(|(a, b)| i64::from(*a) * i64::from(b)).sum::<i64>();
+                    let wide = |bits: u16| f64::from(half::bf16::from_bits(bits));
+                    let products = pairs[row].iter().zip(pairs[column]);
+                    bf16 += products.map(|(a, b)| wide(*a) * wide(b)).sum::<f64>();
                     fma += f64::from(floats[row]) * f64::from(floats[column]);
                 }
             }
@@ -308,7 +380,10 @@ mod tests {
         // SAFETY: as above.
         assert_eq!(i64::from(unsafe { (loops.dot)(bytes.as_ptr().cast()) }), dot * num_rounds);
         // SAFETY: as above.
-        let sum = f64::from(unsafe { (loops.fma)(floats.as_ptr().cast()) });
-        assert!((sum - fma * num_rounds as f64).abs() <= 1e-3 * sum.abs(), "{sum}");
+        let sums =
+            unsafe { [(loops.bf16)(pairs.as_ptr().cast()), (loops.fma)(floats.as_ptr().cast())] };
+        for (sum, round) in sums.map(f64::from).into_iter().zip([bf16, fma]) {
+            assert!((sum - round * num_rounds as f64).abs() <= 1e-3 * sum.abs(), "{sum}");
+        }
     }
 }

@@ -41,7 +41,7 @@ use crate::model::linear::{DenseView, LinearSource};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuOptions {
     pub kv_dtype: KvDType,
-    /// Rows that quantized linears read.
+    /// Rows that linears read.
     pub activation: ActivationType,
     /// `None`: as many as the process may use.
     pub num_threads: Option<usize>,
@@ -194,6 +194,9 @@ impl CpuBackend {
             }
             kernels::Weights::Dense(dtype) => {
                 Ok(Packed::Dense { weight: pack::dense(source, dtype, panels, num_threads)? })
+            }
+            kernels::Weights::Bf16Pairs => {
+                Ok(Packed::Bf16Pairs { weight: pack::bf16_pairs(source, panels, num_threads)? })
             }
             kernels::Weights::Awq { group } => {
                 Ok(Packed::Awq(pack::awq(source, role, group, panels, num_threads)?))

@@ -15,8 +15,8 @@ use crate::backend::{Backend, Inspect, KernelUsage, Precision, RowsKind, Step};
 use crate::batch::{Batch, PageCopy};
 use crate::error::Error;
 use crate::kernels::abi::{
-    AwqGemmArgs, EmbedArgs, GemmArgs, LogitStats, PagedAttentionArgs, QuantizeArgs, RmsNormArgs,
-    RopeArgs, SampleArgs, Share, SiluAndMulArgs,
+    AwqGemmArgs, EmbedArgs, GemmArgs, GemmBf16Args, LogitStats, PagedAttentionArgs, QuantizeArgs,
+    RmsNormArgs, RopeArgs, SampleArgs, Share, SiluAndMulArgs,
 };
 use crate::kernels::pages;
 use crate::model::linear::{DenseView, LinearSource};
@@ -302,6 +302,7 @@ impl Backend for CpuBackend {
         let kernels = &self.kernels.linears[weight.kernels_idx];
         assert!(num_rows <= x.rows_max && num_rows <= out.rows_max);
         assert!(x.k == shape.k && x.format == kernels.rows && out.width == shape.n);
+        let bf16 = x.bf16_rows();
         let (rows, x, out) = (num_rows, x.rows_in(), out.data.ptr_mut());
         let bias = weight.bias_ptr();
         match (&weight.packed, &kernels.matmul) {
@@ -312,6 +313,12 @@ impl Backend for CpuBackend {
                 // SAFETY: sizes and formats were compared above, the weights packed for this
                 // kernel.
                 unsafe { self.run_matmul(rows, entry, &args, ahead) }
+            }
+            (Packed::Bf16Pairs { weight }, Matmul::GemmBf16(kernels)) => {
+                let entry = kernels.of(rows);
+                let args = GemmBf16Args { rows, x: bf16, weight: weight.ptr(), bias, out };
+                // SAFETY: as above.
+                unsafe { self.run_matmul(rows, entry, &args) }
             }
             (Packed::Int8 { weight, scales }, Matmul::Gemm(kernels)) => {
                 let entry = kernels.of(rows);
@@ -396,7 +403,9 @@ impl Backend for CpuBackend {
         // SAFETY: `rope` compared the batch with the cache in this layer.
         unsafe { run_team(&mut self.team, &mut self.scratch, 0, entry.run, &args) }
         self.meter.stop(start, entry.idx, |kernel| Work::of_attention(kernel, &batch.spans));
-        if let (RowFormat::I8 { .. }, Some(entry)) = (out.format, self.kernels.quantize) {
+        if let (RowFormat::I8 { .. } | RowFormat::Bf16, Some(entry)) =
+            (out.format, self.kernels.quantize)
+        {
             let rows = batch.num_rows();
             let args = QuantizeArgs { rows, x: out.float.ptr(), out: out.rows_out() };
             // SAFETY: the rows were written by the attention kernel.
@@ -449,6 +458,7 @@ impl Inspect for CpuBackend {
     fn input_precision(&self, input: &CpuInput) -> Precision {
         match input.format {
             RowFormat::F32 => Precision::Float { bits: 24 },
+            RowFormat::Bf16 => Precision::Float { bits: 8 },
             RowFormat::I8 { group } => Precision::Levels { group },
         }
     }

@@ -1,6 +1,7 @@
 //! Checkpoint weights into the packed panels that the matmul kernels read.
 //!
-//! The layouts are described in `templates/gemm/gemm.rs` and `templates/awq_gemm/awq_gemm.rs`.
+//! The layouts are described in `gemm/gemm.rs`, `gemm_bf16/gemm_bf16.rs` and `awq_gemm/awq_gemm.rs`
+//! of `templates/`.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -84,7 +85,28 @@ pub fn dense(
     panels: Panels,
     num_threads: usize,
 ) -> Result<Memory, Error> {
-    let per_column = panels.k * dtype.size();
+    elements(source, dtype, 1, panels, num_threads)
+}
+
+/// Dense bfloat16 weights in pairs: `[panel][k / 2][tile][lane][2]`; an odd last input is paired
+/// with a zero.
+pub fn bf16_pairs(
+    source: &LinearSource<'_>,
+    panels: Panels,
+    num_threads: usize,
+) -> Result<Memory, Error> {
+    elements(source, DType::BF16, 2, panels, num_threads)
+}
+
+/// `[panel][k / per_lane][tile][lane][per_lane]`
+fn elements(
+    source: &LinearSource<'_>,
+    dtype: DType,
+    per_lane: usize,
+    panels: Panels,
+    num_threads: usize,
+) -> Result<Memory, Error> {
+    let per_column = panels.k.next_multiple_of(per_lane) * dtype.size();
     let mut memory = Memory::new(panels.padded_n() * per_column, "packed weights")?;
     for_panels(panels, memory.bytes_mut(), per_column, num_threads, &|panel, out| {
         let columns = panels.width(panel) * panels.lanes;
@@ -96,7 +118,8 @@ pub fn dense(
             }
             source.row(n, &mut row);
             for (k, value) in row.iter().enumerate() {
-                let at = (k * columns + column) * dtype.size();
+                let lane = k / per_lane * columns + column;
+                let at = (lane * per_lane + k % per_lane) * dtype.size();
                 write_element(dtype, *value, &mut out[at..at + dtype.size()])
                     .map_err(|error| error.at(n, k))?;
             }

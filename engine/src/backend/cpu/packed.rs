@@ -23,6 +23,8 @@ pub struct LinearLayout {
 pub enum PanelFormat {
     /// Elements of this type.
     Dense(DType),
+    /// bfloat16 in pairs of inputs.
+    Bf16Pairs,
     /// Bytes and a scale per output.
     Int8,
     /// Nibbles, with a scale and a zero for every `group` inputs.
@@ -62,6 +64,7 @@ impl LinearLayout {
         let array = |name, unit, lines, padding| PanelArray { name, unit, lines, padding };
         match self.format {
             PanelFormat::Dense(dtype) => vec![array("weight", dtype.size(), k, 0)],
+            PanelFormat::Bf16Pairs => vec![array("weight", 4, k.div_ceil(2), 0)],
             // NOTE: the byte 128 is the weight 0.
             PanelFormat::Int8 => vec![array("weight", 4, k / 4, 128), array("scales", 4, 1, 0)],
             PanelFormat::Awq { group } => vec![
@@ -83,6 +86,7 @@ impl LinearLayout {
         let Panels { n, k, lanes, cols } = self.panels;
         let fits = match self.format {
             PanelFormat::Dense(dtype) => dtype != DType::I8,
+            PanelFormat::Bf16Pairs => true,
             PanelFormat::Int8 => k.is_multiple_of(4),
             PanelFormat::Awq { group } => {
                 group > 0 && k.is_multiple_of(8) && k.is_multiple_of(group)
@@ -98,6 +102,7 @@ impl fmt::Display for LinearLayout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.format {
             PanelFormat::Dense(dtype) => write!(f, "{}", dtype.name())?,
+            PanelFormat::Bf16Pairs => write!(f, "bf16 pairs")?,
             PanelFormat::Int8 => write!(f, "int8")?,
             PanelFormat::Awq { group } => write!(f, "awq{group}")?,
         }
@@ -146,6 +151,7 @@ impl CpuBackend {
             format: match linear.weights {
                 Weights::Dense(DType::I8) => PanelFormat::Int8,
                 Weights::Dense(dtype) => PanelFormat::Dense(dtype),
+                Weights::Bf16Pairs => PanelFormat::Bf16Pairs,
                 Weights::Awq { group } => PanelFormat::Awq { group },
             },
         }
@@ -193,6 +199,7 @@ impl CpuBackend {
         let mut next = || arrays.next().expect("an array for each of the layout");
         let packed = match wanted.format {
             PanelFormat::Dense(_) => Packed::Dense { weight: next()? },
+            PanelFormat::Bf16Pairs => Packed::Bf16Pairs { weight: next()? },
             PanelFormat::Int8 => Packed::Int8 { weight: next()?, scales: next()? },
             PanelFormat::Awq { .. } => {
                 Packed::Awq(AwqPanels { weight: next()?, scales: next()?, zeros: next()? })
@@ -223,7 +230,7 @@ impl CpuLinear {
     /// The arrays of its layout, in order.
     pub fn arrays(&self) -> Vec<&[u8]> {
         let memories = match &self.packed {
-            Packed::Dense { weight } => vec![weight],
+            Packed::Dense { weight } | Packed::Bf16Pairs { weight } => vec![weight],
             Packed::Int8 { weight, scales } => vec![weight, scales],
             Packed::Awq(AwqPanels { weight, scales, zeros }) => vec![weight, scales, zeros],
         };
@@ -245,6 +252,7 @@ mod tests {
         let formats = [
             PanelFormat::Dense(DType::F32),
             PanelFormat::Dense(DType::F16),
+            PanelFormat::Bf16Pairs,
             PanelFormat::Int8,
             PanelFormat::Awq { group: 32 },
         ];

@@ -12,7 +12,7 @@ use super::ops::run_team;
 use super::pack::{self, Panels};
 use super::team::Team;
 use crate::error::Error;
-use crate::kernels::abi::{AwqGemmArgs, GemmArgs, RowsIn, int8_stride};
+use crate::kernels::abi::{AwqGemmArgs, GemmArgs, GemmBf16Args, RowsIn, bf16_stride, int8_stride};
 use crate::kernels::{Kernel, KernelFn};
 use crate::model::linear::LinearSource;
 
@@ -30,6 +30,8 @@ const POISON: u32 = 0x7fc0_dead;
 pub enum Rows {
     /// `[rows, k]`
     Float(Vec<f32>),
+    /// `[rows, k]`, bits of bfloat16
+    Bf16(Vec<u16>),
     /// Values are `q · scale`.
     Int8 {
         /// `[rows, k]`
@@ -77,6 +79,7 @@ struct Weights {
 
 struct RowBuffers {
     float: Option<Memory>,
+    bf16: Option<Memory>,
     /// Levels, scales, sums.
     int8: Option<[Memory; 3]>,
 }
@@ -164,6 +167,10 @@ impl Trial {
                 let (weight, scales) = pack::int8(source, panels, num_threads)?;
                 Weights { weight, scales: Some(scales), zeros: None }
             }
+            KernelSpec::GemmBf16 { .. } => {
+                let weight = pack::bf16_pairs(source, panels, num_threads)?;
+                Weights { weight, scales: None, zeros: None }
+            }
             KernelSpec::Gemm { weight, .. } => {
                 let weight = pack::dense(source, weight, panels, num_threads)?;
                 Weights { weight, scales: None, zeros: None }
@@ -235,8 +242,6 @@ impl Trial {
         let bias = self.bias.ptr();
         // SAFETY: the outputs stand behind the first canary.
         let out = unsafe { self.out.ptr_mut::<u8>().add(CANARY_BYTES) }.cast();
-        let ptr =
-            |memory: &Option<Memory>| memory.as_ref().map_or(std::ptr::null(), Memory::ptr::<u8>);
         match kernel.run {
             KernelFn::AwqGemm(run) => {
                 let (scales, zeros) = (ptr(&weights.scales).cast(), ptr(&weights.zeros));
@@ -252,9 +257,20 @@ impl Trial {
                 // SAFETY: as above.
                 unsafe { run_team(&mut self.team, &mut self.scratch, CANARY_BYTES, run, &args) }
             }
+            KernelFn::GemmBf16(run) => {
+                let (x, weight) = (ptr(&self.rows.bf16).cast(), weights.weight.ptr());
+                let args = GemmBf16Args { rows, x, weight, bias, out };
+                // SAFETY: as above.
+                unsafe { run_team(&mut self.team, &mut self.scratch, CANARY_BYTES, run, &args) }
+            }
             _ => unreachable!("`new` takes matmuls only"),
         }
     }
+}
+
+/// Where a memory begins; null where there is none.
+fn ptr(memory: &Option<Memory>) -> *const u8 {
+    memory.as_ref().map_or(std::ptr::null(), Memory::ptr)
 }
 
 impl Weights {
@@ -284,7 +300,17 @@ impl RowBuffers {
                 assert_eq!(values.len(), rows_max * k, "all rows");
                 let mut float = Memory::floats(values.len(), "activations")?;
                 float.as_f32_mut().copy_from_slice(values);
-                Ok(RowBuffers { float: Some(float), int8: None })
+                Ok(RowBuffers { float: Some(float), bf16: None, int8: None })
+            }
+            Rows::Bf16(values) => {
+                assert_eq!(values.len(), rows_max * k, "all rows");
+                let stride = 2 * bf16_stride(k);
+                let mut bf16 = Memory::new(rows_max * stride, "bf16 activations")?;
+                for (to, from) in bf16.bytes_mut().chunks_exact_mut(stride).zip(values.chunks(k)) {
+                    let pairs = to.as_chunks_mut::<2>().0.iter_mut().zip(from);
+                    pairs.for_each(|(to, from)| *to = from.to_ne_bytes());
+                }
+                Ok(RowBuffers { float: None, bf16: Some(bf16), int8: None })
             }
             Rows::Int8 { q, scales, group } => {
                 assert_eq!((q.len(), scales.len()), (rows_max * k, rows_max * (k / group)));
@@ -300,7 +326,7 @@ impl RowBuffers {
                 for (to, levels) in sums.bytes_mut().chunks_exact_mut(4).zip(of_groups) {
                     to.copy_from_slice(&levels.sum::<i32>().to_ne_bytes());
                 }
-                Ok(RowBuffers { float: None, int8: Some([levels, scale_memory, sums]) })
+                Ok(RowBuffers { float: None, bf16: None, int8: Some([levels, scale_memory, sums]) })
             }
         }
     }
@@ -318,7 +344,9 @@ impl RowBuffers {
 /// Outputs and inputs of a matmul.
 fn sizes(spec: &KernelSpec) -> Result<(usize, usize), Error> {
     match *spec {
-        KernelSpec::AwqGemm { n, k, .. } | KernelSpec::Gemm { n, k, .. } => Ok((n, k)),
+        KernelSpec::AwqGemm { n, k, .. }
+        | KernelSpec::Gemm { n, k, .. }
+        | KernelSpec::GemmBf16 { n, k } => Ok((n, k)),
         _ => Err(not_a_matmul(spec)),
     }
 }
@@ -335,6 +363,7 @@ pub fn row_format(spec: &KernelSpec) -> RowFormat {
             activation_group(k, group)
         }
         KernelSpec::Gemm { k, weight: DType::I8, .. } => activation_group(k, GroupSize::Channel),
+        KernelSpec::GemmBf16 { .. } => return RowFormat::Bf16,
         _ => None,
     };
     group.map_or(RowFormat::F32, |group| RowFormat::I8 { group })

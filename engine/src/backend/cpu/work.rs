@@ -17,6 +17,8 @@ pub struct Work {
     pub cache_bytes: usize,
     /// Operations on bytes, 2 per multiply-add.
     pub dot_ops: usize,
+    /// Operations on bfloat16, 2 per multiply-add.
+    pub bf16_ops: usize,
     /// Operations on float32, 2 per multiply-add.
     pub fma_ops: usize,
 }
@@ -27,6 +29,7 @@ pub enum Bound {
     Memory,
     Cache,
     Dot,
+    Bf16,
     Fma,
 }
 
@@ -36,6 +39,7 @@ impl Bound {
             Bound::Memory => "memory",
             Bound::Cache => "cache",
             Bound::Dot => "int8 dot",
+            Bound::Bf16 => "bf16 dot",
             Bound::Fma => "f32 fma",
         }
     }
@@ -46,6 +50,7 @@ impl std::ops::AddAssign for Work {
         self.memory_bytes += other.memory_bytes;
         self.cache_bytes += other.cache_bytes;
         self.dot_ops += other.dot_ops;
+        self.bf16_ops += other.bf16_ops;
         self.fma_ops += other.fma_ops;
     }
 }
@@ -58,6 +63,7 @@ impl std::ops::Mul<usize> for Work {
             memory_bytes: self.memory_bytes * times,
             cache_bytes: self.cache_bytes * times,
             dot_ops: self.dot_ops * times,
+            bf16_ops: self.bf16_ops * times,
             fma_ops: self.fma_ops * times,
         }
     }
@@ -69,7 +75,7 @@ impl Work {
     }
 
     pub fn ops(&self) -> usize {
-        self.dot_ops + self.fma_ops
+        self.dot_ops + self.bf16_ops + self.fma_ops
     }
 
     /// The shortest time that the machine's limits allow, in nanoseconds, and which limit sets it:
@@ -79,6 +85,7 @@ impl Work {
             (self.memory_bytes as f64 / limits.memory_gb_per_s, Bound::Memory),
             (self.cache_bytes as f64 / limits.cache_gb_per_s, Bound::Cache),
             (self.dot_ops as f64 / limits.dot_gop_per_s, Bound::Dot),
+            (self.bf16_ops as f64 / limits.bf16_gop_per_s, Bound::Bf16),
             (self.fma_ops as f64 / limits.fma_gop_per_s, Bound::Fma),
         ];
         times.into_iter().fold((0.0, Bound::Memory), |a, b| if b.0 > a.0 { b } else { a })
@@ -91,7 +98,9 @@ impl Work {
     pub fn of(kernel: &Kernel, rows: usize) -> Work {
         let cached = |bytes: usize| Work { cache_bytes: rows * bytes, ..Work::default() };
         match kernel.spec {
-            KernelSpec::AwqGemm { .. } | KernelSpec::Gemm { .. } => linear(kernel, rows),
+            KernelSpec::AwqGemm { .. } | KernelSpec::Gemm { .. } | KernelSpec::GemmBf16 { .. } => {
+                linear(kernel, rows)
+            }
             KernelSpec::Embed { hidden, dtype } => {
                 Work { memory_bytes: rows * hidden * dtype.size(), ..cached(hidden * 4) }
             }
@@ -114,9 +123,7 @@ impl Work {
             KernelSpec::SiluAndMul { intermediate, out } => {
                 cached(2 * intermediate * 4 + row_bytes(intermediate, out))
             }
-            KernelSpec::Quantize { k, group } => {
-                cached(k * 4 + row_bytes(k, RowFormat::I8 { group }))
-            }
+            KernelSpec::Quantize { k, out } => cached(k * 4 + row_bytes(k, out)),
             KernelSpec::Sample { vocab } => cached(vocab * 4),
             KernelSpec::PagedAttention { .. } => wrong_spec(kernel),
         }
@@ -144,9 +151,9 @@ impl Work {
             work += Work {
                 memory_bytes: seen.div_ceil(page_size) * page,
                 cache_bytes: 2 * rows * num_heads * head_dim * 4,
-                dot_ops: 0,
                 // A product with K and one with V for each query head and token seen.
                 fma_ops: 4 * pairs * num_heads * head_dim,
+                ..Work::default()
             };
         }
         work
@@ -164,11 +171,11 @@ fn linear(kernel: &Kernel, rows: usize) -> Work {
             let memory_bytes = panels.padded_n() * (k / 2 + k / group * 3);
             let ops = 2 * rows * n * k;
             let (format, dot_ops, fma_ops) = match activation {
-                ActivationType::Float => (RowFormat::F32, 0, ops),
                 ActivationType::Int8 => (RowFormat::I8 { group }, ops, 0),
+                _ => (RowFormat::F32, 0, ops),
             };
             let cache_bytes = rows * (row_bytes(k, format) + n * 4);
-            Work { memory_bytes, cache_bytes, dot_ops, fma_ops }
+            Work { memory_bytes, cache_bytes, dot_ops, fma_ops, ..Work::default() }
         }
         KernelSpec::Gemm { n, k, weight } => {
             let panels = Panels { n, k, lanes, cols: kernel.cols };
@@ -179,7 +186,14 @@ fn linear(kernel: &Kernel, rows: usize) -> Work {
                 DType::I8 => (k, ops, 0),
                 _ => (k * 4, 0, ops),
             };
-            Work { memory_bytes, cache_bytes: rows * (row_bytes + n * 4), dot_ops, fma_ops }
+            let cache_bytes = rows * (row_bytes + n * 4);
+            Work { memory_bytes, cache_bytes, dot_ops, fma_ops, ..Work::default() }
+        }
+        KernelSpec::GemmBf16 { n, k } => {
+            let panels = Panels { n, k, lanes, cols: kernel.cols };
+            let memory_bytes = panels.padded_n() * k.next_multiple_of(2) * 2;
+            let cache_bytes = rows * (row_bytes(k, RowFormat::Bf16) + n * 4);
+            Work { memory_bytes, cache_bytes, bf16_ops: 2 * rows * n * k, ..Work::default() }
         }
         _ => wrong_spec(kernel),
     }
@@ -189,6 +203,7 @@ fn linear(kernel: &Kernel, rows: usize) -> Work {
 fn row_bytes(k: usize, format: RowFormat) -> usize {
     match format {
         RowFormat::F32 => k * 4,
+        RowFormat::Bf16 => k * 2,
         RowFormat::I8 { group } => k + k / group * 8,
     }
 }
@@ -213,12 +228,16 @@ mod tests {
             memory_gb_per_s: 20.0,
             cache_gb_per_s: 100.0,
             dot_gop_per_s: 1000.0,
+            bf16_gop_per_s: 400.0,
             fma_gop_per_s: 200.0,
         };
-        let work = Work { memory_bytes: 2000, cache_bytes: 9000, dot_ops: 50_000, fma_ops: 0 };
+        let some = Work { memory_bytes: 2000, cache_bytes: 9000, ..Work::default() };
+        let work = Work { dot_ops: 50_000, ..some };
         assert_eq!(work.bound(&limits), (100.0, Bound::Memory));
         let work = Work { dot_ops: 500_000, ..work };
         assert_eq!(work.bound(&limits), (500.0, Bound::Dot));
+        let work = Work { bf16_ops: 100_000, ..some };
+        assert_eq!(work.bound(&limits), (250.0, Bound::Bf16));
     }
 
     /// A kernel that does nothing.

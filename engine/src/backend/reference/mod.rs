@@ -10,7 +10,7 @@ mod math;
 use std::ops::Range;
 
 use bespoke_kernel_gen::model::ModelConfig;
-use bespoke_kernel_gen::spec::{LinearRole, ModelShape};
+use bespoke_kernel_gen::spec::{ActivationType, LinearRole, ModelShape};
 
 use crate::backend::{Backend, Inspect, Precision, RowsKind};
 use crate::batch::{Batch, PageCopy};
@@ -24,6 +24,8 @@ pub struct ReferenceBackend {
     shape: ModelShape,
     eps: f32,
     num_threads: usize,
+    /// Rows that linears read are rounded to bfloat16; else they stay float32.
+    rounds_to_bf16: bool,
     weights_bytes: usize,
     /// Outputs of a linear with several rows, `[n, num_rows]`.
     transposed: Vec<f32>,
@@ -76,8 +78,24 @@ impl ReferenceBackend {
             shape: shape.clone(),
             eps: config.rms_norm_eps,
             num_threads: num_threads.max(1),
+            rounds_to_bf16: false,
             weights_bytes: 0,
             transposed: Vec::new(),
+        }
+    }
+
+    /// With rows as linears of these activations read them. int8 rows stay float32: they differ
+    /// from linear to linear by their groups.
+    pub fn with_activations(self, activation: ActivationType) -> ReferenceBackend {
+        ReferenceBackend { rounds_to_bf16: activation == ActivationType::Bf16, ..self }
+    }
+
+    /// The first `num_rows` rows as a linear reads them.
+    fn round_input(&self, num_rows: usize, input: &mut Rows) {
+        if self.rounds_to_bf16 {
+            for value in &mut input.values[..num_rows * input.width] {
+                *value = half::bf16::from_f32(*value).to_f32();
+            }
         }
     }
 
@@ -214,6 +232,7 @@ impl Backend for ReferenceBackend {
             let delta = delta.map(|delta| delta.row(row));
             self.norm_row(residual.row_mut(row), delta, weight, out.row_mut(row));
         }
+        self.round_input(num_rows, out);
     }
 
     fn rms_norm_select(
@@ -229,6 +248,7 @@ impl Backend for ReferenceBackend {
             let delta = delta.map(|delta| delta.row(row));
             self.norm_row(residual.row_mut(row), delta, weight, out.row_mut(out_row));
         }
+        self.round_input(select.len(), out);
     }
 
     fn linear(&mut self, num_rows: usize, weight: &Linear, x: &Rows, out: &mut Rows) {
@@ -285,6 +305,7 @@ impl Backend for ReferenceBackend {
         };
         let num_rows = batch.num_rows();
         call.run(&mut out.values[..num_rows * out.width], self.num_threads);
+        self.round_input(num_rows, out);
     }
 
     fn silu_and_mul(&mut self, num_rows: usize, gate_up: &Rows, out: &mut Rows) {
@@ -294,6 +315,7 @@ impl Backend for ReferenceBackend {
                 *out = gate / (1.0 + (-gate).exp()) * up;
             }
         }
+        self.round_input(num_rows, out);
     }
 
     fn sample(&mut self, logits: &Rows, stats: &mut [LogitStats]) {
@@ -325,7 +347,7 @@ impl Inspect for ReferenceBackend {
     }
 
     fn input_precision(&self, _: &Rows) -> Precision {
-        self.rows_precision()
+        Precision::Float { bits: if self.rounds_to_bf16 { 8 } else { 24 } }
     }
 }
 

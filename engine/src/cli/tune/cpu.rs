@@ -5,14 +5,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use bespoke_kernel_gen::spec::ActivationType;
 use bespoke_kernel_gen::tuning::device::{CpuDevice, Device, this_cpu};
 use bespoke_kernel_gen::tuning::record::Record;
 
 use super::{Args, Console, child, open_records, output, shapes_of};
 use crate::backend::cpu::{available_threads, best_target};
 use crate::cli::kernels::code_bytes;
-use crate::cli::model::Activations;
 use crate::tune::cpu::{CpuSetting, CpuTuning, problems};
 use crate::tune::isolation::Isolation;
 use crate::tune::ladder::verify_all;
@@ -57,7 +55,7 @@ pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> 
     let mut summary = TuneSummary::default();
     let num_models = shapes.len() as u32;
     for shape in &shapes {
-        let problems = problems(shape, activation(args))?;
+        let problems = problems(shape, args.activations.choice())?;
         let budget = args.budget / num_models;
         let progress = &mut |progress: TuneProgress<'_>| console.report(&output::line(&progress));
         summary = tuning.run(&problems, &RaceOptions::default(), budget, progress)?;
@@ -82,11 +80,4 @@ pub(super) fn verify_candidates(args: &Args, console: &mut Console<'_>) -> anyho
     child::run(args, console, |begin, take| {
         verify_all(&table, &args.verify_candidates, num_threads, begin, take)
     })
-}
-
-fn activation(args: &Args) -> ActivationType {
-    match args.activations {
-        Activations::Float => ActivationType::Float,
-        Activations::Int8 => ActivationType::Int8,
-    }
 }

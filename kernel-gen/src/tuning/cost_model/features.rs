@@ -33,7 +33,9 @@ impl Setting {
     }
 
     fn features(&self, variant: &KernelVariant, rows: usize) -> Option<Vec<f64>> {
-        let (KernelSpec::AwqGemm { n, k, .. } | KernelSpec::Gemm { n, k, .. }) = variant.spec
+        let (KernelSpec::AwqGemm { n, k, .. }
+        | KernelSpec::Gemm { n, k, .. }
+        | KernelSpec::GemmBf16 { n, k }) = variant.spec
         else {
             return None;
         };

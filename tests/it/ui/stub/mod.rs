@@ -60,8 +60,12 @@ pub mod plan {
 }
 pub mod spec {
     pub enum KernelSpec {
-        Quantize { k: usize, group: usize },
+        Quantize { k: usize, out: RowFormat },
         Sample { vocab: usize },
+    }
+    pub enum RowFormat {
+        I8 { group: usize },
+        Bf16,
     }
     pub enum RowRegime {
         Any,
