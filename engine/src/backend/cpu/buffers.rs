@@ -40,7 +40,7 @@ impl CpuLinear {
     /// The arrays that its kernel reads.
     pub(super) fn ahead(&self) -> Ahead {
         Ahead::new(match &self.packed {
-            Packed::Dense { weight } => [None, None, Some(weight)],
+            Packed::Dense { weight } | Packed::Bf16Pairs { weight } => [None, None, Some(weight)],
             Packed::Int8 { weight, scales } => [Some(scales), None, Some(weight)],
             Packed::Awq(awq) => [Some(&awq.scales), Some(&awq.zeros), Some(&awq.weight)],
         })

@@ -318,7 +318,7 @@ impl Backend for CpuBackend {
                 let entry = kernels.of(rows);
                 let args = GemmBf16Args { rows, x: bf16, weight: weight.ptr(), bias, out };
                 // SAFETY: as above.
-                unsafe { self.run_matmul(rows, entry, &args) }
+                unsafe { self.run_matmul(rows, entry, &args, ahead) }
             }
             (Packed::Int8 { weight, scales }, Matmul::Gemm(kernels)) => {
                 let entry = kernels.of(rows);
