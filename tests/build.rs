@@ -1,5 +1,5 @@
 //! Generates the kernels of the tiny golden models, of one of them with every page size, of another
-//! for every target, and of one with a lock.
+//! for every target of this architecture, and of one with a lock.
 
 use std::path::{Path, PathBuf};
 
@@ -43,7 +43,8 @@ fn main() {
     build_configs(&all, "");
     let one = [tiny.join("llama-gqa2/config.json")];
     let mixed = [tiny.join("llama-awq-mixed/config.json")];
-    build_configs(&Configs { paths: &mixed, targets: &Target::ALL, ..all }, "targets");
+    let every = Target::of_this_arch();
+    build_configs(&Configs { paths: &mixed, targets: &every, ..all }, "targets");
     for (page_size, folder) in [(16, "pages16"), (64, "pages64")] {
         build_configs(&Configs { paths: &one, page_size, ..all }, folder);
     }

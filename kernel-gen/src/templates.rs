@@ -116,6 +116,7 @@ macro_rules! template {
 }
 
 pub const SIMD: Template = template!("common/simd.rs");
+pub const SIMD_NEON: Template = template!("common/simd_neon.rs");
 pub const SIMD_PORTABLE: Template = template!("common/simd_portable.rs");
 pub const SIMD_X86: Template = template!("common/simd_x86.rs");
 pub const PAGES: Template = template!("common/pages.rs");
@@ -145,7 +146,7 @@ pub fn body(spec: &KernelSpec) -> Template {
 }
 
 /// Every template, by the name of its module.
-pub const ALL: [(&str, Template); 13] = [
+pub const ALL: [(&str, Template); 14] = [
     ("awq_gemm", AWQ_GEMM),
     ("embed", EMBED),
     ("gemm", GEMM),
@@ -157,6 +158,7 @@ pub const ALL: [(&str, Template); 13] = [
     ("sample", SAMPLE),
     ("silu_and_mul", SILU_AND_MUL),
     ("simd", SIMD),
+    ("simd_neon", SIMD_NEON),
     ("simd_portable", SIMD_PORTABLE),
     ("simd_x86", SIMD_X86),
 ];
@@ -166,6 +168,7 @@ pub fn used(spec: &KernelSpec, target: Target) -> Vec<Template> {
     let vectors = match target {
         Target::Portable => SIMD_PORTABLE,
         Target::X86_64V3 | Target::Avx512 => SIMD_X86,
+        Target::Neon => SIMD_NEON,
     };
     let mut files = vec![body(spec), vectors];
     let mut next = 0;
@@ -201,6 +204,8 @@ mod tests {
         let quantize = KernelSpec::Quantize { k: 512, group: 64 };
         let x86 = ["quantize/quantize.rs", "common/simd_x86.rs", "common/simd.rs"];
         assert_eq!(paths(&quantize, Target::Avx512), x86.map(|path| format!("templates/{path}")));
+        let neon = ["quantize/quantize.rs", "common/simd_neon.rs", "common/simd.rs"];
+        assert_eq!(paths(&quantize, Target::Neon), neon.map(|path| format!("templates/{path}")));
     }
 
     /// Comments and layout are no code; everything else is.
