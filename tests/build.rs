@@ -1,5 +1,5 @@
 //! Generates the kernels of the tiny golden models, of one of them with every page size, of another
-//! for every target, of one with a lock, and of one in bfloat16.
+//! for every target of this architecture, of one with a lock, and of one in bfloat16.
 
 use std::path::{Path, PathBuf};
 
@@ -43,9 +43,10 @@ fn main() {
     build_configs(&all, "");
     let one = [tiny.join("llama-gqa2/config.json")];
     let mixed = [tiny.join("llama-awq-mixed/config.json")];
-    build_configs(&Configs { paths: &mixed, targets: &Target::ALL, ..all }, "targets");
+    let every = Target::of_this_arch();
+    build_configs(&Configs { paths: &mixed, targets: &every, ..all }, "targets");
     let bf16 = [in_bf16(&tiny.join("llama-hd80-bias/config.json"))];
-    build_configs(&Configs { paths: &bf16, targets: &Target::ALL, ..all }, "bf16");
+    build_configs(&Configs { paths: &bf16, targets: &every, ..all }, "bf16");
     for (page_size, folder) in [(16, "pages16"), (64, "pages64")] {
         build_configs(&Configs { paths: &one, page_size, ..all }, folder);
     }

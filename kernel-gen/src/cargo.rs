@@ -25,12 +25,13 @@ use crate::tuning::lock::Lock;
 ///
 /// `BESPOKE_PAGE_SIZE` chooses the slots of a KV page, one of [`PAGE_SIZES`].
 ///
-/// `BESPOKE_TARGETS` names the CPU targets, separated by commas; without it there are all.
+/// `BESPOKE_TARGETS` names the CPU targets, separated by commas; without it there are all that the
+/// architecture of the program has.
 ///
 /// `kernels.lock` in the package's folder, else in the one above, says which kernels serve which
 /// rows; `BESPOKE_LOCK` names another file, or `none`. With `BESPOKE_TUNER=1` the build also has
-/// the candidates of a tuner for `BESPOKE_TUNER_TARGET`, a target or an architecture; without it,
-/// for this machine's best target and, with the feature `cuda`, all architectures of the build.
+/// the candidates of a tuner for `BESPOKE_TUNER_TARGET`, a target or a GPU's architecture; without
+/// it, for this machine's best target and, with the feature `cuda`, all GPUs of the build.
 ///
 /// Where the package's feature `cuda` is on, the same models' CUDA kernels are compiled for the
 /// architectures of `BESPOKE_CUDA_TARGETS`, or for [`DEFAULT_ARCHS`].
@@ -94,12 +95,15 @@ impl Settings {
             "BESPOKE_TUNER_TARGET",
         ];
         VARIABLES.into_iter().for_each(rerun_if_env_changed);
+        let arch = target_arch();
+        let tuner = tuner(&variable("BESPOKE_TUNER"), &variable("BESPOKE_TUNER_TARGET"))?;
+        tuner.check(&arch)?;
         Ok(Settings {
             folder: out_dir()?,
             page_size: page_size(&variable("BESPOKE_PAGE_SIZE"))?,
             lock: lock(&variable("BESPOKE_LOCK"))?,
-            tuner: tuner(&variable("BESPOKE_TUNER"), &variable("BESPOKE_TUNER_TARGET"))?,
-            targets: targets(&variable("BESPOKE_TARGETS"))?,
+            tuner,
+            targets: targets(&variable("BESPOKE_TARGETS"), &arch)?,
         })
     }
 
@@ -184,18 +188,33 @@ fn archs(text: &str) -> Result<Vec<Arch>, Error> {
     names.iter().map(arch).collect()
 }
 
-/// The CPU targets that `BESPOKE_TARGETS` names, ascending.
-fn targets(text: &str) -> Result<Vec<Target>, Error> {
-    let names: Vec<&str> = text.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
-    if names.is_empty() {
-        return Ok(Target::ALL.to_vec());
+/// The architecture that the program of the build script is compiled for, which need not be this
+/// machine's.
+fn target_arch() -> String {
+    match variable("CARGO_CFG_TARGET_ARCH") {
+        arch if arch.is_empty() => std::env::consts::ARCH.to_string(),
+        arch => arch,
     }
-    let known = Target::ALL.map(Target::name);
+}
+
+/// The CPU targets that `BESPOKE_TARGETS` names for a program of `arch`, ascending.
+fn targets(text: &str, arch: &str) -> Result<Vec<Target>, Error> {
+    let names: Vec<&str> = text.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
+    let all = Target::of_arch(arch);
+    if names.is_empty() {
+        return Ok(all);
+    }
+    let known: Vec<&str> = all.iter().map(|target| target.name()).collect();
     if let Some(name) = names.iter().find(|name| !known.contains(name)) {
-        let message = format!("BESPOKE_TARGETS names {name:?}; choose of {}", known.join(", "));
+        let what = match Target::from_name(name).and_then(Target::arch) {
+            Some(own) => format!(", whose kernels are for {own}, in a build for {arch}"),
+            None => String::new(),
+        };
+        let known = known.join(", ");
+        let message = format!("BESPOKE_TARGETS names {name:?}{what}; choose of {known}");
         return Err(Error::Source { position: "environment".to_string(), message });
     }
-    Ok(Target::ALL.into_iter().filter(|target| names.contains(&target.name())).collect())
+    Ok(all.into_iter().filter(|target| names.contains(&target.name())).collect())
 }
 
 fn generate_cuda_into(
@@ -356,6 +375,25 @@ impl Tuner {
         }
     }
 
+    /// A program of `arch` can have the kernels.
+    fn check(self, arch: &str) -> Result<(), Error> {
+        let Some(target) = self.target().filter(|one| !Target::of_arch(arch).contains(one)) else {
+            return Ok(());
+        };
+        let what = match self {
+            Tuner::Default => "BESPOKE_TUNER_TARGET is not set, and this machine's best target",
+            _ => "BESPOKE_TUNER_TARGET",
+        };
+        let known: Vec<&str> = Target::of_arch(arch).into_iter().map(Target::name).collect();
+        Err(Error::Lock {
+            message: format!(
+                "{what} is {}, which a build for {arch} has no kernels for; choose of {}",
+                target.name(),
+                known.join(", ")
+            ),
+        })
+    }
+
     /// Those of `archs`, the build's.
     fn archs(self, archs: &[Arch]) -> Result<Vec<Arch>, Error> {
         match self {
@@ -442,10 +480,29 @@ mod tests {
 
     #[test]
     fn targets_are_checked() {
-        assert_eq!(targets("").unwrap(), Target::ALL);
-        assert_eq!(targets("avx512, portable").unwrap(), [Target::Portable, Target::Avx512]);
-        let error = targets("avx512,avx2").unwrap_err().to_string();
-        assert!(error.contains("\"avx2\"") && error.contains("x86_64_v3"), "{error}");
+        let x86 = |text| targets(text, "x86_64").map_err(|error| error.to_string());
+        assert_eq!(x86("").unwrap(), Target::of_arch("x86_64"));
+        assert_eq!(x86("avx512, portable").unwrap(), [Target::Portable, Target::Avx512]);
+        let error = x86("avx512,avx2").unwrap_err();
+        assert!(error.contains("\"avx2\"; choose of portable, x86_64_v3, avx512"), "{error}");
+        let error = x86("neon").unwrap_err();
+        assert!(error.contains("\"neon\", whose kernels are for aarch64"), "{error}");
+        assert!(error.ends_with("in a build for x86_64; choose of portable, x86_64_v3, avx512"));
+        assert_eq!(targets("", "aarch64").unwrap(), [Target::Portable, Target::Neon]);
+        let error = targets("avx512", "aarch64").unwrap_err().to_string();
+        assert!(error.contains("choose of portable, neon"), "{error}");
+    }
+
+    #[test]
+    fn a_tuner_has_candidates_for_its_own_architecture() {
+        let check = |target, arch| tuner("1", target).unwrap().check(arch);
+        assert!(check("avx512", "x86_64").is_ok() && check("neon", "aarch64").is_ok());
+        assert!(check("portable", "aarch64").is_ok() && check("sm_90a", "aarch64").is_ok());
+        let error = check("avx512", "aarch64").unwrap_err().to_string();
+        assert!(error.contains("BESPOKE_TUNER_TARGET is avx512"), "{error}");
+        assert!(error.ends_with("choose of portable, neon"), "{error}");
+        assert!(Tuner::Default.check(std::env::consts::ARCH).is_ok());
+        assert!(Tuner::Off.check("riscv64").is_ok());
     }
 
     #[test]

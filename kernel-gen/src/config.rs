@@ -35,10 +35,10 @@ const DECODE_SCRATCH_BYTES: usize = 64 << 10;
 /// The largest head whose rows fit `paged_attention`'s scratch memory.
 const HEAD_DIM_MAX: usize = 256;
 
-/// Vector registers of the instruction set.
+/// Vectors that the registers of the instruction set hold: on NEON in pairs.
 fn num_registers(target: Target) -> usize {
     match target {
-        Target::Portable | Target::X86_64V3 => 16,
+        Target::Portable | Target::X86_64V3 | Target::Neon => 16,
         Target::Avx512 => 32,
     }
 }
@@ -51,7 +51,7 @@ impl KernelConfig {
         }
         let (rows_max, tiles_max) = match target {
             Target::Portable => (2, 1),
-            Target::X86_64V3 => (6, 2),
+            Target::X86_64V3 | Target::Neon => (6, 2),
             Target::Avx512 => (6, 4),
         };
         let form = Form::of(spec);

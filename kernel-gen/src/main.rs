@@ -44,9 +44,9 @@ kernel-gen params --check FILE | --write FILE    launch parameters for the engin
                                                  written (with the feature bindgen)
 
 MODEL is a model folder, a config.json or a preset; without one, the default models (check: and
-every preset); for CUDA also the symbols of single kernels. T is portable, x86_64_v3 or avx512,
-without one all of these; or a CUDA target: sm_80, sm_86, sm_89, sm_90a, sm_100a, sm_120, or cuda
-for all of those.
+every preset); for CUDA also the symbols of single kernels. T is portable, x86_64_v3, avx512 or
+neon, without one all of these; or a CUDA target: sm_80, sm_86, sm_89, sm_90a, sm_100a, sm_120, or
+cuda for all of those.
 
 CUDA: the compiler is that of CUDA_HOME, else nvcc in PATH, else the one that toolkit installs.
 Compiled kernels are kept in BESPOKE_KERNEL_CACHE, else in the user's cache folder.";

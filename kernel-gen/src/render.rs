@@ -102,6 +102,7 @@ fn simd(target: Target) -> Argument {
         Target::Portable => "Portable",
         Target::X86_64V3 => "V3",
         Target::Avx512 => "Avx512",
+        Target::Neon => "Neon",
     };
     Argument::Type { parameter: "S", name }
 }

@@ -116,6 +116,7 @@ macro_rules! template {
 }
 
 pub const SIMD: Template = template!("common/simd.rs");
+pub const SIMD_NEON: Template = template!("common/simd_neon.rs");
 pub const SIMD_PORTABLE: Template = template!("common/simd_portable.rs");
 pub const SIMD_X86: Template = template!("common/simd_x86.rs");
 pub const BF16: Template = template!("common/bf16.rs");
@@ -148,7 +149,7 @@ pub fn body(spec: &KernelSpec) -> Template {
 }
 
 /// Every template, by the name of its module.
-pub const ALL: [(&str, Template); 15] = [
+pub const ALL: [(&str, Template); 16] = [
     ("awq_gemm", AWQ_GEMM),
     ("bf16", BF16),
     ("embed", EMBED),
@@ -162,6 +163,7 @@ pub const ALL: [(&str, Template); 15] = [
     ("sample", SAMPLE),
     ("silu_and_mul", SILU_AND_MUL),
     ("simd", SIMD),
+    ("simd_neon", SIMD_NEON),
     ("simd_portable", SIMD_PORTABLE),
     ("simd_x86", SIMD_X86),
 ];
@@ -171,6 +173,7 @@ pub fn used(spec: &KernelSpec, target: Target) -> Vec<Template> {
     let vectors = match target {
         Target::Portable => SIMD_PORTABLE,
         Target::X86_64V3 | Target::Avx512 => SIMD_X86,
+        Target::Neon => SIMD_NEON,
     };
     let mut files = vec![body(spec), vectors];
     let mut next = 0;
@@ -212,6 +215,8 @@ mod tests {
         for path in ["gemm_bf16/gemm_bf16.rs", "gemm/gemm.rs", "common/bf16.rs"] {
             assert!(files.contains(&format!("templates/{path}").as_str()), "{path}");
         }
+        let neon = ["embed/embed.rs", "common/simd_neon.rs", "common/simd.rs"];
+        assert_eq!(paths(&embed, Target::Neon), neon.map(|path| format!("templates/{path}")));
     }
 
     /// Comments and layout are no code; everything else is.

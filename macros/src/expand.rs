@@ -4,7 +4,7 @@ use proc_macro2::{Span, TokenStream};
 use quote::{format_ident, quote, quote_spanned};
 use syn::{Ident, LitInt};
 
-use crate::model::{Kernel, Kind, Value, argument};
+use crate::model::{Kernel, Kind, TARGETS, Value, argument};
 use crate::serving::{Interval, Serving};
 
 pub(crate) fn expand(kernels: &[Kernel], servings: &[Serving<'_>]) -> TokenStream {
@@ -22,9 +22,10 @@ pub(crate) fn expand(kernels: &[Kernel], servings: &[Serving<'_>]) -> TokenStrea
     }
 }
 
-/// Kernels of x86 instruction sets exist only there.
+/// Kernels of an architecture's instruction sets exist only there.
 fn condition(kernel: &Kernel) -> Option<TokenStream> {
-    (kernel.target != "Portable").then(|| quote! { #[cfg(target_arch = "x86_64")] })
+    let arch = TARGETS.iter().find(|target| kernel.target == target.name)?.arch?;
+    Some(quote! { #[cfg(target_arch = #arch)] })
 }
 
 fn expand_function(kernel: &Kernel) -> TokenStream {
@@ -63,10 +64,11 @@ fn generic((parameter, value): (&&str, &Value)) -> TokenStream {
         Value::Flag(flag) => quote! { #flag },
         Value::Name(name) | Value::Sized(name, _) => {
             let module = match *parameter {
-                "S" if name == "Portable" => "simd_portable",
-                "S" => "simd_x86",
                 "KV" => "pages",
-                _ => "simd",
+                _ => TARGETS
+                    .iter()
+                    .find(|target| *parameter == "S" && name == target.simd)
+                    .map_or("simd", |target| target.module),
             };
             let module = format_ident!("{module}");
             quote! { ::bespoke::kernels::#module::#name }

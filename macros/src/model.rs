@@ -222,9 +222,22 @@ pub(crate) const OPS: &[Op] = &[
     },
 ];
 
-/// `target`, and the vector type that belongs to it.
-const TARGETS: [(&str, &str); 3] =
-    [("Portable", "Portable"), ("X86_64V3", "V3"), ("Avx512", "Avx512")];
+/// What `target` names.
+pub(crate) struct Target {
+    pub(crate) name: &'static str,
+    /// Its vector type, and the module of that.
+    pub(crate) simd: &'static str,
+    pub(crate) module: &'static str,
+    /// The architecture that has its instructions; `None`: any.
+    pub(crate) arch: Option<&'static str>,
+}
+
+pub(crate) const TARGETS: [Target; 4] = [
+    Target { name: "Portable", simd: "Portable", module: "simd_portable", arch: None },
+    Target { name: "X86_64V3", simd: "V3", module: "simd_x86", arch: Some("x86_64") },
+    Target { name: "Avx512", simd: "Avx512", module: "simd_x86", arch: Some("x86_64") },
+    Target { name: "Neon", simd: "Neon", module: "simd_neon", arch: Some("aarch64") },
+];
 
 /// The kernels of all declarations that are right; the others are reported.
 pub(crate) fn check(declarations: Vec<Declaration>, errors: &mut Errors) -> Vec<Kernel> {
@@ -474,12 +487,12 @@ fn check_agreement(kernel: &Kernel, errors: &mut Errors) -> bool {
     let Kernel { entry, target, regime, .. } = kernel;
     let (name, wanted) = (entry.name, entry.regime);
     expect(regime == wanted, regime.span(), format!("`{name}` is for regime {wanted}"));
-    match TARGETS.iter().find(|(name, _)| target == name) {
+    match TARGETS.iter().find(|one| target == one.name) {
         None => expect(false, target.span(), format!("no target `{target}`")),
-        Some((name, simd)) => {
+        Some(Target { name, simd, arch, .. }) => {
             let given = &kernel.arguments[0];
             expect(given.is_name(simd), given.span(), format!("target {name} has S = {simd}"));
-            let plain = *name == "Portable";
+            let plain = arch.is_none();
             let message =
                 format!("target {name} {} features", if plain { "has no" } else { "needs" });
             expect(kernel.features.value().is_empty() == plain, kernel.features.span(), message);

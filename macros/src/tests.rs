@@ -132,6 +132,19 @@ fn all_errors_are_reported_at_once() {
     assert_eq!(reported.lines().count(), 2, "{reported}");
 }
 
+/// Kernels of a target exist on its architecture, over the vectors of its module.
+#[test]
+fn targets_have_their_architecture() {
+    let neon = GOOD.replace("Avx512", "Neon");
+    assert_eq!(errors(&neon), "");
+    let expansion = kernels_tokens(tokens(&neon)).to_string();
+    assert!(expansion.contains("simd_neon :: Neon") && !expansion.contains("simd_x86"));
+    // A function, its assertions and its row for each of two kernels, and a serving.
+    let condition =
+        |arch| expansion.matches(&format!("# [cfg (target_arch = \"{arch}\")]")).count();
+    assert_eq!((condition("aarch64"), condition("x86_64")), (7, 0), "{expansion}");
+}
+
 /// Sizes are compared by the compiler: the assertion carries both numbers.
 #[test]
 fn sizes_become_assertions() {

@@ -5,9 +5,13 @@
 //! denormal numbers for zero, and adds its two products in an order of its own.
 
 use super::simd::Simd;
+#[cfg(target_arch = "aarch64")]
+use super::simd_neon::Neon;
 use super::simd_portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use super::simd_x86::{Avx512, V3};
+#[cfg(target_arch = "aarch64")]
+use std::arch::aarch64::*;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
@@ -119,6 +123,49 @@ impl DotBf16 for Avx512 {
     #[inline(always)]
     unsafe fn store_bf16(p: *mut u16, x: __m512) {
         unsafe { p.cast::<__m256bh>().write_unaligned(_mm512_cvtneps_pbh(x)) }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+#[allow(clippy::undocumented_unsafe_blocks, reason = "intrinsics the trait's contract covers")]
+impl DotBf16 for Neon {
+    #[inline(always)]
+    unsafe fn dot_bf16(acc: float32x4x2_t, w: int32x4x2_t, x: int32x4x2_t) -> float32x4x2_t {
+        unsafe { float32x4x2_t(dot_half(acc.0, w.0, x.0), dot_half(acc.1, w.1, x.1)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(p: *mut u16, x: float32x4x2_t) {
+        unsafe { vst1q_u16(p, vcombine_u16(round_half(x.0), round_half(x.1))) }
+    }
+}
+
+/// `acc + Σ w·x` over the pairs of four lanes.
+#[cfg(target_arch = "aarch64")]
+#[inline(always)]
+unsafe fn dot_half(acc: float32x4_t, w: int32x4_t, x: int32x4_t) -> float32x4_t {
+    // SAFETY: the callers have NEON.
+    unsafe {
+        let high = vdupq_n_s32(0xffff_0000_u32 as i32);
+        let (w_low, x_low) = (vshlq_n_s32::<16>(w), vshlq_n_s32::<16>(x));
+        let sum = vfmaq_f32(acc, vreinterpretq_f32_s32(w_low), vreinterpretq_f32_s32(x_low));
+        let (w, x) = (vandq_s32(w, high), vandq_s32(x, high));
+        vfmaq_f32(sum, vreinterpretq_f32_s32(w), vreinterpretq_f32_s32(x))
+    }
+}
+
+/// Four values as bfloat16.
+#[cfg(target_arch = "aarch64")]
+#[inline(always)]
+unsafe fn round_half(x: float32x4_t) -> uint16x4_t {
+    // SAFETY: the callers have NEON.
+    unsafe {
+        let bits = vreinterpretq_u32_f32(x);
+        let upper = vshrq_n_u32::<16>(bits);
+        let half = vaddq_u32(vandq_u32(upper, vdupq_n_u32(1)), vdupq_n_u32(0x7fff));
+        let rounded = vshrq_n_u32::<16>(vaddq_u32(bits, half));
+        // NOTE: as in `V3`.
+        let nan = vorrq_u32(upper, vdupq_n_u32(0x40));
+        vmovn_u32(vbslq_u32(vceqq_f32(x, x), rounded, nan))
     }
 }
 

@@ -89,6 +89,7 @@ fn rendered_kernels() {
         "gemm_bf16_n960_k576_few__avx512",
         "awq_gemm_n960_k576_g64_int8_few__avx512",
         "awq_gemm_n576_k1536_g64_float_many__x86_64_v3",
+        "awq_gemm_n576_k1536_g64_int8_one__neon",
         "rope_h9_v3_d64_r64_p32_f16__avx512",
         "paged_attention_h9_v3_d64_w0_p32_int8_many__portable",
         "silu_and_mul_i1536_int8_g64__avx512",

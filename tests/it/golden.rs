@@ -1,5 +1,6 @@
 //! Published results that the engine must reproduce: logits and greedy tokens of small models.
 
+mod expected;
 pub(crate) mod smollm2;
 pub(crate) mod tiny;
 

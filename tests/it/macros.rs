@@ -15,11 +15,6 @@ fn variant(kernel: &Kernel) -> KernelVariant {
     variant.unwrap_or_else(|| panic!("{} is not a symbol", kernel.symbol))
 }
 
-/// Targets whose kernels exist on this architecture.
-fn targets() -> &'static [Target] {
-    if cfg!(target_arch = "x86_64") { &Target::ALL } else { &[Target::Portable] }
-}
-
 fn check_table(table: &KernelTable) {
     let symbols: BTreeSet<&str> = table.kernels.iter().map(|kernel| kernel.symbol).collect();
     assert_eq!(symbols.len(), table.kernels.len());
@@ -54,8 +49,8 @@ fn the_built_in_table_is_complete() {
     let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../kernels.lock"));
     let lock = text.ok().map(|text| Lock::parse(&text).unwrap());
     let options = PlanOptions { lock: lock.as_ref(), ..PlanOptions::default() };
-    let plan =
-        presets::default_shapes().and_then(|shapes| plan::plan(&shapes, targets(), &options));
+    let targets = Target::of_this_arch();
+    let plan = presets::default_shapes().and_then(|shapes| plan::plan(&shapes, &targets, &options));
     let planned: BTreeSet<String> = plan
         .unwrap_or_else(|error| panic!("{error}"))
         .variants

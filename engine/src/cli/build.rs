@@ -36,7 +36,8 @@ pub(super) struct Args {
     /// Program to write; an older one is replaced
     #[arg(long, short, value_name = "FILE")]
     output: PathBuf,
-    /// Machines: cpu (all of the next), portable, x86_64_v3, avx512, and GPUs such as sm_90a
+    /// Machines: cpu (all of the next), portable, x86_64_v3, avx512 (or neon on aarch64), and GPUs
+    /// such as sm_90a
     #[arg(long, value_name = "TARGET,…", value_delimiter = ',', default_value = "cpu")]
     target: Vec<String>,
     /// Put the weights into the program too, packed for the best of its CPU targets
@@ -71,23 +72,29 @@ struct Targets {
 
 impl Targets {
     fn parse(names: &[String]) -> anyhow::Result<Targets> {
+        let own = Target::of_this_arch();
         let mut targets = Targets { cpu: Vec::new(), cuda: Vec::new() };
         for name in names.iter().map(|name| name.trim()) {
+            let target = Target::from_name(name);
             if name == "cpu" {
-                targets.cpu.extend(Target::ALL);
-            } else if let Some(target) = Target::from_name(name) {
+                targets.cpu.extend(&own);
+            } else if let Some(target) = target.filter(|one| own.contains(one)) {
                 targets.cpu.push(target);
             } else if let Some(arch) = Arch::from_name(name) {
                 targets.cuda.push(arch);
             } else {
-                let cpu = Target::ALL.map(Target::name).join(", ");
-                let cuda = Arch::ALL.map(Arch::name).join(", ");
-                bail!("--target names {name:?}; choose of cpu, {cpu}, {cuda}");
+                let what = match target.and_then(Target::arch) {
+                    Some(arch) => format!(", whose kernels are for {arch}, not this machine"),
+                    None => String::new(),
+                };
+                let cpu: Vec<&str> = own.iter().map(|target| target.name()).collect();
+                let (cpu, cuda) = (cpu.join(", "), Arch::ALL.map(Arch::name).join(", "));
+                bail!("--target names {name:?}{what}; choose of cpu, {cpu}, {cuda}");
             }
         }
         // NOTE: a program for GPUs still starts, and says what is wrong, on a machine without one.
         if targets.cpu.is_empty() {
-            targets.cpu.extend(Target::ALL);
+            targets.cpu.extend(&own);
         }
         targets.cpu.sort_unstable();
         targets.cpu.dedup();
@@ -225,13 +232,18 @@ mod tests {
 
     #[test]
     fn targets_are_checked() {
-        let targets = parse(&["avx512", "portable", "avx512", "sm_90a"]).unwrap();
-        assert_eq!(targets.cpu, [Target::Portable, Target::Avx512]);
+        let own = Target::of_this_arch();
+        let best = own.last().unwrap().name();
+        let targets = parse(&[best, "portable", best, "sm_90a"]).unwrap();
+        assert_eq!(targets.cpu_names(), ["portable", best]);
         assert_eq!(targets.cuda, [Arch::Sm90a]);
-        assert_eq!(parse(&["cpu"]).unwrap().cpu, Target::ALL);
-        assert_eq!(parse(&["sm_80"]).unwrap().cpu, Target::ALL);
+        assert_eq!(parse(&["cpu"]).unwrap().cpu, own);
+        assert_eq!(parse(&["sm_80"]).unwrap().cpu, own);
         let error = parse(&["avx", "cpu"]).unwrap_err().to_string();
-        assert!(error.contains("\"avx\"") && error.contains("avx512"), "{error}");
+        assert!(error.contains("\"avx\"; choose of cpu, portable") && error.contains(best));
+        let other = if own.contains(&Target::Neon) { Target::Avx512 } else { Target::Neon };
+        let error = parse(&[other.name()]).unwrap_err().to_string();
+        assert!(error.contains("not this machine; choose of cpu, portable"), "{error}");
     }
 
     #[test]

@@ -103,7 +103,7 @@ struct CudaDevice {
 }
 
 /// CPU extensions worth telling.
-const FEATURES: [&str; 14] = [
+const FEATURES: [&str; 19] = [
     "avx2",
     "fma",
     "f16c",
@@ -118,6 +118,11 @@ const FEATURES: [&str; 14] = [
     "amx_tile",
     "amx_int8",
     "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sve2",
 ];
 
 #[derive(Serialize)]
@@ -236,7 +241,8 @@ fn cpu_field(name: &str) -> Option<String> {
 }
 
 fn cpu_features() -> Vec<&'static str> {
-    let flags = cpu_field("flags").unwrap_or_default();
+    // NOTE: the first is the name on x86, the other on aarch64.
+    let flags = cpu_field("flags").or_else(|| cpu_field("Features")).unwrap_or_default();
     let flags: Vec<&str> = flags.split(' ').collect();
     FEATURES.into_iter().filter(|feature| flags.contains(feature)).collect()
 }

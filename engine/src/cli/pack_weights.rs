@@ -28,7 +28,8 @@ pub(super) struct Args {
 }
 
 fn parse_target(text: &str) -> Result<Target, String> {
-    Target::from_name(text).ok_or_else(|| "expected portable, x86_64_v3 or avx512".to_owned())
+    Target::from_name(text)
+        .ok_or_else(|| format!("expected one of {}", Target::ALL.map(Target::name).join(", ")))
 }
 
 pub(super) fn run(args: &Args, console: &mut Console<'_>) -> anyhow::Result<()> {

@@ -31,6 +31,9 @@ pub mod sample;
 pub mod silu_and_mul;
 #[path = "../../templates/common/simd.rs"]
 pub mod simd;
+#[cfg(target_arch = "aarch64")]
+#[path = "../../templates/common/simd_neon.rs"]
+pub mod simd_neon;
 #[path = "../../templates/common/simd_portable.rs"]
 pub mod simd_portable;
 #[cfg(target_arch = "x86_64")]

@@ -16,9 +16,11 @@ pub enum Device {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuDevice {
     pub target: Target,
-    /// `amd`, `intel` or another short word; `unknown` where the system does not say.
+    /// `amd`, `intel`, `arm` or another short word; `unknown` where the system does not say.
     pub vendor: String,
+    /// On aarch64 the part, which names the core's design.
     pub family: u32,
+    /// On aarch64 the variant, the first number of the design's revision.
     pub model: u32,
     /// Of one core; 0 where unknown.
     pub l2_kib: usize,
@@ -158,16 +160,30 @@ fn from_cpuinfo(text: &str) -> CpuDevice {
         });
         line.unwrap_or_default()
     };
+    let implementer = value("CPU implementer");
+    let (vendor, family, model) = match implementer.is_empty() {
+        true => (value("vendor_id"), value("cpu family"), value("model")),
+        false => (implementer, value("CPU part"), value("CPU variant")),
+    };
     CpuDevice {
         target: Target::Portable,
-        vendor: short_vendor(value("vendor_id")),
-        family: value("cpu family").parse().unwrap_or_default(),
-        model: value("model").parse().unwrap_or_default(),
+        vendor: short_vendor(vendor),
+        family: parse_number(family),
+        model: parse_number(model),
         l2_kib: 0,
         l3_kib: 0,
         num_threads: 1,
         name: value("model name").to_string(),
     }
+}
+
+/// A decimal number, or a hexadecimal one after `0x`; 0 for anything else.
+fn parse_number(text: &str) -> u32 {
+    let parsed = match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    parsed.unwrap_or_default()
 }
 
 /// What the processor says of itself, for programs that see no /proc. They get kernels that were
@@ -193,6 +209,14 @@ fn short_vendor(vendor: &str) -> String {
     match vendor {
         "AuthenticAMD" => "amd".to_string(),
         "GenuineIntel" => "intel".to_string(),
+        "0x41" => "arm".to_string(),
+        "0x46" => "fujitsu".to_string(),
+        "0x48" => "hisilicon".to_string(),
+        "0x4e" => "nvidia".to_string(),
+        "0x51" => "qualcomm".to_string(),
+        "0x61" => "apple".to_string(),
+        "0x6d" => "microsoft".to_string(),
+        "0xc0" => "ampere".to_string(),
         _ => {
             let letters = vendor.chars().filter(char::is_ascii_alphanumeric).take(16);
             let word = letters.collect::<String>().to_ascii_lowercase();
@@ -253,6 +277,22 @@ mod tests {
         assert_eq!(unnamed.key(), "portable-unknown-0-0-l2-0-l3-0-t1");
         let here = this_cpu(3);
         assert!(CpuDevice::parse_key(&here.key()).is_some_and(|read| read.num_threads == 3));
+    }
+
+    #[test]
+    fn aarch64_names_its_cores_by_implementer_part_and_variant() {
+        let text = "processor\t: 0\nFeatures\t: fp asimd asimddp\nCPU implementer\t: 0x41\n\
+                    CPU architecture: 8\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\n\
+                    CPU revision\t: 1\n";
+        let neoverse_n1 = CpuDevice { target: Target::Neon, ..from_cpuinfo(text) };
+        assert_eq!(neoverse_n1.key(), "neon-arm-3340-3-l2-0-l3-0-t1");
+        let other = neoverse_n1.key().replace("3340-3", "3340-4");
+        assert_eq!(neoverse_n1.matches(&other), Some(Match::Family));
+        let other = neoverse_n1.key().replace("3340-3", "3393-3");
+        assert_eq!(neoverse_n1.matches(&other), None);
+        let unknown = from_cpuinfo(&text.replace("0x41", "0x7f"));
+        assert_eq!(unknown.key(), "portable-0x7f-3340-3-l2-0-l3-0-t1");
+        assert!(CpuDevice::parse_key(&unknown.key()).is_some());
     }
 
     #[test]

@@ -27,7 +27,9 @@ pub(crate) fn has(vectors: &str) -> bool {
         "v3" => has_v3(),
         _ => has_v3() && has_avx512(),
     };
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    let found = vectors == "neon" && std::arch::is_aarch64_feature_detected!("dotprod");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let found = false;
     if !found {
         println!("skipped: no {vectors}");
@@ -86,6 +88,16 @@ macro_rules! instances {
                 unsafe { $body(args, share) }
             }
             instances.push(("avx512", avx512));
+        }
+        #[cfg(target_arch = "aarch64")]
+        if $crate::ops::has("neon") {
+            #[target_feature(enable = "neon,dotprod")]
+            unsafe fn neon(args: &$args, share: bespoke::kernels::abi::Share) {
+                type S = bespoke::kernels::simd_neon::Neon;
+                // SAFETY: as the caller promises.
+                unsafe { $body(args, share) }
+            }
+            instances.push(("neon", neon));
         }
         instances
     }};

@@ -35,7 +35,7 @@ pub struct Limits {
     pub memory_gb_per_s: f64,
     /// Reading 512 KB a thread repeatedly.
     pub cache_gb_per_s: f64,
-    /// Byte dot products (`vpdpbusd` where there is one), 2 operations a multiply-add.
+    /// Byte dot products (`vpdpbusd` or `sdot` where there is one), 2 operations a multiply-add.
     pub dot_gop_per_s: f64,
     /// Products of bfloat16 pairs (`vdpbf16ps` where there is one), 2 operations a multiply-add.
     pub bf16_gop_per_s: f64,
@@ -342,6 +342,11 @@ fn best_loops() -> (Target, Loops) {
         if is_available(Target::X86_64V3) {
             return (Target::X86_64V3, loops!([target_feature(enable = "avx2,fma,f16c")], V3));
         }
+    }
+    #[cfg(target_arch = "aarch64")]
+    if is_available(Target::Neon) {
+        use crate::kernels::simd_neon::Neon;
+        return (Target::Neon, loops!([target_feature(enable = "neon,dotprod")], Neon));
     }
     (Target::Portable, loops!([], Portable))
 }
