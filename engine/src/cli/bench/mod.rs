@@ -120,8 +120,8 @@ ttft: from handing a request over to its first token. tpot: between two tokens o
 serving, between two pieces of its text; request_tpot is the mean of one request behind its first
 token, e2e the time of a whole request).
 Percentiles are measured values (nearest rank), beyond a million values those of a fair choice.
---kernels times every eighth step, warm-up included; limit is the time that the machine's memory, caches
-or arithmetic would need at least.
+--kernels times every eighth step, warm-up included; limit is the time that the machine's memory,
+caches or arithmetic would need at least.
 The JSON has the values of each point in `points`, and those of the last point at the top as well;
 prompt_tokens and max_tokens are means where lengths differ.";
 
