@@ -41,8 +41,8 @@ struct Region {
     num_running: AtomicUsize,
 }
 
-// SAFETY: `job` and `ahead` are written only by the caller between regions, while no worker runs, and the
-// release store of `generation` orders the write before the workers' reads.
+// SAFETY: `job` and `ahead` are written only by the caller between regions, while no worker reads
+// them, and the release store of `generation` orders the writes before the workers' reads.
 unsafe impl Sync for Shared {}
 // SAFETY: the job pointer is only followed while the region's caller waits in `run`.
 unsafe impl Send for Shared {}
