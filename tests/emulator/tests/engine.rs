@@ -12,7 +12,7 @@ use bespoke::kv_cache::Namespace;
 use bespoke::request::{Generation, Request, RequestOutput};
 use bespoke::sampling::SamplingParams;
 use bespoke::session::{SessionId, SessionTurn};
-use bespoke_kernel_gen::spec::KvDType;
+use bespoke_kernel_gen::spec::{ActivationType, KvDType};
 
 use device::{Counters, Emulated};
 
@@ -98,6 +98,15 @@ fn check(case: &str, kv_dtype: KvDType, allowed: f32) {
     }
     assert!(engine.is_idle());
     engine.check().unwrap();
+}
+
+/// Rows of a GPU have 16 bits anyway.
+#[test]
+fn bf16_activations_are_refused() {
+    let options = EngineOptions { activation: ActivationType::Bf16, ..options() };
+    let loaded = Engine::load_on(&model("llama-gqa2"), Emulated::new(1), &options, &mut |_| {});
+    let Err(error) = loaded else { panic!("a GPU rounds no rows") };
+    assert!(error.to_string().contains("`--backend cpu`"), "{error}");
 }
 
 #[test]
