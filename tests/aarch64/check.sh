@@ -2,7 +2,8 @@
 # Builds the CPU kernels for aarch64 and runs them: the tests of `main.rs`, and a program with the
 # kernels of tiny models, which verifies itself. Elsewhere than on aarch64 they run in qemu.
 #
-#   tests/aarch64/check.sh
+#   tests/aarch64/check.sh          tokens of tiny models, and their kernels against plain loops
+#   tests/aarch64/check.sh --ops    and all ops at edge shapes; takes minutes more to compile
 #
 # Rust's library for aarch64 comes from rustup where that gets it, else from Debian's archive with
 # its compiler; so do the linker and qemu where the machine has none. What comes from the archive
@@ -48,7 +49,7 @@ fetch() {
         dpkg --extract "$archive" "$unpacked"
     done
     # Emulators of other processors are most of what is left.
-    find "$unpacked" -name 'qemu-*-static' ! -name 'qemu-aarch64-static' -delete
+    find "$unpacked" -type f -name 'qemu-*-static' ! -name 'qemu-aarch64-static' -delete
     rm -rf "$toolchain/apt" "$unpacked/usr/share"
     mv "$unpacked" "$toolchain/$1"
 }
@@ -112,7 +113,11 @@ export BESPOKE_MODEL=$tiny/llama-gqa2,$tiny/llama-awq-g32,$tiny/llama-mqa-hd24
 cargo=(--locked --target "$target" --no-default-features)
 
 echo '== tests'
-cargo test "${cargo[@]}" -p bespoke-aarch64-tests
+features=()
+if [[ ${1:-} == --ops ]]; then
+    features=(--features ops)
+fi
+cargo test "${cargo[@]}" "${features[@]}" -p bespoke-aarch64-tests
 
 echo '== a program'
 cargo build "${cargo[@]}" -p bespoke

@@ -5,6 +5,7 @@
 
 #[path = "../it/golden/expected.rs"]
 mod expected;
+#[cfg(feature = "ops")]
 #[path = "../it/ops/mod.rs"]
 mod ops;
 
