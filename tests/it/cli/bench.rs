@@ -1,6 +1,7 @@
 //! `bespoke bench` on a tiny model: what is counted, not how fast it is.
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -100,7 +101,12 @@ fn leaves_out_what_does_not_fit() {
 
 #[test]
 fn tells_the_time_of_kernels() {
-    let model = ["bench", "--model", "smollm2-135m-awq", "--load-format", "dummy"];
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernel-gen/models");
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("config.json");
+    fs::copy(config.join("smollm2-135m-awq.json"), to).unwrap();
+    let folder = folder.path().to_str().unwrap();
+    let model = ["bench", "--model", folder, "--load-format", "dummy"];
     let lengths = ["--prompt-tokens", "1", "--max-tokens", "2", "--rounds", "1"];
     let report =
         run_json(&[&model[..], &lengths, &["--concurrency", "1", "--kernels", "--json"]].concat());
