@@ -48,7 +48,12 @@ impl Target {
 
     /// The targets that the program that runs this can have kernels for.
     pub fn of_this_arch() -> Vec<Target> {
-        Target::of_arch(std::env::consts::ARCH)
+        let arch = match (cfg!(target_arch = "x86_64"), cfg!(target_arch = "aarch64")) {
+            (true, _) => "x86_64",
+            (_, true) => "aarch64",
+            _ => "",
+        };
+        Target::of_arch(arch)
     }
 
     /// Whether the machine that runs this has the instructions.
