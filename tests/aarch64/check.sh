@@ -96,7 +96,8 @@ linker_and_emulator() {
         QEMU_LD_PREFIX=$folder$QEMU_LD_PREFIX
     fi
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=$gcc
-    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$qemu
+    # What waits for ever under an emulator ends here, and not with the time of all checks.
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="timeout 900 $qemu"
 }
 
 cd "$root"
@@ -121,7 +122,7 @@ cargo test "${cargo[@]}" "${features[@]}" -p bespoke-aarch64-tests
 
 echo '== a program'
 cargo build "${cargo[@]}" -p bespoke
-run=(${CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER:-})
+read -ra run <<<"${CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER:-}"
 program=("${run[@]}" "$CARGO_TARGET_DIR/$target/debug/bespoke")
 "${program[@]}" doctor
 targets=$("${program[@]}" kernels --json | grep -o '"target": *"[a-z0-9_]*"' | sort -u)

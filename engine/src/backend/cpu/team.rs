@@ -172,7 +172,9 @@ fn wait(
         }
     }
     before_parking();
-    parked.store(true, Ordering::SeqCst);
+    // NOTE: a swap, not a store: qemu lets the load in `ready()` pass a store-release (seen on x86 as
+    // aarch64's `stlr`, `ldar`), and the wakeup would be lost.
+    parked.swap(true, Ordering::SeqCst);
     while !ready() {
         thread::park();
     }
