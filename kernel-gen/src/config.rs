@@ -61,6 +61,10 @@ impl KernelConfig {
         let prefetch = if form == Form::AwqInt8 || form == Form::AwqFloat { 2048 } else { lines };
         let unroll = usize::from(form.unrolls());
         match regime {
+            // NOTE: one int8 row leaves the processor's own prefetchers the time that asking takes.
+            RowRegime::Any | RowRegime::One if form.unrolls() => {
+                KernelConfig { rows: 1, unroll, ..base }
+            }
             RowRegime::Any | RowRegime::One => KernelConfig { rows: 1, unroll, prefetch, ..base },
             RowRegime::Few => KernelConfig { rows: rows_max.min(4), unroll, prefetch, ..base },
             RowRegime::Many => {

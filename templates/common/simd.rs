@@ -49,8 +49,9 @@ pub trait Simd: Copy + 'static {
     unsafe fn fma(a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
     /// To the nearest integer, ties to even.
     unsafe fn round(a: Self::F32) -> Self::F32;
-    /// `2^n` for integral `n` in −127..=127 (2^−127 is 0).
-    unsafe fn pow2(n: Self::F32) -> Self::F32;
+    /// `a · 2^n` for integral `n` up to 127 and `a` of about 1; where the result lies below 2^−126,
+    /// it or 0.
+    unsafe fn mul_pow2(a: Self::F32, n: Self::F32) -> Self::F32;
     /// Lanes added pairwise, halves first.
     unsafe fn reduce_add(a: Self::F32) -> f32;
     unsafe fn reduce_max(a: Self::F32) -> f32;
@@ -83,25 +84,43 @@ pub trait Simd: Copy + 'static {
     /// Asks for the cache line at `p`, which may be anywhere.
     unsafe fn prefetch(p: *const u8);
 
-    /// `e^x`, relative error below 2e-7 (degree-6 polynomial after range reduction, as in Cephes).
-    /// 0 below −87; inputs stay below 88.
+    /// `e^x`, relative error below 2e-7: a polynomial after range reduction as in Cephes, of the
+    /// least largest error among those of degree 5 that give 1 for 0. Inputs stay below 88; of
+    /// −87 and less the result may be 0, of −105 and less it is.
     #[inline(always)]
     unsafe fn exp(x: Self::F32) -> Self::F32 {
         // SAFETY: the caller has the instruction set.
         unsafe {
-            let x = Self::max(x, Self::splat(-88.0));
+            let x = Self::max(x, Self::splat(-105.0));
             let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
             // NOTE: ln 2 in two parts, so that n · ln 2 is subtracted without rounding.
             let r = Self::fma(n, Self::splat(-0.693_359_4), x);
             let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
-            let mut p = Self::splat(1.388_888_9e-3);
-            p = Self::fma(p, r, Self::splat(8.333_334e-3));
-            p = Self::fma(p, r, Self::splat(4.166_666_8e-2));
-            p = Self::fma(p, r, Self::splat(1.666_666_7e-1));
-            p = Self::fma(p, r, Self::splat(0.5));
+            let mut p = Self::splat(8.290_315e-3);
+            p = Self::fma(p, r, Self::splat(4.189_793e-2));
+            p = Self::fma(p, r, Self::splat(1.666_763_6e-1));
+            p = Self::fma(p, r, Self::splat(4.999_915e-1));
+            p = Self::fma(p, r, Self::splat(9.999_997e-1));
             p = Self::fma(p, r, Self::splat(1.0));
+            Self::mul_pow2(p, n)
+        }
+    }
+
+    /// `2^x`, as exact as [`Simd::exp`]. Inputs are finite and stay below 127; of −126 and less the
+    /// result may be 0, of −151 and less it is.
+    #[inline(always)]
+    unsafe fn exp2(x: Self::F32) -> Self::F32 {
+        // SAFETY: the caller has the instruction set.
+        unsafe {
+            let n = Self::round(x);
+            let r = Self::sub(x, n);
+            let mut p = Self::splat(1.326_472_7e-3);
+            p = Self::fma(p, r, Self::splat(9.671_513e-3));
+            p = Self::fma(p, r, Self::splat(5.550_733_6e-2));
+            p = Self::fma(p, r, Self::splat(2.402_224_2e-1));
+            p = Self::fma(p, r, Self::splat(6.931_47e-1));
             p = Self::fma(p, r, Self::splat(1.0));
-            Self::mul(p, Self::pow2(n))
+            Self::mul_pow2(p, n)
         }
     }
 }

@@ -166,11 +166,12 @@ impl Simd for Neon {
         unsafe { halves!(float32x4x2_t, vrndnq_f32, a) }
     }
     #[inline(always)]
-    unsafe fn pow2(n: float32x4x2_t) -> float32x4x2_t {
+    unsafe fn mul_pow2(a: float32x4x2_t, n: float32x4x2_t) -> float32x4x2_t {
         unsafe {
-            let biased = Self::add_i32(nearest(n), Self::splat_i32(127));
+            let n = nearest(Self::max(n, Self::splat(-127.0)));
+            let biased = Self::add_i32(n, Self::splat_i32(127));
             let bits = halves!(int32x4x2_t, vshlq_n_s32::<23>, biased);
-            halves!(float32x4x2_t, vreinterpretq_f32_s32, bits)
+            Self::mul(a, halves!(float32x4x2_t, vreinterpretq_f32_s32, bits))
         }
     }
     #[inline(always)]

@@ -117,8 +117,8 @@ impl Simd for Portable {
         lanes!(i => (a[i] + MAGIC) - MAGIC)
     }
     #[inline(always)]
-    unsafe fn pow2(n: [f32; L]) -> [f32; L] {
-        lanes!(i => f32::from_bits((((n[i] as i32) + 127) as u32) << 23))
+    unsafe fn mul_pow2(a: [f32; L], n: [f32; L]) -> [f32; L] {
+        lanes!(i => a[i] * f32::from_bits((((n[i].max(-127.0) as i32) + 127) as u32) << 23))
     }
     #[inline(always)]
     unsafe fn reduce_add(a: [f32; L]) -> f32 {

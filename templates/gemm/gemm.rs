@@ -154,8 +154,11 @@ const AHEAD_BYTES: usize = 16 << 10;
 
 /// Asks for `bytes` from `first` on, all at once. Other threads have just written parts of a call's
 /// rows: read line by line, each would wait for another core's cache.
+///
+/// # Safety
+/// The bytes are there; the instruction set of `S`.
 #[inline(always)]
-unsafe fn ask_for<S: Simd>(first: *const u8, bytes: usize) {
+pub unsafe fn ask_for<S: Simd>(first: *const u8, bytes: usize) {
     let bytes = if bytes < AHEAD_BYTES { bytes } else { AHEAD_BYTES };
     let mut at = 0;
     while at < bytes {
@@ -420,8 +423,11 @@ pub unsafe fn float_block<
 }
 
 /// Reads `R` rows by `C` tiles of `[rows, N]`.
+///
+/// # Safety
+/// `out` has `row + R` rows.
 #[inline(always)]
-unsafe fn load_block<S: Simd, const N: usize, const R: usize, const C: usize>(
+pub unsafe fn load_block<S: Simd, const N: usize, const R: usize, const C: usize>(
     acc: &mut [[S::F32; C]; R],
     row: usize,
     run: TileRun,

@@ -14,15 +14,12 @@
 use super::abi::{GemmBf16Args, Share, bf16_stride};
 use super::bf16::DotBf16;
 use super::gemm::{
-    TileRun, for_row_blocks, for_tile_runs, has_block, next_block, split_many, store_block,
-    tile_range, tile_unit,
+    TileRun, ask_for, for_row_blocks, for_tile_runs, has_block, load_block, next_block, split_many,
+    store_block, tile_range, tile_unit,
 };
 
 /// Lines of a weight panel that all rows pass before the next: 512 · 64 columns · 4 bytes fit L2.
 pub const LINE_BLOCK: usize = 512;
-
-/// Bytes of rows that are asked for ahead: half of a small first-level cache.
-const AHEAD_BYTES: usize = 16 << 10;
 
 /// One row.
 ///
@@ -48,7 +45,7 @@ pub unsafe fn one<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: the runs lie within the panels, the row is the only one.
     unsafe {
-        ask_for_rows::<S, K>(args, 1);
+        ask_for::<S>(args.x.cast(), 2 * bf16_stride(K));
         for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             block::<S, N, K, PREFETCH, 1, C>(args, 0, run, 0, K.div_ceil(2))
         });
@@ -79,7 +76,7 @@ pub unsafe fn few<
     let (first, last) = tile_range::<S, N>(share);
     // SAFETY: as in `one`; row + R never exceeds the rows.
     unsafe {
-        ask_for_rows::<S, K>(args, args.rows);
+        ask_for::<S>(args.x.cast(), args.rows * 2 * bf16_stride(K));
         for_tile_runs!(first, last, tiles, COLS, TILES, |run, C| {
             for_row_blocks!(0, args.rows, |row, R| {
                 block::<S, N, K, PREFETCH, R, C>(args, row, run, 0, K.div_ceil(2))
@@ -123,20 +120,6 @@ pub unsafe fn many<
                 line = end;
             }
         });
-    }
-}
-
-/// Asks for the first of `rows` rows, all at once: other threads have just written parts of them,
-/// and read line by line, each would wait for another core's cache.
-#[inline(always)]
-unsafe fn ask_for_rows<S: DotBf16, const K: usize>(args: &GemmBf16Args, rows: usize) {
-    let bytes = 2 * rows * bf16_stride(K);
-    let bytes = if bytes < AHEAD_BYTES { bytes } else { AHEAD_BYTES };
-    let mut at = 0;
-    while at < bytes {
-        // SAFETY: the rows are there.
-        unsafe { S::prefetch(args.x.cast::<u8>().add(at)) };
-        at += 64;
     }
 }
 
@@ -195,30 +178,5 @@ unsafe fn block<
         }
         let bias = if end == lines { args.bias } else { std::ptr::null() };
         store_block::<S, N, R, C>(&acc, bias, row, run, args.out);
-    }
-}
-
-/// Reads `R` rows by `C` tiles of `[rows, N]`.
-#[inline(always)]
-unsafe fn load_block<S: DotBf16, const N: usize, const R: usize, const C: usize>(
-    acc: &mut [[S::F32; C]; R],
-    row: usize,
-    run: TileRun,
-    out: *const f32,
-) {
-    let mut c = 0;
-    while c < C {
-        let col = (run.panel_tile + run.tile + c) * S::LANES;
-        let mut r = 0;
-        while r < R {
-            // SAFETY: row + r and col exist; a tile that crosses N is read up to N.
-            unsafe {
-                let at = out.add((row + r) * N + col);
-                acc[r][c] =
-                    if col + S::LANES <= N { S::load(at) } else { S::load_first(at, N - col) };
-            }
-            r += 1;
-        }
-        c += 1;
     }
 }

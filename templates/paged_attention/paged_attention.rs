@@ -402,7 +402,8 @@ impl<
     unsafe fn start<const MANY: bool>(args: &PagedAttentionArgs, rows: &Rows, state: &State) {
         // SAFETY: rows of the unit in qkv, rows below rows_max in scratch.
         unsafe {
-            let scale = S::splat(args.softmax_scale);
+            // NOTE: in the units of `exp2`.
+            let scale = S::splat(args.softmax_scale * std::f32::consts::LOG2_E);
             // NOTE: tiles of a prompt reach beyond the rows, those of decoding do not.
             let end = if MANY { Self::rows_max(true) } else { rows.num };
             let mut row = 0;
@@ -670,7 +671,7 @@ impl<
                 let old = S::load(state.max.add(row));
                 let new = S::max(S::load(state.factor.add(row)), old);
                 S::store(state.max.add(row), new);
-                S::store(state.factor.add(row), S::exp(S::sub(old, new)));
+                S::store(state.factor.add(row), S::exp2(S::sub(old, new)));
                 row += S::LANES;
             }
             row = 0;
@@ -702,7 +703,7 @@ impl<
             let mut sum = S::mul(S::load(sum_at), S::splat(*state.factor.add(row)));
             let mut token = 0;
             while token < PAGE {
-                let x = S::exp(S::sub(S::load(p.add(token)), max));
+                let x = S::exp2(S::sub(S::load(p.add(token)), max));
                 sum = S::add(sum, x);
                 S::store(p.add(token), x);
                 token += S::LANES;
