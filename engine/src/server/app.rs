@@ -45,6 +45,10 @@ pub struct ServedModel {
     pub created: u64,
     /// Tokens of one sequence, prompt and output together.
     pub max_context: usize,
+    /// Tokens of a page of the KV cache.
+    pub page_size: usize,
+    /// Pages of the KV cache.
+    pub num_pages: usize,
     /// Width of the logits.
     pub vocab_size: usize,
     pub tokenizer: Arc<Tokenizer>,
@@ -67,10 +71,13 @@ impl ServedModel {
         let tokenizer = Arc::clone(&language.tokenizer);
         engine.set_tokenizer(Arc::clone(&tokenizer));
         engine.add_eos_ids(tokenizer.eos_ids());
+        let pages = engine.status().pages;
         ServedModel {
             name: name.to_owned(),
             created: unix_seconds(),
             max_context: engine.max_context(),
+            page_size: engine.shape().page_size,
+            num_pages: pages.free + pages.active + pages.cached,
             vocab_size: engine.shape().vocab_size,
             tokenizer,
             language,

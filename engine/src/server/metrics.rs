@@ -371,6 +371,11 @@ impl Inner {
             ("fingerprint", model.fingerprint.clone()),
         ]);
         self.registry.register("bespoke_build", "What is served", info);
+        let cache = Info::new(vec![
+            ("block_size", model.page_size.to_string()),
+            ("num_gpu_blocks", model.num_pages.to_string()),
+        ]);
+        self.registry.register("vllm:cache_config", "As in vLLM", cache);
         let choices: Family<ProvenanceLabels, Gauge> = Family::default();
         for provenance in Provenance::ALL {
             let num = model.provenances.get(&provenance).copied().unwrap_or(0);
@@ -503,10 +508,12 @@ impl Collector for EngineCollector {
             let kind = counter.metric_type();
             counter.encode(encoder.encode_descriptor(name, help, None, kind)?)?;
         }
-        let usage = ConstGauge::new(pages.active as f64 / num_pages.max(1) as f64);
-        let kind = usage.metric_type();
-        let name = "vllm:kv_cache_usage_perc";
-        usage.encode(encoder.encode_descriptor(name, "As in vLLM, 0 to 1", None, kind)?)?;
+        // NOTE: the second is vLLM's older name, which some routers still read.
+        for name in ["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"] {
+            let usage = ConstGauge::new(pages.active as f64 / num_pages.max(1) as f64);
+            let kind = usage.metric_type();
+            usage.encode(encoder.encode_descriptor(name, "As in vLLM, 0 to 1", None, kind)?)?;
+        }
         encode_steps(&mut encoder, &stats.step_times)
     }
 }

@@ -2,6 +2,7 @@
 
 mod awq_gemm;
 mod embed;
+mod exponentials;
 mod gemm;
 mod gemm_bf16;
 mod matmul;

@@ -418,6 +418,8 @@ fn metrics_have_the_names_that_are_promised() {
         "vllm:num_requests_running 0",
         "vllm:num_requests_waiting 0",
         "vllm:kv_cache_usage_perc 0.0",
+        "vllm:gpu_cache_usage_perc 0.0",
+        "vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"2048\"} 1",
         "bespoke_connections 1",
     ] {
         assert!(text.lines().any(|line| line == name), "{name}:\n{text}");
