@@ -29,6 +29,7 @@ pub mod rope;
 pub mod sample;
 #[path = "../../templates/silu_and_mul/silu_and_mul.rs"]
 pub mod silu_and_mul;
+#[allow(clippy::approx_constant, reason = "a coefficient that is close to ln 2, and is not it")]
 #[path = "../../templates/common/simd.rs"]
 pub mod simd;
 #[cfg(target_arch = "aarch64")]
