@@ -52,7 +52,8 @@ class ToolsTest(ServedCase):
     def check_calls(self, choice):
         calls = choice.message.tool_calls
         self.assertTrue(calls, choice)
-        for call in calls:
+        # An answer that max_tokens ends is cut within its last call.
+        for call in calls[: -1 if choice.finish_reason == "length" else None]:
             self.assertEqual(call.type, "function")
             self.assertTrue(call.id)
             jsonschema.validate(
@@ -76,10 +77,12 @@ class ToolsTest(ServedCase):
         self.assertFalse(choice.message.content)
 
     def test_required_holds_for_any_seed(self):
+        num_whole = 0
         for seed in range(4):
             with self.subTest(seed=seed):
-                answer = self.called("required", temperature=1.5, seed=seed)
-                self.check_calls(answer.choices[0])
+                choice = self.called("required", temperature=1.5, seed=seed).choices[0]
+                num_whole += len(self.check_calls(choice)) - (choice.finish_reason == "length")
+        self.assertGreater(num_whole, 0)
 
     def test_none_calls_nothing(self):
         choice = self.called("none", max_tokens=40).choices[0]
