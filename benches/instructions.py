@@ -43,6 +43,8 @@ def instructions(options, prompt, answer):
             "valgrind", "--tool=callgrind", f"--callgrind-out-file={counts.name}",
             options.binary, "generate", "--model", options.model, "--threads", "1",
             "--prompt-ids", ids, "--max-tokens", str(answer), "--ignore-eos",
+            # Or the first run would pack, and the others read what it has packed.
+            "--no-packed-cache",
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = re.search(r"Collected : (\d+)", done.stderr)

@@ -1,8 +1,8 @@
 //! `out = gate / (1 + e^−gate) · up`, row by row.
 //!
-//! Bound: reads `8 · intermediate` bytes a row from cache, asked for a row ahead: of many rows, most
-//! have left the second level since they were written. About 20 instructions a vector, most of them
-//! the exponential.
+//! Bound: reads `8 · intermediate` bytes a row from cache, asked for a row ahead: of many rows,
+//! most have left the second level since they were written. About 20 instructions a vector, most
+//! of them the exponential.
 
 use std::mem::MaybeUninit;
 

@@ -172,8 +172,8 @@ fn wait(
         }
     }
     before_parking();
-    // NOTE: a swap, not a store: qemu lets the load in `ready()` pass a store-release (seen on x86 as
-    // aarch64's `stlr`, `ldar`), and the wakeup would be lost.
+    // NOTE: a swap, not a store: on x86, qemu lets the load in `ready()` pass aarch64's
+    // store-release, and the wakeup would be lost.
     parked.swap(true, Ordering::SeqCst);
     while !ready() {
         thread::park();
