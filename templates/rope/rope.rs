@@ -186,7 +186,8 @@ unsafe fn append<
             if KV::BITS == 4 {
                 hadamard::<HEAD_DIM>(head.as_mut_ptr());
             }
-            let (scale, min) = quantize::<S, KV, HEAD_DIM>(head.as_mut_ptr());
+            let levels_max = ((1 << KV::BITS) - 1) as f32;
+            let (scale, min) = quantize::<S, HEAD_DIM>(head.as_mut_ptr(), levels_max);
             *params.add(place) = scale.to_bits();
             *params.add(PAGE + place) = min.to_bits();
         }
@@ -235,25 +236,16 @@ unsafe fn scatter<T: Copy>(x: *const T, at: *mut T, len: usize, stride: usize) {
     }
 }
 
-/// Replaces a head by its levels and returns scale and minimum: value = level · scale + minimum.
-/// Levels are counted in the scale as it is stored.
-///
-/// The levels of int8 reach from the lowest to the highest value. Those of int4 are the middles of
-/// 16 equal parts of that range, which takes an eighth of the squared error away; with int8 the
-/// rounding of the minimum would take more than the 256th that it gives.
+/// Replaces a head by its levels 0..=`levels_max` and returns scale and minimum: value = level ·
+/// scale + minimum. Levels are counted in the scale as it is stored.
 #[inline(always)]
-unsafe fn quantize<S: Simd, KV: KvElement, const HEAD_DIM: usize>(x: *mut f32) -> (f16, f16) {
+unsafe fn quantize<S: Simd, const HEAD_DIM: usize>(x: *mut f32, levels_max: f32) -> (f16, f16) {
     // SAFETY: x holds HEAD_DIM values and room for a vector beyond.
     unsafe {
-        let levels_max = ((1 << KV::BITS) - 1) as f32;
-        let (mut low, high) = range::<S, HEAD_DIM>(x);
+        let (low, high) = range::<S, HEAD_DIM>(x);
         let largest = f16::MAX.to_f32();
-        if KV::BITS == 4 {
-            low += (high - low) / (2.0 * (levels_max + 1.0));
-        }
         let min = f16::from_f32(low.clamp(-largest, largest));
-        let num_steps = if KV::BITS == 4 { levels_max + 0.5 } else { levels_max };
-        let wanted = ((high - min.to_f32()) / num_steps).clamp(0.0, largest);
+        let wanted = ((high - min.to_f32()) / levels_max).clamp(0.0, largest);
         let mut scale = f16::from_f32(wanted);
         if scale.to_f32() < wanted {
             // NOTE: rounded up, or the highest level would not reach the maximum.
